@@ -1,0 +1,71 @@
+"""The one error family: what a message must tell is where, what was received, what is allowed, how to fix it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ConfigError", "DWLError", "LossNotTakenError", "Problem", "did_you_mean"]
+
+_ABSENT: Any = object()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong in a config: `path` is the YAML path, e.g. ``dwl.alpha.nubmer``."""
+
+    path: str
+    message: str
+    value: Any = _ABSENT
+    allowed: str = ""
+    hint: str = ""
+
+    def __str__(self) -> str:
+        received = "" if self.value is _ABSENT else f" (got {_shorten(self.value)})"
+        lines = [f"{self.path}: {self.message}{received}"]
+        if self.allowed:
+            lines.append(f"    allowed: {self.allowed}")
+        if self.hint:
+            lines.append(f"    hint: {self.hint}")
+        return "\n".join(lines)
+
+
+class DWLError(Exception):
+    """Base of every error this package raises on purpose.
+
+    Not a ValueError: pydantic would wrap one raised inside the host's schema and bury the message.
+    """
+
+
+class ConfigError(DWLError):
+    """The config cannot be run; holds every `Problem` that was found, not only the first."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems: tuple[Problem, ...] = tuple(problems)
+        count = len(self.problems)
+        head = f"[dwl] {count} problem{'s' if count != 1 else ''} in the config; nothing was trained."
+        super().__init__("\n".join([head, *(f"  {_indent(str(p))}" for p in self.problems)]))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # raised in loader workers, so it has to survive pickling
+        return (type(self), (self.problems,))
+
+
+class LossNotTakenError(DWLError):
+    """A step ended and the configured loss was not the one that was computed."""
+
+
+def did_you_mean(word: object, known: Sequence[str]) -> str:
+    """A hint naming the closest known word, or an empty string."""
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
+    return f"did you mean `{close[0]}`?" if close else ""
+
+
+def _shorten(value: Any, limit: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _indent(text: str) -> str:
+    return text.replace("\n", "\n  ")

@@ -1,0 +1,57 @@
+"""Our three keys in Axolotl's schema. Axolotl inherits this class into its own by its bare name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, Field, model_validator
+
+from dwl_plugin.config import Block, DFTConfig, DWLConfig, LossName, parse
+from dwl_plugin.errors import ConfigError
+from dwl_plugin.hosts.refusals import refused
+
+__all__ = ["DWLPluginArgs"]
+
+_FUSED_LOSSES = (
+    "cut_cross_entropy",
+    "liger_fused_linear_cross_entropy",
+    "liger_cross_entropy",
+    "chunked_cross_entropy",
+)
+
+
+class DWLPluginArgs(BaseModel):
+    """`loss`, `dft`, `dwl`."""
+
+    loss: LossName | None = Field(default=None, description="nll, dft or dwl. Absent: the plugin does nothing.")
+    dft: DFTConfig | None = Field(default=None, description="Options of the dft token loss.")
+    dwl: DWLConfig | None = Field(default=None, description="Token classes, their weights α, and how they move.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_loss_block(cls, data: Any) -> Any:
+        """Our errors, all at once and unwrapped, before the host's own."""
+        if not isinstance(data, dict):
+            return data
+        problems = []
+        try:
+            block = parse(data)
+        except ConfigError as error:
+            block, problems = None, list(error.problems)
+        loss = data.get("loss")
+        if loss is not None:
+            problems += refused(data, loss)
+        if problems:
+            raise ConfigError(problems)
+        if block is None:
+            return data
+        return {**data, **block.dump()}
+
+
+def block_of(cfg: Any) -> Block | None:
+    """Our block of a validated Axolotl config."""
+    return parse({key: _plain(cfg.get(key)) for key in ("loss", "dft", "dwl")})
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if hasattr(value, "to_dict") else value

@@ -1,0 +1,179 @@
+"""The public loss: a linear head and a token-weighted cross-entropy as one operation that never holds all logits."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dwl_plugin.loss.exact_nll import TokenLoss, refuse_second_derivative, spread
+from dwl_plugin.loss.inputs import Tokens, require, require_number, select_tokens
+from dwl_plugin.loss.vocabulary import Gradients, Head, Wanted, walk
+
+__all__ = ["TokenLoss", "linear_cross_entropy"]
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    token_weight: torch.Tensor | None = None,
+    exponent: torch.Tensor | float = 0.0,
+    min_weight: torch.Tensor | float = 0.0,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    ignore_index: int = -100,
+) -> TokenLoss:
+    """The weighted sum of token losses, and the unweighted loss of each token:
+
+        logits = logit_scale * F.linear(hidden, weight, bias)
+        logits = softcap * tanh(logits / softcap)
+        nll    = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
+        loss   = (token_weight * (-nll).exp().pow(exponent).clamp(min=min_weight).detach() * nll).sum()
+
+    without ever holding the logits: ignored positions are dropped before the first matmul, the rest goes through the vocabulary
+    in tiles, and the gradients are taken on the way (two matmuls with a frozen `weight`, three with a trained one, one when
+    nothing wants a gradient). `exponent` 0 is the plain negative log-likelihood, 1 is DFT (arXiv:2508.05629).
+
+    Shapes: … any leading shape, H hidden size, V vocabulary.
+
+    Args:
+        hidden: (…, H), fp64, fp32, bf16 or fp16. Position t has to predict `targets[t]`; nothing is shifted here.
+        weight: (V, H). Mixed dtypes are multiplied in the wider one, under autocast in autocast's.
+        targets: (…) integers in [0, V), or `ignore_index`.
+        token_weight: (…), any sign; None is 1 everywhere. A constant: no gradient flows into it.
+        exponent: a number ≥ 0, or one per token (…), since classes of one batch may differ. A constant.
+        min_weight: a number ≥ 0, or one per token (…): the floor of p^exponent. A constant.
+        bias: (V,) or None.
+        softcap: a number > 0 or None.
+        logit_scale: a finite number or None.
+        ignore_index: the target that means "no target here".
+
+    Returns:
+        TokenLoss(loss, nll). `loss`: a scalar, in nats; with no target it is 0 and still has its graph. `nll`: (…), detached, 0
+        at ignored positions. Both are fp32 (fp64 if the matmul is) whatever the inputs; gradients have the inputs' dtypes.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or range. On CUDA, values inside tensors are asserted by the
+            device, so that nothing waits for it; one wait per call remains, for the number of targets.
+        RuntimeError: on a backward with `create_graph=True`.
+
+    Workspace is bounded whatever the number of tokens and V; beyond it there are the gradients themselves in fp32. The first
+    backward hands them out; another one through a retained graph takes them again.
+    """
+    if torch.compiler.is_compiling():
+        return _uncompiled()(
+            hidden, weight, targets, token_weight=token_weight, exponent=exponent, min_weight=min_weight, bias=bias,
+            softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index,
+        )  # fmt: skip
+    require(
+        weight.ndim == 2 and weight.is_floating_point() and hidden.ndim >= 1 and weight.shape[1] == hidden.shape[-1],
+        f"weight must be floating (V, H) with the H of hidden {tuple(hidden.shape)}, got {weight.dtype} {tuple(weight.shape)}",
+    )
+    require(weight.shape[0] > 0, "weight must have at least one row, got (0, H)")
+    require(weight.device == hidden.device, f"weight must be on {hidden.device} like hidden, got {weight.device}")
+    if bias is not None:
+        require(
+            bias.shape == weight.shape[:1] and bias.is_floating_point() and bias.device == hidden.device,
+            f"bias must be floating ({weight.shape[0]},) on {hidden.device}, got {bias.dtype} {tuple(bias.shape)} on {bias.device}",
+        )
+    if softcap is not None:
+        require_number("softcap", softcap, above=0.0)
+    if logit_scale is not None:
+        require_number("logit_scale", logit_scale, above=-math.inf)
+    head = Head(
+        weight.detach(),
+        None if bias is None else bias.detach(),
+        1.0 if logit_scale is None else float(logit_scale),
+        None if softcap is None else float(softcap),
+        _multiplied_dtype(hidden, weight),
+    )
+    tokens = select_tokens(
+        hidden,
+        targets,
+        ignore_index=ignore_index,
+        vocab_size=weight.shape[0],
+        dtype=head.summed,
+        token_weight=token_weight,
+        exponent=exponent,
+        min_weight=min_weight,
+    )
+    learns = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+    wanted = Wanted(*(torch.is_grad_enabled() and learn for learn in learns))
+    call = _Call(tokens, head, wanted)
+    if wanted == Wanted(False, False, False):
+        loss, nll_N, _ = call.take(hidden)
+    else:
+        loss, nll_N = _LinearCrossEntropy.apply(hidden, weight, bias, call)
+    return TokenLoss(loss, spread(nll_N, tokens.rows_N, targets.shape))
+
+
+@functools.cache
+def _uncompiled() -> Callable[..., TokenLoss]:
+    # Built at first use: the decorator would import torch's compiler into every process.
+    return torch.compiler.disable(linear_cross_entropy)
+
+
+def _multiplied_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """The dtype F.linear multiplies in."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    if dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
+        return torch.get_autocast_dtype(hidden.device.type)
+    return dtype
+
+
+@dataclass
+class _Call:
+    tokens: Tokens
+    head: Head
+    wanted: Wanted
+
+    def take(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
+        return walk(hidden.detach().reshape(-1, hidden.shape[-1]), self.tokens, self.head, self.wanted)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: _Call
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, nll_N, ctx.gradients = call.take(hidden)
+        ctx.call = call
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.mark_non_differentiable(nll_N)
+        return loss, nll_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        refuse_second_derivative()
+        hidden, weight, bias = ctx.saved_tensors
+        # Handed out and forgotten, so that ∂W is scaled where it lies: a second copy would be the largest tensor of all.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            gradients = ctx.call.take(hidden)[2]
+        grad_hidden = None
+        if gradients.hidden_NH is not None:
+            grad_NH, rows_N = _scaled(gradients.hidden_NH, grad_loss, hidden.dtype), ctx.call.tokens.rows_N
+            if rows_N is None:
+                grad_hidden = grad_NH.reshape(hidden.shape)
+            else:
+                grad_TH = grad_NH.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1])
+                grad_hidden = grad_TH.index_copy_(0, rows_N, grad_NH).reshape(hidden.shape)
+        grad_weight = None if gradients.weight_VH is None else _scaled(gradients.weight_VH, grad_loss, weight.dtype)
+        grad_bias = None if gradients.bias_V is None else _scaled(gradients.bias_V, grad_loss, bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None
+
+
+def _scaled(gradient: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """gradient · by in `dtype`, rounded once; in place where the dtype allows."""
+    if gradient.dtype != dtype:
+        return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))
+    if by.device.type == "cpu" and by.item() == 1.0:
+        return gradient
+    return gradient.mul_(by)

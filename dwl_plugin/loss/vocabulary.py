@@ -1,0 +1,376 @@
+"""Loss and gradients of a linear head in one walk over the vocabulary, without ever holding all logits.
+
+For target y, with q the softmax over the other tokens and s = exp-sum of those others,
+
+    ∂nll/∂z_j = (1 − p_y) · (q_j − 1[j = y]),      q_j = exp(z_j − reference) / s,  q_y = 0
+
+so one pass can accumulate Σ_j exp(z_j − reference)·W_j beside the sum itself, as attention does with K = V = W, and everything
+known only at the end (1/s, 1 − p, the token's weight, exponent and floor) scales one row of (N, H). A trained head keeps its
+block of exponentials for a third matmul, ∂W = expᵀ·(rows of hidden, scaled the same way): still nothing is divided over (N, V).
+
+Shapes: T positions, N target tokens, R rows of one block, W tokens of one tile of the vocabulary, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dwl_plugin.loss.exact_nll import exact_nll, paid_weight
+from dwl_plugin.loss.inputs import Tokens
+
+__all__ = ["Gradients", "Head", "Wanted", "walk"]
+
+_MIB = 2**20
+# A tile of logits should stay in cache on a CPU, and be a large matmul on a GPU.
+_TILE_BYTES = {"cpu": 4 * _MIB, "cuda": 128 * _MIB}
+_LEAST_WIDTH = 256
+_ROWS = {"cpu": 1024, "cuda": 8192}
+# Exponentials a trained head keeps for ∂W. Fewer row blocks read and write ∂W less often.
+_KEPT_BYTES = {"cpu": 128 * _MIB, "cuda": 1024 * _MIB}
+# A row's reference follows its maximum only when it lags by this much: e^20 is far from overflow, and rescaling costs O(R·H).
+_LAG = 20.0
+_SPARE = 16  # columns beside a tile: rows whose target lives in another tile write there, and row strides avoid powers of two
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = softcap · tanh(scale · (hidden Wᵀ + bias) / softcap); without a softcap, scale · (hidden Wᵀ + bias).
+
+    `multiplied` is the dtype F.linear would multiply in, autocast included.
+    """
+
+    weight_VH: torch.Tensor
+    bias_V: torch.Tensor | None
+    scale: float
+    softcap: float | None
+    multiplied: torch.dtype
+
+    @property
+    def summed(self) -> torch.dtype:
+        """The dtype of logits, sums and gradients while they accumulate."""
+        return torch.float64 if self.multiplied == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Wanted:
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+@dataclass
+class Gradients:
+    """∂loss in the accumulation dtype: of the target rows of hidden, of the weight, of the bias."""
+
+    hidden_NH: torch.Tensor | None
+    weight_VH: torch.Tensor | None
+    bias_V: torch.Tensor | None
+
+
+@torch.no_grad()
+def walk(
+    hidden_TH: torch.Tensor, tokens: Tokens, head: Head, wanted: Wanted
+) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
+    """(loss, nll_N, gradients) of Σ_t w_t·max(p_t^a, m)·nll_t, the first factors constant."""
+    with torch.autocast(hidden_TH.device.type, enabled=False):
+        return _walk(hidden_TH, tokens, head, wanted)
+
+
+def _walk(
+    hidden_TH: torch.Tensor, tokens: Tokens, head: Head, wanted: Wanted
+) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
+    device, N, (V, H) = hidden_TH.device, len(tokens), head.weight_VH.shape
+    kept = wanted.weight or wanted.bias
+    operand = _operand_dtype(device, head, kept)
+
+    def new(*shape: int, zero: bool = False) -> torch.Tensor:
+        return (torch.zeros if zero else torch.empty)(shape, dtype=head.summed, device=device)
+
+    nll_N, paid_N = new(N), new(N)
+    gradients = Gradients(
+        new(N, H) if wanted.hidden else None,
+        new(V, H, zero=N == 0) if wanted.weight else None,
+        new(V, zero=True) if wanted.bias else None,
+    )
+    if N:
+        plan = _plan(N, V, device.type, kept, operand)
+        space = _Workspace(plan, H, head, operand, device, kept)
+        for block in plan.blocks(N):
+            _block(hidden_TH, tokens, block, head, operand, space, gradients, nll_N, paid_N)
+    return (paid_N * nll_N).sum(), nll_N, gradients
+
+
+def _block(
+    hidden_TH: torch.Tensor,
+    tokens: Tokens,
+    block: slice,
+    head: Head,
+    operand: torch.dtype,
+    space: _Workspace,
+    gradients: Gradients,
+    nll_N: torch.Tensor,
+    paid_N: torch.Tensor,
+) -> None:
+    """One block of rows through the whole vocabulary: its nll, its rows of ∂hidden, its share of ∂W and ∂bias."""
+    rows = block if tokens.rows_N is None else tokens.rows_N[block]
+    hidden_RH = hidden_TH[rows].to(head.multiplied).to(operand)
+    targets_R = tokens.targets_N[block]
+    summed_RH = None if gradients.hidden_NH is None else gradients.hidden_NH[block]
+
+    state = _Softmax.start(targets_R.numel(), hidden_RH.device, head.summed)
+    kept: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
+    for index, tile in enumerate(space.plan.tiles(head.weight_VH.shape[0])):
+        weight_WH = space.weight(tile)
+        logits_RW = space.logits(index, targets_R.numel(), tile.stop - tile.start)
+        exp_RW, shrink_R = space.step(state, hidden_RH, weight_WH, targets_R - tile.start, tile, logits_RW)
+        if summed_RH is not None:
+            if shrink_R is not None and index:
+                summed_RH.mul_(shrink_R[:, None])
+            _add_mm(summed_RH, exp_RW, weight_WH, first=index == 0)
+        if space.kept:
+            kept.append((tile, exp_RW, state.reference_R))
+
+    # Everything below is O(R·H), except the third matmul.
+    unit = head.softcap or 1.0
+    nll_R, miss_R = exact_nll(state.others_R, state.reference_R * unit, state.target_R * unit)
+    paid_R = paid_weight(
+        nll_R, *(value[block] if isinstance(value, torch.Tensor) else value for value in _weights(tokens))
+    )
+    nll_N[block], paid_N[block] = nll_R, paid_R
+    factor_R = paid_R * miss_R * head.scale
+    others_R = factor_R / state.others_R.clamp(min=torch.finfo(head.summed).tiny)  # no others: a vocabulary of one
+    target_R = factor_R if head.softcap is None else factor_R * (1 - state.target_R.square())
+    if summed_RH is not None:
+        target_RH = head.weight_VH[targets_R].to(head.multiplied).to(head.summed)
+        summed_RH.mul_(others_R[:, None]).addcmul_(target_RH, target_R[:, None], value=-1)
+    if not space.kept:
+        return
+    hidden_RH = hidden_RH.to(head.summed)
+    scaled_RH, scaled_for = torch.empty_like(hidden_RH), None
+    for tile, exp_RW, reference_R in kept:
+        if scaled_for is not reference_R:  # the same tensor while no row's reference moved
+            factor_R = others_R * ((reference_R - state.reference_R) * unit).exp()
+            torch.mul(hidden_RH, factor_R[:, None], out=scaled_RH)
+            scaled_for = reference_R
+        if gradients.weight_VH is not None:
+            _add_mm(gradients.weight_VH[tile], exp_RW.t(), scaled_RH.to(operand), first=block.start == 0)
+        if gradients.bias_V is not None:
+            gradients.bias_V[tile] += factor_R @ exp_RW.to(head.summed)
+    if gradients.weight_VH is not None:
+        torch.mul(hidden_RH, target_R[:, None], out=scaled_RH)
+        gradients.weight_VH.index_put_((targets_R,), scaled_RH.neg_(), accumulate=True)
+    if gradients.bias_V is not None:
+        gradients.bias_V.index_put_((targets_R,), -target_R, accumulate=True)
+
+
+def _weights(tokens: Tokens) -> tuple[Any, Any, Any]:
+    return tokens.token_weight_N, tokens.exponent, tokens.min_weight
+
+
+@dataclass
+class _Softmax:
+    """Per row: Σ_{j≠y} exp(z_j − reference) so far, that reference, the target's logit. With a softcap, in units of it."""
+
+    others_R: torch.Tensor
+    reference_R: torch.Tensor
+    target_R: torch.Tensor
+
+    @classmethod
+    def start(cls, rows: int, device: torch.device, dtype: torch.dtype) -> _Softmax:
+        zeros_R = torch.zeros(rows, dtype=dtype, device=device)
+        # Not −inf: a row may see nothing but its own target at first, and −inf − (−inf) is no number.
+        return cls(zeros_R, torch.full_like(zeros_R, torch.finfo(dtype).min), zeros_R)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    rows: int
+    width: int
+    count: int  # tiles
+
+    def blocks(self, N: int) -> Iterator[slice]:
+        return (slice(start, min(start + self.rows, N)) for start in range(0, N, self.rows))
+
+    def tiles(self, V: int) -> Iterator[slice]:
+        return (slice(start, min(start + self.width, V)) for start in range(0, V, self.width))
+
+
+def _plan(N: int, V: int, device: str, kept: bool, operand: torch.dtype) -> _Plan:
+    """Even blocks of rows and even tiles of the vocabulary whose buffers fit their budgets, whatever N and V."""
+    kind = "cpu" if device == "cpu" else "cuda"
+    most_rows = _ROWS[kind]
+    if kept:
+        most_rows = max(1, min(most_rows, _KEPT_BYTES[kind] // (V * operand.itemsize)))
+    rows = math.ceil(N / math.ceil(N / most_rows))
+    tiles = math.ceil(V / max(_LEAST_WIDTH, _TILE_BYTES[kind] // (4 * rows)))
+    width = math.ceil(V / tiles)
+    return _Plan(rows, width, math.ceil(V / width))
+
+
+def _operand_dtype(device: torch.device, head: Head, kept: bool) -> torch.dtype:
+    """What the matmuls read. CPUs multiply 16-bit floats slowly; fp16 has no room for the scaled rows of hidden."""
+    if device.type == "cpu" or (kept and head.multiplied == torch.float16):
+        return head.summed
+    return head.multiplied
+
+
+def _fuses(device: torch.device) -> bool:
+    """Whether the steps are compiled. On a CPU that gains nothing: a tile stays in cache between its few passes."""
+    return device.type != "cpu"
+
+
+class _Workspace:
+    """The buffers of a walk, allocated once: allocating them per tile costs more than the arithmetic does."""
+
+    def __init__(
+        self, plan: _Plan, H: int, head: Head, operand: torch.dtype, device: torch.device, kept: bool
+    ) -> None:
+        self.plan, self.head, self.operand, self.kept = plan, head, operand, kept
+        self._bias_V = None if head.bias_V is None else head.bias_V.to(head.multiplied).to(head.summed)
+        self._in_place = not _fuses(device)
+        tiles = plan.count if kept and self._in_place else 1
+        self._logits = torch.empty(tiles, plan.rows, plan.width + _SPARE, dtype=head.summed, device=device)
+        self._slope = torch.empty_like(self._logits[0]) if head.softcap is not None and self._in_place else None
+        self._weight = None
+        if not operand == head.multiplied == head.weight_VH.dtype:
+            self._weight = torch.empty(plan.width, H, dtype=operand, device=device)
+
+    def logits(self, tile: int, rows: int, width: int) -> torch.Tensor:
+        buffer = self._logits[tile if self._logits.shape[0] > 1 else 0]
+        return buffer[:rows, : width + _SPARE]
+
+    def weight(self, tile: slice) -> torch.Tensor:
+        """A tile of W as the matmuls want it, a view where it is so already."""
+        weight_WH = self.head.weight_VH[tile]
+        if self._weight is None:
+            return weight_WH
+        if self.operand != self.head.multiplied:
+            weight_WH = weight_WH.to(self.head.multiplied)
+        return self._weight[: weight_WH.shape[0]].copy_(weight_WH)
+
+    def step(
+        self,
+        state: _Softmax,
+        hidden_RH: torch.Tensor,
+        weight_WH: torch.Tensor,
+        local_R: torch.Tensor,
+        tile: slice,
+        logits_RX: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Advance `state` by a tile; its exponentials, and what earlier ones must be multiplied by (None: 1)."""
+        bias_W = None if self._bias_V is None else self._bias_V[tile]
+        scale, softcap = self.head.scale / (self.head.softcap or 1.0), self.head.softcap
+        logits_RW = logits_RX[:, : weight_WH.shape[0]]
+        if not self._in_place:
+            _add_mm(logits_RW, hidden_RH, weight_WH.t(), first=True)
+            exp_RW, shrink_R, *now = _fused_step()(
+                logits_RW, local_R, bias_W, scale, softcap, self.operand,
+                state.others_R, state.reference_R, state.target_R,
+            )  # fmt: skip
+            state.others_R, state.reference_R, state.target_R = now
+            return exp_RW, shrink_R
+        first = logits_RW if bias_W is None else bias_W
+        beta = 0.0 if bias_W is None else scale
+        torch.addmm(first, hidden_RH, weight_WH.t(), beta=beta, alpha=scale, out=logits_RW)
+        if softcap is not None:
+            logits_RW.tanh_()
+        slope_RW = None
+        if self._slope is not None:
+            slope_RW = self._slope[: logits_RW.shape[0], : logits_RW.shape[1]]
+            torch.mul(logits_RW, logits_RW, out=slope_RW).neg_().add_(1.0)
+        return _step_in_place(state, logits_RX, logits_RW, local_R, softcap or 1.0, slope_RW)
+
+
+def _step_in_place(
+    state: _Softmax,
+    logits_RX: torch.Tensor,
+    logits_RW: torch.Tensor,
+    local_R: torch.Tensor,
+    unit: float,
+    slope_RW: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """On a CPU: one buffer from logits to exponentials. `logits_RX` is `logits_RW` with its spare columns."""
+    width = logits_RW.shape[1]
+    here_R = (local_R >= 0) & (local_R < width)
+    column_R1 = torch.where(here_R, local_R, width)[:, None]
+    state.target_R = torch.where(here_R, logits_RX.gather(1, column_R1)[:, 0], state.target_R)
+    logits_RX.scatter_(1, column_R1, -math.inf)
+    top_R, shrink_R = logits_RW.amax(1), None
+    if bool((top_R > state.reference_R + _LAG / unit).any()):
+        moved_R = torch.maximum(state.reference_R, top_R)
+        shrink_R = ((state.reference_R - moved_R) * unit).exp_()
+        state.others_R, state.reference_R = state.others_R * shrink_R, moved_R
+    exp_RW = logits_RW.sub_(state.reference_R[:, None])
+    if unit != 1.0:
+        exp_RW.mul_(unit)
+    exp_RW.exp_()
+    state.others_R = state.others_R + exp_RW.sum(1)
+    if slope_RW is not None:
+        exp_RW.mul_(slope_RW)
+    return exp_RW, shrink_R
+
+
+def _step_fused(
+    logits_RW: torch.Tensor,
+    local_R: torch.Tensor,
+    bias_W: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    operand: torch.dtype,
+    others_R: torch.Tensor,
+    reference_R: torch.Tensor,
+    target_R: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """The same step without branches on values and without writes in place: what a compiler can make one kernel of."""
+    logits_RW = (logits_RW if bias_W is None else logits_RW + bias_W) * scale
+    if softcap is not None:
+        logits_RW = torch.tanh(logits_RW)
+    unit, width = softcap or 1.0, logits_RW.shape[1]
+    here_R = (local_R >= 0) & (local_R < width)
+    at_target_R = logits_RW.gather(1, local_R.clamp(0, width - 1)[:, None])[:, 0]
+    is_target_RW = local_R[:, None] == torch.arange(width, device=local_R.device)
+    other_RW = torch.where(is_target_RW, -math.inf, logits_RW)
+    # fp16 ends at 6e-8 below but only at 65504 above: a reference under the maximum uses that room.
+    lift = 10.0 / unit if operand == torch.float16 else 0.0
+    moved_R = torch.maximum(reference_R, other_RW.amax(1) - lift)
+    shrink_R = torch.exp((reference_R - moved_R) * unit)
+    exp_RW = torch.exp((other_RW - moved_R[:, None]) * unit)
+    others_R = others_R * shrink_R + exp_RW.sum(1)
+    if softcap is not None:
+        exp_RW = exp_RW * (1 - logits_RW.square())
+    return exp_RW.to(operand), shrink_R, others_R, moved_R, torch.where(here_R, at_target_R, target_R)
+
+
+@functools.cache
+def _fused_step() -> Callable[..., tuple[torch.Tensor, ...]]:
+    """`_step_fused`, compiled at its first use, or plain if that fails (said once)."""
+    compiled: list[Any] = [torch.compile(_step_fused)]
+
+    def step(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        if compiled:
+            try:
+                return compiled[0](*arguments)
+            except Exception as error:  # whatever a compiler on a stranger's machine can raise
+                compiled.clear()
+                warnings.warn(f"[dwl] torch.compile failed, the loss runs uncompiled: {error}", stacklevel=2)
+        return _step_fused(*arguments)
+
+    return step
+
+
+def _add_mm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
+    """out = a @ b, or out += a @ b, with the sums in the dtype of `out` even where a and b are narrower."""
+    if a.dtype != out.dtype and not (out.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads()):
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    wide = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if first:
+        torch.mm(a, b, out=out, **wide)
+    else:
+        torch.addmm(out, a, b, out=out, **wide)

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hosts import harness
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    harness.make_tokenizer(folder)
+    harness.make_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return harness.write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", harness.rows(40))
+
+
+@pytest.fixture
+def configure(model_folder: Path, data_file: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """A whole config; keyword arguments change it, None deletes a key."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        folder = Path(changes.pop("out", tmp_path))
+        return harness.config(changes.pop("model", model_folder), changes.pop("data", data_file), folder, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _axolotl() -> None:
+    """Import the host once, and keep its heap out of the garbage collections that every run of it asks for."""
+    import gc
+
+    import axolotl.core.builders
+    import axolotl.train  # noqa: F401
+
+    gc.collect()
+    gc.freeze()

@@ -1,0 +1,185 @@
+"""A tiny model, a tiny dataset, and `axolotl train` in this process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    """Little sums of different lengths, some without a `<think>` part."""
+    out = []
+    for i in range(count):
+        a, b = 3 * i + 2, 7 * i % 11 + 1
+        thought = "" if i % 4 == 3 else f"<think>{a} and {b} make {a + b}, as {'I see ' * (i % 5)}it.</think>\n"
+        out.append({
+            "messages": [
+                {"role": "user", "content": f"What is {a} + {b}?"},
+                {"role": "assistant", "content": f"{thought}The answer is {a + b}. Café №{i}."},
+            ]
+        })  # fmt: skip
+    return out
+
+
+def write_rows(path: Path, samples: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples), encoding="utf-8")
+    return path
+
+
+def make_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    texts = [message["content"] for row in rows(200) for message in row["messages"]]
+    tokenizer.train_from_iterator([*texts, "user assistant system"], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=special[1], eos_token=special[2], pad_token=special[0], unk_token=special[0]
+    )
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+
+
+def make_model(folder: Path, **changes: Any) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,  # spread the logits, so that p is not the same everywhere
+        "tie_word_embeddings": True,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).save_pretrained(folder)
+
+
+CPU = {
+    "bf16": False,
+    "fp16": False,
+    "tf32": False,
+    "attn_implementation": "sdpa",
+    "lora_mlp_kernel": False,
+    "lora_qkv_kernel": False,
+    "lora_o_kernel": False,
+}
+
+CLASSES = {
+    "reasoning": {"between": ["<think>", "</think>"]},
+    "number": {"regex": r"\d+"},
+    "control": {"tokens": ["<|im_end|>"], "token_loss": "nll"},
+}
+
+
+def config(base_model: Path, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    settings = {
+        "base_model": str(base_model),
+        "plugins": ["dwl_plugin.DWLPlugin"],
+        "datasets": [{"path": str(data), "type": "chat_template"}],
+        "dataset_prepared_path": str(base_model / "prepared"),
+        "output_dir": str(out / "run"),
+        "val_set_size": 0,
+        "sequence_len": 512,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "num_epochs": 1,
+        "max_steps": 2,
+        "learning_rate": 0.01,
+        "lr_scheduler": "constant",
+        "optimizer": "adamw_torch",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1e9,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "seed": 7,
+        "dataset_num_proc": 1,
+        "dataloader_num_workers": 0,
+        "dataloader_prefetch_factor": None,
+        "dataloader_pin_memory": False,
+        "include_tkps": False,
+        **CPU,
+    }
+    return {key: value for key, value in {**settings, **changes}.items() if value is not None}
+
+
+class Recorder(TrainerCallback):
+    """Gradients of every optimizer step, before it is taken."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        self.gradients.append({
+            name: parameter.grad.detach().double().clone()
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        })  # fmt: skip
+
+
+class Run:
+    """What a finished run left behind."""
+
+    def __init__(self, trainer: Any, recorder: Recorder) -> None:
+        self.trainer, self.gradients = trainer, recorder.gradients
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        return list(self.trainer.state.log_history)
+
+    def logged(self, key: str) -> list[float]:
+        return [entry[key] for entry in self.history if key in entry]
+
+
+def train(settings: dict[str, Any], before: Callable[[Any], None] | None = None) -> Run:
+    """`axolotl train`, in process, through the host's own `load_cfg` and `do_train`."""
+    import axolotl.cli.train as command
+    from axolotl.cli.args import TrainerCliArgs
+    from axolotl.cli.config import load_cfg
+    from axolotl.train import setup_model_and_trainer, train as host_train
+    from axolotl.utils.dict import DictDefault
+
+    import axolotl.train as host
+
+    recorder, built = Recorder(), []
+
+    def with_recorder(cfg: Any, dataset_meta: Any) -> Any:
+        parts = setup_model_and_trainer(cfg, dataset_meta)
+        built.append(parts[0])
+        parts[0].add_callback(recorder)
+        if before is not None:
+            before(parts[0])
+        return parts
+
+    argv, sys.argv = sys.argv, ["axolotl"]
+    host.setup_model_and_trainer, command.train = with_recorder, host_train
+    try:
+        cfg = load_cfg(DictDefault(settings))
+        command.do_train(cfg, TrainerCliArgs())
+    finally:
+        host.setup_model_and_trainer, sys.argv = setup_model_and_trainer, argv
+        del command.train
+    return Run(built[0], recorder)
