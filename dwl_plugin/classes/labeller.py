@@ -59,7 +59,7 @@ class Labeller:
             (T,) int64, an index into `names` or -100.
 
         Raises:
-            PatternTooSlow: a pattern backtracks on this sample.
+            PatternTooSlowError: a pattern backtracks on this sample.
         """
         ids_T, target_T = _pair(input_ids, labels)
         return self._classify(ids_T, target_T, np.zeros(1, np.int64))
@@ -81,7 +81,7 @@ class Labeller:
 
         Raises:
             DWLError: `packed`, a class looks at text, and nothing tells where samples begin.
-            PatternTooSlow: a pattern backtracks on a sample.
+            PatternTooSlowError: a pattern backtracks on a sample.
         """
         ids_BT, target_BT = _pair(input_ids, labels)
         mask_BT, position_BT = _aligned(attention_mask, ids_BT), _aligned(position_ids, ids_BT)

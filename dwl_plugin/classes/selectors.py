@@ -83,15 +83,14 @@ class Samples:
         before, after = np.append(False, inside_T), np.append(inside_T, False)
         begin_P = np.flatnonzero(after & (edge | ~before))
         end_P = np.flatnonzero(before & (edge | ~after))
-        _, sample_P, pieces_S = np.unique(
-            np.searchsorted(self.starts_S, begin_P, "right"), return_inverse=True, return_counts=True
-        )
-        return Pieces.of(self, self.offsets[begin_P], self.offsets[end_P], pieces_S[sample_P])
+        sample_P = np.searchsorted(self.starts_S, begin_P, "right")
+        return Pieces.of(self, self.offsets[begin_P], self.offsets[end_P], np.bincount(sample_P)[sample_P])
 
     def covered(self, begin_M: Ints, end_M: Ints) -> Bools:
         """(T,) True where a token's bytes overlap a span of `data`, or a token without bytes stands inside one."""
-        first_M = np.searchsorted(self.offsets[1:], begin_M, "right")
-        stop_M = np.searchsorted(self.offsets[:-1], end_M, "left")
+        some_M = begin_M < end_M
+        first_M = np.searchsorted(self.offsets[1:], begin_M[some_M], "right")
+        stop_M = np.searchsorted(self.offsets[:-1], end_M[some_M], "left")
         return self.in_ranges(first_M, stop_M)
 
     def in_ranges(self, first_M: Ints, stop_M: Ints) -> Bools:

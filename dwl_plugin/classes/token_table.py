@@ -10,7 +10,7 @@ Suffixes: V token ids, R rows (V, one for ids outside the vocabulary, second spe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,11 +120,13 @@ class TokenTable:
 
 def vocabulary_size(tokenizer: Any) -> int:
     """One more than the largest token id; ids may have gaps."""
-    return 1 + max((*tokenizer.get_vocab().values(), *_added(tokenizer)), default=-1)
+    named = 1 + max((*tokenizer.get_vocab().values(), *_added(tokenizer)), default=-1)
+    return int(max(named, getattr(tokenizer, "vocab_size", 0)))
 
 
 def _added(tokenizer: Any) -> dict[int, Any]:
-    return dict(getattr(tokenizer, "added_tokens_decoder", None) or {})
+    added = getattr(tokenizer, "added_tokens_decoder", None)
+    return dict(added) if isinstance(added, Mapping) else {}  # mistral-common's is a method that is not implemented
 
 
 def _special_ids(tokenizer: Any) -> set[int]:

@@ -39,6 +39,12 @@ class DWLPlugin(BasePlugin):
                 Problem("loss", "this version of Axolotl has a `loss` key of its own; install a dwl_plugin that knows it")
             ])  # fmt: skip
 
+    def get_training_args(self, cfg: Any) -> dict[str, Any]:
+        """Less nll is better. The host would take every metric that does not end in `loss` for one to maximise."""
+        metric = (cfg.get("metric_for_best_model") or "").removeprefix("eval_")
+        ours = cfg.get("loss") is not None and (metric == "nll" or metric.startswith("dwl/nll/"))
+        return {"greater_is_better": False} if ours and cfg.get("greater_is_better") is None else {}
+
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
         """The host's own datasets, looked at before a model is loaded."""
         block = block_of(cfg)

@@ -1,7 +1,7 @@
 """What one token pays, exact from p → 0 to p → 1. Every way of computing the loss ends here.
 
-Shapes: N target tokens. Probabilities are never formed by a subtraction: the target's exponential stays out of the sum, so a
-token the model is certain of keeps its last digits (nll ≈ 1e-7 is not 0) and 1 − p is what is left, not what was taken away.
+Shapes: N target tokens. Probabilities are never formed by a subtraction: the target's exponential stays out of the
+sum, so a token the model is certain of keeps its last digits (nll ≈ 1e-7 is not 0).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["TokenLoss", "exact_nll", "paid_weight", "refuse_second_derivative", 
 
 
 class TokenLoss(NamedTuple):
-    """`loss`: the weighted sum, a scalar with gradient. `nll`: −log p of each position in nats, detached, 0 where ignored."""
+    """`loss`: the weighted sum, with gradient. `nll`: −log p of each position in nats, detached, 0 where ignored."""
 
     loss: torch.Tensor
     nll: torch.Tensor
@@ -25,8 +25,8 @@ def exact_nll(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """nll = −log softmax(z)[y] and 1 − p = 1 − exp(−nll), from others = Σ_{j≠y} exp(z_j − reference) and z_y.
 
-    With x = log Σ_{j≠y} exp(z_j) − z_y they are softplus(x) and sigmoid(x); below 0 by odds = exp(x) itself, since a logarithm
-    of 1e-17 has fewer digits than it.
+    With x = log Σ_{j≠y} exp(z_j) − z_y they are softplus(x) and sigmoid(x); for x < 0 taken from odds = exp(x) itself,
+    since the logarithm of 1e-17 has fewer digits than 1e-17.
     """
     gap_N = reference_N - target_logit_N
     x_N, odds_N = others_N.log() + gap_N, others_N * gap_N.exp()
@@ -48,7 +48,9 @@ def paid_weight(
         paid_N = torch.ones_like(nll_N)
     else:
         paid_N = (nll_N * -exponent).exp_()
-    paid_N = torch.maximum(paid_N, min_weight) if isinstance(min_weight, torch.Tensor) else paid_N.clamp_(min=min_weight)
+    paid_N = (
+        torch.maximum(paid_N, min_weight) if isinstance(min_weight, torch.Tensor) else paid_N.clamp_(min=min_weight)
+    )
     return paid_N if token_weight_N is None else paid_N * token_weight_N
 
 
@@ -62,4 +64,6 @@ def spread(values_N: torch.Tensor, rows_N: torch.Tensor | None, shape: torch.Siz
 def refuse_second_derivative() -> None:
     """Gradients taken in the forward are constants: a gradient penalty on them would be wrong without a word."""
     if torch.is_grad_enabled():
-        raise RuntimeError("the fused loss cannot be differentiated twice: call backward or grad without create_graph=True")
+        raise RuntimeError(
+            "the fused loss cannot be differentiated twice: call backward or grad without create_graph=True"
+        )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Tokens", "require", "require_number", "select_tokens"]
+__all__ = ["Tokens", "brief", "require", "require_number", "select_tokens"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Tokens:
     min_weight: torch.Tensor | float
 
     def __len__(self) -> int:
-        return self.targets_N.numel()
+        return len(self.targets_N)
 
 
 def require(condition: bool, message: str) -> None:
@@ -51,7 +51,7 @@ def select_tokens(
     min_weight: torch.Tensor | float,
 ) -> Tokens:
     """Drop the ignored positions. On CUDA this waits once for the device, to learn how many are left."""
-    require(hidden.ndim >= 1 and hidden.is_floating_point(), f"hidden must be floating (..., H), got {_brief(hidden)}")
+    require(hidden.ndim >= 1 and hidden.is_floating_point(), f"hidden must be floating (..., H), got {brief(hidden)}")
     require(
         targets.shape == hidden.shape[:-1],
         f"targets must have the leading shape of hidden, {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}",
@@ -112,5 +112,5 @@ def _check(values: torch.Tensor, allowed: torch.Tensor, message: str) -> None:
         torch._assert_async(allowed.all(), message)
 
 
-def _brief(tensor: torch.Tensor) -> str:
+def brief(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dwl_plugin.loss.exact_nll import TokenLoss, refuse_second_derivative, spread
-from dwl_plugin.loss.inputs import Tokens, require, require_number, select_tokens
+from dwl_plugin.loss.inputs import Tokens, brief, require, require_number, select_tokens
 from dwl_plugin.loss.vocabulary import Gradients, Head, Wanted, walk
 
 __all__ = ["TokenLoss", "linear_cross_entropy"]
@@ -37,9 +37,10 @@ def linear_cross_entropy(
         nll    = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
         loss   = (token_weight * (-nll).exp().pow(exponent).clamp(min=min_weight).detach() * nll).sum()
 
-    without ever holding the logits: ignored positions are dropped before the first matmul, the rest goes through the vocabulary
-    in tiles, and the gradients are taken on the way (two matmuls with a frozen `weight`, three with a trained one, one when
-    nothing wants a gradient). `exponent` 0 is the plain negative log-likelihood, 1 is DFT (arXiv:2508.05629).
+    without ever holding the logits: ignored positions are dropped before the first matmul, the rest goes through the
+    vocabulary in tiles, and the gradients are taken on the way (two matmuls with a frozen `weight`, three with a
+    trained one, one when nothing wants a gradient). `exponent` 0 is the plain negative log-likelihood, 1 is DFT
+    (arXiv:2508.05629).
 
     Shapes: … any leading shape, H hidden size, V vocabulary.
 
@@ -56,16 +57,17 @@ def linear_cross_entropy(
         ignore_index: the target that means "no target here".
 
     Returns:
-        TokenLoss(loss, nll). `loss`: a scalar, in nats; with no target it is 0 and still has its graph. `nll`: (…), detached, 0
-        at ignored positions. Both are fp32 (fp64 if the matmul is) whatever the inputs; gradients have the inputs' dtypes.
+        TokenLoss(loss, nll). `loss`: a scalar, in nats; with no target it is 0 and still has its graph. `nll`: (…),
+        detached, 0 at ignored positions. Both are fp32 (fp64 if the matmul is) whatever the inputs; gradients have the
+        inputs' dtypes.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype, device or range. On CUDA, values inside tensors are asserted by the
-            device, so that nothing waits for it; one wait per call remains, for the number of targets.
+        ValueError: an argument has the wrong shape, dtype, device or range. On CUDA, values inside tensors are asserted
+            by the device, so that nothing waits for it; one wait per call remains, for the number of targets.
         RuntimeError: on a backward with `create_graph=True`.
 
-    Workspace is bounded whatever the number of tokens and V; beyond it there are the gradients themselves in fp32. The first
-    backward hands them out; another one through a retained graph takes them again.
+    Workspace is bounded whatever the number of tokens and V; beyond it there are the gradients themselves in fp32. The
+    first backward hands them out; another one through a retained graph takes them again.
     """
     if torch.compiler.is_compiling():
         return _uncompiled()(
@@ -74,14 +76,14 @@ def linear_cross_entropy(
         )  # fmt: skip
     require(
         weight.ndim == 2 and weight.is_floating_point() and hidden.ndim >= 1 and weight.shape[1] == hidden.shape[-1],
-        f"weight must be floating (V, H) with the H of hidden {tuple(hidden.shape)}, got {weight.dtype} {tuple(weight.shape)}",
+        f"weight must be floating (V, H) with the H of hidden {tuple(hidden.shape)}, got {brief(weight)}",
     )
     require(weight.shape[0] > 0, "weight must have at least one row, got (0, H)")
     require(weight.device == hidden.device, f"weight must be on {hidden.device} like hidden, got {weight.device}")
     if bias is not None:
         require(
             bias.shape == weight.shape[:1] and bias.is_floating_point() and bias.device == hidden.device,
-            f"bias must be floating ({weight.shape[0]},) on {hidden.device}, got {bias.dtype} {tuple(bias.shape)} on {bias.device}",
+            f"bias must be floating ({weight.shape[0]},) on {hidden.device}, got {brief(bias)} on {bias.device}",
         )
     if softcap is not None:
         require_number("softcap", softcap, above=0.0)
@@ -117,7 +119,8 @@ def linear_cross_entropy(
 @functools.cache
 def _uncompiled() -> Callable[..., TokenLoss]:
     # Built at first use: the decorator would import torch's compiler into every process.
-    return torch.compiler.disable(linear_cross_entropy)
+    eager: Callable[..., TokenLoss] = torch.compiler.disable(linear_cross_entropy)
+    return eager
 
 
 def _multiplied_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
@@ -135,10 +138,12 @@ class _Call:
     wanted: Wanted
 
     def take(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
-        return walk(hidden.detach().reshape(-1, hidden.shape[-1]), self.tokens, self.head, self.wanted)
+        hidden_TH = hidden.detach().reshape(-1, hidden.shape[-1])
+        taken: tuple[torch.Tensor, torch.Tensor, Gradients] = walk(hidden_TH, self.tokens, self.head, self.wanted)
+        return taken
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: _Call
@@ -153,7 +158,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
         hidden, weight, bias = ctx.saved_tensors
-        # Handed out and forgotten, so that ∂W is scaled where it lies: a second copy would be the largest tensor of all.
+        # Handed out and forgotten, so that ∂W is scaled where it lies: a copy would be the largest tensor of all.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             gradients = ctx.call.take(hidden)[2]

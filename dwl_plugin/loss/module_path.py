@@ -17,7 +17,10 @@ from dwl_plugin.loss.inputs import require, select_tokens
 
 __all__ = ["module_cross_entropy"]
 
-_CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of fp32 logits; about three times as much is alive in a backward
+_CHUNK_BYTES = {
+    "cpu": 64 * 2**20,
+    "cuda": 512 * 2**20,
+}  # of fp32 logits; about three times as much is alive in a backward
 
 
 def module_cross_entropy(
@@ -37,8 +40,8 @@ def module_cross_entropy(
         nll  = F.cross_entropy(head(hidden.flatten(0, -2)).float(), targets.flatten(), reduction="none")
         loss = (token_weight * (-nll).exp().pow(exponent).clamp(min=min_weight).detach() * nll).sum()
 
-    `head` maps (R, H) to (R, V), row by row, and is called on chunks of target tokens; each chunk's logits are computed again in
-    the backward, so only one chunk of them exists at a time. Gradients reach whatever parameters `head` uses.
+    `head` maps (R, H) to (R, V), row by row, and is called on chunks of target tokens; each chunk's logits are computed
+    again in the backward, so only one chunk of them exists at a time. Gradients reach whatever parameters `head` uses.
 
     Arguments and result are those of `linear_cross_entropy`, besides:
         vocab_size: V, if the caller knows it; otherwise one row is sent through `head` to learn it.
@@ -95,7 +98,7 @@ def _summed(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-class _LogitsNLL(torch.autograd.Function):
+class _LogitsNLL(torch.autograd.Function):  # type: ignore[misc]
     """−log softmax(logits)[target] per row, in fp32 or wider whatever the logits are."""
 
     @staticmethod

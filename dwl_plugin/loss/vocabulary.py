@@ -4,11 +4,13 @@ For target y, with q the softmax over the other tokens and s = exp-sum of those 
 
     ∂nll/∂z_j = (1 − p_y) · (q_j − 1[j = y]),      q_j = exp(z_j − reference) / s,  q_y = 0
 
-so one pass can accumulate Σ_j exp(z_j − reference)·W_j beside the sum itself, as attention does with K = V = W, and everything
-known only at the end (1/s, 1 − p, the token's weight, exponent and floor) scales one row of (N, H). A trained head keeps its
-block of exponentials for a third matmul, ∂W = expᵀ·(rows of hidden, scaled the same way): still nothing is divided over (N, V).
+so one pass can accumulate Σ_j exp(z_j − reference)·W_j beside the sum itself, as attention does with K = V = W, and
+everything known only at the end (1/s, 1 − p, the token's weight, exponent and floor) scales one row of (N, H). A trained
+head keeps its block of exponentials for a third matmul, ∂W = expᵀ·(rows of hidden, scaled the same way): still nothing
+is divided over (N, V).
 
-Shapes: T positions, N target tokens, R rows of one block, W tokens of one tile of the vocabulary, H hidden size, V vocabulary.
+Shapes: T positions, N target tokens, R rows of one block, W tokens of one tile of the vocabulary (X: with its spare
+columns), H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ _LEAST_WIDTH = 256
 _ROWS = {"cpu": 1024, "cuda": 8192}
 # Exponentials a trained head keeps for ∂W. Fewer row blocks read and write ∂W less often.
 _KEPT_BYTES = {"cpu": 128 * _MIB, "cuda": 1024 * _MIB}
-# A row's reference follows its maximum only when it lags by this much: e^20 is far from overflow, and rescaling costs O(R·H).
+# A row's reference follows its maximum only when it lags by this much: e^20 is far from overflow, rescaling costs O(R·H).
 _LAG = 20.0
-_SPARE = 16  # columns beside a tile: rows whose target lives in another tile write there, and row strides avoid powers of two
+# Columns beside a tile: rows whose target lives in another tile write there, and row strides avoid powers of two.
+_SPARE = 16
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,11 @@ class Gradients:
     bias_V: torch.Tensor | None
 
 
-@torch.no_grad()
 def walk(
     hidden_TH: torch.Tensor, tokens: Tokens, head: Head, wanted: Wanted
 ) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
     """(loss, nll_N, gradients) of Σ_t w_t·max(p_t^a, m)·nll_t, the first factors constant."""
-    with torch.autocast(hidden_TH.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(hidden_TH.device.type, enabled=False):
         return _walk(hidden_TH, tokens, head, wanted)
 
 
@@ -176,7 +178,7 @@ def _weights(tokens: Tokens) -> tuple[Any, Any, Any]:
 
 @dataclass
 class _Softmax:
-    """Per row: Σ_{j≠y} exp(z_j − reference) so far, that reference, the target's logit. With a softcap, in units of it."""
+    """Per row: Σ_{j≠y} exp(z_j − reference) so far, that reference, the target's logit (in units of a softcap)."""
 
     others_R: torch.Tensor
     reference_R: torch.Tensor
@@ -223,15 +225,13 @@ def _operand_dtype(device: torch.device, head: Head, kept: bool) -> torch.dtype:
 
 def _fuses(device: torch.device) -> bool:
     """Whether the steps are compiled. On a CPU that gains nothing: a tile stays in cache between its few passes."""
-    return device.type != "cpu"
+    return str(device.type) != "cpu"
 
 
 class _Workspace:
     """The buffers of a walk, allocated once: allocating them per tile costs more than the arithmetic does."""
 
-    def __init__(
-        self, plan: _Plan, H: int, head: Head, operand: torch.dtype, device: torch.device, kept: bool
-    ) -> None:
+    def __init__(self, plan: _Plan, H: int, head: Head, operand: torch.dtype, device: torch.device, kept: bool) -> None:
         self.plan, self.head, self.operand, self.kept = plan, head, operand, kept
         self._bias_V = None if head.bias_V is None else head.bias_V.to(head.multiplied).to(head.summed)
         self._in_place = not _fuses(device)
@@ -243,8 +243,10 @@ class _Workspace:
             self._weight = torch.empty(plan.width, H, dtype=operand, device=device)
 
     def logits(self, tile: int, rows: int, width: int) -> torch.Tensor:
-        buffer = self._logits[tile if self._logits.shape[0] > 1 else 0]
-        return buffer[:rows, : width + _SPARE]
+        """(rows, width) and, on a CPU, the spare columns."""
+        if not self._in_place:
+            return self._logits.view(-1)[: rows * width].view(rows, width)
+        return self._logits[tile if len(self._logits) > 1 else 0, :rows, : width + _SPARE]
 
     def weight(self, tile: slice) -> torch.Tensor:
         """A tile of W as the matmuls want it, a view where it is so already."""
@@ -351,12 +353,14 @@ def _step_fused(
 @functools.cache
 def _fused_step() -> Callable[..., tuple[torch.Tensor, ...]]:
     """`_step_fused`, compiled at its first use, or plain if that fails (said once)."""
-    compiled: list[Any] = [torch.compile(_step_fused)]
+    compiled: list[Callable[..., tuple[torch.Tensor, ...]]] = [torch.compile(_step_fused)]
 
     def step(*arguments: Any) -> tuple[torch.Tensor, ...]:
         if compiled:
             try:
                 return compiled[0](*arguments)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # whatever a compiler on a stranger's machine can raise
                 compiled.clear()
                 warnings.warn(f"[dwl] torch.compile failed, the loss runs uncompiled: {error}", stacklevel=2)

@@ -35,11 +35,20 @@ def configure(model_folder: Path, data_file: Path, tmp_path: Path) -> Callable[.
 
 @pytest.fixture(scope="session", autouse=True)
 def _axolotl() -> None:
-    """Import the host once, and keep its heap out of the garbage collections that every run of it asks for."""
+    """Import the host once, keep its heap out of the collections that every run asks for, and let it prepare these few rows
+    in this process: a pool that imports everything again takes longer than the test."""
     import gc
 
     import axolotl.core.builders
     import axolotl.train  # noqa: F401
+    from datasets import Dataset
 
+    for name in ("save_to_disk", "map", "filter"):
+        method = getattr(Dataset, name)
+
+        def alone(*args: Any, _method: Any = method, num_proc: Any = None, **kwargs: Any) -> Any:
+            return _method(*args, **kwargs)
+
+        setattr(Dataset, name, alone)
     gc.collect()
     gc.freeze()

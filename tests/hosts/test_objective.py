@@ -81,7 +81,7 @@ LAYOUTS = {
     "2x4": {"micro_batch_size": 2, "gradient_accumulation_steps": 4},
     "packed in one": {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "sample_packing": True, "sequence_len": 1024},
     "packed in two rows": {
-        "micro_batch_size": 2, "gradient_accumulation_steps": 1, "sample_packing": True, "sequence_len": 512,
+        "micro_batch_size": 2, "gradient_accumulation_steps": 1, "sample_packing": True, "sequence_len": 256,
         "pad_to_sequence_len": True,
     },
 }  # fmt: skip

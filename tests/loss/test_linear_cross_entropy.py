@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -56,7 +56,9 @@ def full_case(*shape: int, seed: int = 0, **options: Any) -> Case:
 
 
 def options_of(case: Case) -> dict[str, Any]:
-    return {f.name: getattr(case, f.name) for f in fields(case) if f.name not in ("hidden", "weight", "targets", "bias")}
+    return {
+        f.name: getattr(case, f.name) for f in fields(case) if f.name not in ("hidden", "weight", "targets", "bias")
+    }
 
 
 def run(
@@ -73,7 +75,7 @@ def run(
 def errors(
     loss_function: Callable[..., TokenLoss], case: Case, *, upstream: float = 0.37, trained: bool = True
 ) -> dict[str, float]:
-    """Relative error of loss, nll and each gradient against the per-token loop; a missing gradient is infinitely wrong."""
+    """Relative error of loss, nll and each gradient against the per-token loop; a missing gradient is all wrong."""
     truth = per_token(case)
     out, grads = run(loss_function, case, upstream=upstream, trained=trained)
     found = {"loss": relative(out.loss, truth.loss), "nll": relative(out.nll, truth.nll)}
@@ -107,12 +109,12 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=["cpu", "fused"])
-def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The step of a CPU, and the one a GPU compiles, here uncompiled."""
     if request.param == "fused":
         monkeypatch.setattr(vocabulary, "_fuses", lambda device: True)
         monkeypatch.setattr(vocabulary, "_fused_step", lambda: vocabulary._step_fused)
-    yield request.param
+    return str(request.param)
 
 
 CASES = {
@@ -324,7 +326,9 @@ def test_nan_in_hidden_is_not_hidden(body: str) -> None:
 
 @pytest.mark.parametrize("function", [linear_cross_entropy, as_module])
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (7,), (2, 3)])
-def test_without_targets_the_loss_is_zero_with_a_graph(function: Callable[..., TokenLoss], shape: tuple[int, ...]) -> None:
+def test_without_targets_the_loss_is_zero_with_a_graph(
+    function: Callable[..., TokenLoss], shape: tuple[int, ...]
+) -> None:
     case = full_case(*shape, ignored=1.1)
     out, grads = run(function, case)
     assert out.loss.item() == 0.0
@@ -387,7 +391,8 @@ def count_matmuls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("hidden_learns", "weight_learns", "matmuls"), [(False, False, 1), (True, False, 2), (False, True, 2), (True, True, 3)]
+    ("hidden_learns", "weight_learns", "matmuls"),
+    [(False, False, 1), (True, False, 2), (False, True, 2), (True, True, 3)],
 )
 def test_takes_no_more_matmuls_than_gradients_asked_for(
     monkeypatch: pytest.MonkeyPatch, hidden_learns: bool, weight_learns: bool, matmuls: int
@@ -520,7 +525,7 @@ def test_workspace_is_bounded_whatever_the_shape(tokens: int, vocab: int, kept: 
     assert tile <= max(vocabulary._TILE_BYTES["cpu"] * 1.01, 4 * plan.rows * vocabulary._LEAST_WIDTH)
     if kept:
         assert plan.rows == 1 or 4 * plan.rows * vocab <= vocabulary._KEPT_BYTES["cpu"]
-    assert [b.start for b in plan.blocks(tokens)][0] == 0
+    assert next(plan.blocks(tokens)).start == 0
     assert sum(b.stop - b.start for b in plan.blocks(tokens)) == tokens
     assert sum(t.stop - t.start for t in plan.tiles(vocab)) == vocab
     assert len(list(plan.tiles(vocab))) == plan.count

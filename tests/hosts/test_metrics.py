@@ -1,0 +1,113 @@
+"""What a run logs, and that it is what the tokens say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from dwl_plugin.config import parse
+from tests.hosts.harness import CLASSES, Run, train
+
+Configure = Callable[..., dict[str, Any]]
+ALPHA = {"reasoning": 1, "number": 5, "control": 2, "rest": 2}
+MOVED = {"reasoning": 4, "number": 1, "control": 1, "rest": 4}
+DWL = {
+    "classes": CLASSES,
+    "alpha": ALPHA,
+    "token_loss": "dft",
+    "schedule": {"type": "cosine", "to": MOVED, "start": 1, "end": "100%"},
+}
+NAMES = ("reasoning", "number", "control", "rest")
+
+
+@pytest.fixture(scope="module")
+def run(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    from tests.hosts.harness import config
+
+    folder = tmp_path_factory.mktemp("run")
+    settings = config(
+        model_folder, data_file, folder, loss="dwl", dwl=DWL, max_steps=6, gradient_accumulation_steps=2, val_set_size=8,
+        eval_steps=3, save_strategy="steps", save_steps=3, metric_for_best_model="eval_nll",
+    )  # fmt: skip
+    return train(settings)
+
+
+def test_alpha_follows_its_closed_formula_at_every_step(run: Run) -> None:
+    import math
+
+    start = [ALPHA[name] / 10 for name in NAMES]
+    end = [MOVED[name] / 10 for name in NAMES]
+    for tau, entry in enumerate(entry for entry in run.history if "loss" in entry):
+        s = (1 - math.cos(math.pi * min(max((tau - 1) / 5, 0), 1))) / 2
+        expected = [(1 - s) * a + s * b for a, b in zip(start, end, strict=True)]
+        assert [entry[f"dwl/alpha/{name}"] for name in NAMES] == pytest.approx(expected, abs=1e-12)
+
+
+def test_shares_add_up_and_the_whole_is_the_sum_of_its_classes(run: Run) -> None:
+    entries = [entry for entry in run.history if "loss" in entry]
+    assert len(entries) == 6
+    for entry in entries:
+        shares = {name: entry[f"dwl/token_share/{name}"] for name in NAMES}
+        assert sum(shares.values()) == pytest.approx(1)
+        assert sum(entry[f"dwl/loss_share/{name}"] for name in NAMES) == pytest.approx(1)
+        for quantity, total in (("nll", "nll"), ("p", "dwl/p")):
+            mean = sum(shares[name] * entry[f"dwl/{quantity}/{name}"] for name in NAMES if shares[name])
+            assert mean == pytest.approx(entry[total], rel=1e-9)
+        # token_mean: the loss is the mean weight's share of nll, so it lies far below nll here
+        assert 0 < entry["loss"] < entry["nll"]
+
+
+def test_eval_nll_is_the_plain_cross_entropy_of_the_eval_set(run: Run) -> None:
+    trainer = run.trainer
+    model = trainer.model
+    nll, count = 0.0, 0
+    with torch.no_grad():
+        for row in trainer.eval_dataset:
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+            logits = model(input_ids=ids).logits[0, :-1].double()
+            targets = labels[0, 1:]
+            nll += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+            count += int((targets != -100).sum())
+    assert run.logged("eval_nll")[-1] == pytest.approx(nll / count, rel=1e-5)
+    assert run.logged("eval_dwl/token_share/number")[-1] > 0
+
+
+def test_checkpoint_state_and_resolved_block_are_on_disk(run: Run) -> None:
+    out = Path(run.trainer.args.output_dir)
+    state = yaml.safe_load((out / "checkpoint-6" / "trainer_state.json").read_text())
+    logged = [entry for entry in state["log_history"] if "loss" in entry]
+    assert logged[-1]["dwl/nll/number"] == run.logged("dwl/nll/number")[-1]
+    assert state["best_metric"] == min(run.logged("eval_nll"))
+    saved = yaml.safe_load((out / "dwl_config.yaml").read_text())
+    assert parse(saved) == parse({"loss": "dwl", "dwl": DWL})
+
+
+def test_console_keeps_the_few_and_the_state_gets_all(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    train(configure(loss="dwl", dwl={"classes": CLASSES, "alpha": ALPHA}, max_steps=1))
+    text = capsys.readouterr().out
+    assert "dwl/alpha/number" in text
+    assert "'nll'" in text
+    assert "dwl/loss_share" not in text
+
+
+def test_opening_lines_say_what_alpha_does(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
+    train(configure(loss="dwl", dwl=DWL, max_steps=2))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[dwl]")]
+    assert "`loss: dwl` replaces ForCausalLMLoss" in lines[0]
+    number = next(line.split() for line in lines if line.split()[1] == "number")
+    assert number[4:6] == ["0.500", "0.50×"]
+    assert [line.split()[1] for line in lines[2:6]] == list(NAMES)
+
+
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_classes_are_measured_under_the_other_losses(configure: Configure, loss: str) -> None:
+    plain = train(configure(loss=loss, max_steps=2))
+    classes = {name: {key: value for key, value in spec.items() if key != "token_loss"} for name, spec in CLASSES.items()}
+    measured = train(configure(loss=loss, dwl={"classes": classes}, max_steps=2))
+    assert measured.logged("loss") == plain.logged("loss")
+    assert len(measured.logged("dwl/nll/number")) == 2

@@ -1,0 +1,159 @@
+"""What happens before a model is loaded: errors, refusals, and a plugin that is loaded once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dwl_plugin.config import parse
+from dwl_plugin.errors import ConfigError
+from dwl_plugin.hosts.refusals import REFUSALS
+from tests.hosts.harness import train
+
+Configure = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from axolotl.loaders import ModelLoader
+
+    def load(self: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(ModelLoader, "load", load)
+
+
+def problems_of(settings: dict[str, Any]) -> dict[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        train(settings)
+    return {problem.path: str(problem) for problem in caught.value.problems}
+
+
+@pytest.mark.usefixtures("no_model")
+def test_what_the_schema_sees_is_reported_whole_and_nothing_is_written(configure: Configure, tmp_path: Path) -> None:
+    found = problems_of(configure(loss="dwl", use_dft=True, dwl={"classes": {"a": {"regex": "("}}, "alpha": {"b": 1}}))
+    assert {"dwl.classes.a.regex", "dwl.alpha.b", "dwl.alpha", "use_dft"} == set(found)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_what_the_tokenizer_sees_is_reported_whole(configure: Configure, tmp_path: Path) -> None:
+    classes = {
+        "many": {"tokens": ["<think>"]},
+        "outside": {"token_ids": [5, 4000]},
+        "shadowed": {"token_ids": [5]},
+    }
+    found = problems_of(configure(loss="dwl", dwl={"classes": classes}))
+    assert "not one token" in found["dwl.classes.many.tokens[0]"]
+    assert "400" in found["dwl.classes.outside.token_ids[1]"]
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_class_that_matches_nothing_stops_the_run_before_the_model(configure: Configure) -> None:
+    dwl = {"classes": {"code": {"regex": "```"}, "number": {"regex": r"\d+"}}}
+    found = problems_of(configure(loss="dwl", dwl=dwl))
+    assert set(found) == {"dwl.classes.code"}
+    assert "40 rows" in found["dwl.classes.code"]
+    assert "allow_empty" in found["dwl.classes.code"]
+
+
+def test_an_empty_class_may_be_allowed(configure: Configure) -> None:
+    run = train(configure(loss="dwl", dwl={"classes": {"code": {"regex": "```", "allow_empty": True}}}, max_steps=1))
+    assert run.logged("dwl/token_share/code") == [0.0]
+    assert not run.logged("dwl/nll/code")
+
+
+REFUSED = {
+    "use_dft": True,
+    "use_eaft": True,
+    "liger_use_token_scaling": True,
+    "label_smoothing_factor": 0.1,
+    "label_smoothing": 0.1,
+    "orpo_alpha": 0.1,
+    "rl": "dpo",
+    "reward_model": True,
+    "process_reward_model": True,
+    "diffusion": {"noise_schedule": "cosine"},
+    "kd_trainer": True,
+    "kd_ce_alpha": 0.1,
+    "ebft": {"x": 1},
+    "hatchery": {"x": 1},
+    "llmcompressor": {"x": 1},
+}
+
+
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_keys_that_change_the_objective_are_refused_with_both_names(configure: Configure, key: str) -> None:
+    found = problems_of(configure(loss="dft", **{key: REFUSED[key]}))
+    assert "loss: dft" in found[key]
+
+
+def test_every_refusal_is_tried() -> None:
+    assert {refusal.key for refusal in REFUSALS} - {"plugins"} == set(REFUSED)
+
+
+@pytest.mark.parametrize("name", ["kd.KDPlugin", "diffusion.DiffusionPlugin", "llm_compressor.LLMCompressorPlugin"])
+def test_plugins_that_change_the_objective_are_refused(name: str) -> None:
+    from dwl_plugin.hosts.refusals import refused
+
+    cfg = {"plugins": ["dwl_plugin.DWLPlugin", f"axolotl.integrations.{name}"]}
+    assert [problem.path for problem in refused(cfg, "dwl")] == ["plugins"]
+
+
+def test_keys_set_to_off_are_not_refused(configure: Configure) -> None:
+    run = train(configure(loss="dft", use_dft=False, label_smoothing_factor=0.0, max_steps=1))
+    assert run.logged("nll")
+
+
+def load(settings: dict[str, Any]) -> Any:
+    from axolotl.cli.config import load_cfg
+    from axolotl.utils.dict import DictDefault
+
+    return load_cfg(DictDefault(settings))
+
+
+@pytest.mark.parametrize("plugins", [None, ["dwl_plugin.DWLPlugin"], ["dwl_plugin:DWLPlugin"]])
+def test_the_plugin_is_loaded_once_with_or_without_its_line(configure: Configure, plugins: list[str] | None) -> None:
+    from axolotl.integrations.base import PluginManager
+
+    cfg = load(configure(plugins=plugins, loss="dft"))
+    ours = [plugin for plugin in PluginManager.get_instance().plugins.values() if type(plugin).__name__ == "DWLPlugin"]
+    assert len(ours) == 1
+    assert cfg.loss == "dft"
+
+
+def test_a_config_survives_the_hosts_loader_twice(configure: Configure) -> None:
+    dwl = {
+        "classes": {"soft": {"token_ids": [1, "4-9"], "token_loss": "dft", "dft": {"exponent": 0.3}}},
+        "alpha": {"soft": 1, "rest": 3},
+        "schedule": {"type": "cosine", "to": {"soft": 3, "rest": 1}, "start": "10%", "end": 90},
+    }
+    settings = configure(loss="dwl", dwl=dwl)
+    once = load(settings)
+    # the way Axolotl writes its validated config down; the keys are sorted, so all of them have to be strings
+    written = json.loads(json.dumps(once.to_dict(), sort_keys=True, default=str))
+    again = load({**settings, **{key: written[key] for key in ("loss", "dwl")}})
+    assert once.dwl.to_dict() == again.dwl.to_dict()
+    assert parse(again.to_dict()) == parse({"loss": "dwl", "dwl": dwl})
+
+
+def test_without_a_loss_key_the_hosts_trainer_is_untouched(configure: Configure) -> None:
+    run = train(configure(max_steps=1))
+    assert type(run.trainer).__name__ == "AxolotlTrainer"
+    assert "forward" not in run.trainer.model.get_output_embeddings().__dict__
+    assert not any(key.startswith("dwl") or key == "nll" for entry in run.history for key in entry)
+
+
+def test_a_loss_that_somebody_else_computed_stops_the_run(configure: Configure) -> None:
+    from dwl_plugin.errors import LossNotTakenError
+
+    def steal(trainer: Any) -> None:
+        trainer.model.loss_function = lambda logits, labels, **kwargs: logits.detach().float().mean() * 0.0
+
+    with pytest.raises(LossNotTakenError, match="did not compute"):
+        train(configure(loss="dft", max_steps=1), before=steal)
