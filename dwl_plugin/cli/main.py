@@ -25,7 +25,9 @@ def main() -> None:
     show_default=True,
     help="Folder for the data, the YAML and the trained adapter.",
 )
-@click.option("--steps", type=click.IntRange(min=1), default=None, help="Optimizer steps, instead of the YAML's own number.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=None, help="Optimizer steps, instead of the YAML's own number."
+)
 def quickstart(out: Path, steps: int | None) -> None:
     """Fine-tune a small real model on this machine's CPU and show what every token class learned."""
     from dwl_plugin.cli.quickstart import run

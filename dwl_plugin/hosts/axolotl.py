@@ -9,8 +9,8 @@ from axolotl.integrations.base import BasePlugin
 from dwl_plugin.classes.labeller import ClassSurvey, Labeller, build_labeller, empty_class_problems, survey
 from dwl_plugin.config import Block
 from dwl_plugin.errors import ConfigError, Problem
-from dwl_plugin.hosts.axolotl_args import block_of
-from dwl_plugin.hosts.trainer import Session, StepHook, join, leave
+from dwl_plugin.hosts.axolotl_args import block_of, fused_losses_asked_for
+from dwl_plugin.hosts.trainer import Session, join, leave
 
 __all__ = ["DWLPlugin"]
 
@@ -26,6 +26,7 @@ class DWLPlugin(BasePlugin):
         self._labeller: Labeller | None = None
         self._survey: ClassSurvey | None = None
         self._joined: tuple[Session, Any] | None = None
+        self._taken_over: list[str] = []
 
     def get_input_args(self) -> str:
         return "dwl_plugin.hosts.axolotl_args.DWLPluginArgs"
@@ -34,6 +35,7 @@ class DWLPlugin(BasePlugin):
         from axolotl.utils.schemas.config import AxolotlInputConfig
 
         self._forget()
+        self._taken_over = fused_losses_asked_for(cfg)
         if cfg.get("loss") is not None and "loss" in AxolotlInputConfig.model_fields:
             raise ConfigError([
                 Problem("loss", "this version of Axolotl has a `loss` key of its own; install a dwl_plugin that knows it")
@@ -68,7 +70,7 @@ class DWLPlugin(BasePlugin):
         if self._labeller is None and block.class_configs:
             self._labeller = build_labeller(block.class_configs, trainer.processing_class)
             self._look_at(trainer.train_dataset, block, seed=cfg.seed)
-        session, hook = join(trainer, block, self._labeller, self._survey)
+        session, hook = join(trainer, block, self._labeller, self._survey, self._taken_over)
         self._joined = (session, trainer)
         return [hook]
 

@@ -10,14 +10,15 @@ from dwl_plugin.config import Block, DFTConfig, DWLConfig, LossName, parse
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.hosts.refusals import refused
 
-__all__ = ["DWLPluginArgs"]
+__all__ = ["FUSED_LOSSES", "DWLPluginArgs", "block_of", "fused_losses_asked_for"]
 
-_FUSED_LOSSES = (
+FUSED_LOSSES = (
     "cut_cross_entropy",
     "liger_fused_linear_cross_entropy",
     "liger_cross_entropy",
     "chunked_cross_entropy",
 )
+"""Keys of the host that patch the very step we replace, for the whole process and before the model is loaded."""
 
 
 class DWLPluginArgs(BaseModel):
@@ -46,6 +47,23 @@ class DWLPluginArgs(BaseModel):
         if block is None:
             return data
         return {**data, **block.dump()}
+
+    @model_validator(mode="after")
+    def _take_over_fused_losses(self) -> DWLPluginArgs:
+        """Switch them off while it is only a config: the rest of those plugins stays, and the next run finds no patch."""
+        if self.loss is not None:
+            for key in FUSED_LOSSES:
+                if getattr(self, key, None):
+                    setattr(self, key, False)
+        return self
+
+
+def fused_losses_asked_for(cfg: Any) -> list[str]:
+    """The fused losses that an unvalidated config switches on; the Cut Cross Entropy plugin does so by being there."""
+    asked = [key for key in FUSED_LOSSES if cfg.get(key)]
+    if any("cut_cross_entropy" in str(name) for name in cfg.get("plugins") or ()) and cfg.get(FUSED_LOSSES[0]) is None:
+        asked.insert(0, FUSED_LOSSES[0])
+    return asked
 
 
 def block_of(cfg: Any) -> Block | None:

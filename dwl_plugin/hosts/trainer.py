@@ -6,7 +6,7 @@ One optimizer step, in order: the loader's batches carry class ids -> `get_batch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,14 @@ def say(line: str) -> None:
 class Session:
     """One trainer's run with our loss: the settings, and what changes from step to step."""
 
-    def __init__(self, trainer: Trainer, block: Block, labeller: Labeller | None, survey: ClassSurvey | None) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        block: Block,
+        labeller: Labeller | None,
+        survey: ClassSurvey | None,
+        taken_over: Sequence[str],
+    ) -> None:
         self.block, self.labeller, self.survey = block, labeller, survey
         self.names = block.class_names
         losses = block.token_losses
@@ -51,6 +58,7 @@ class Session:
             min_weight=tuple(loss.min_weight for loss in losses),
         )
         self.seam = Seam(trainer.model, say)
+        self.replaced = " and ".join([self.seam.replaced, *(f"`{key}`" for key in taken_over)])
         self.alpha_at: Alpha = lambda tau: block.alpha  # until the length of the run is known
         self.alpha = block.alpha
         self.train_sums, self.eval_sums = ClassSums(self.names), ClassSums(self.names)
@@ -187,7 +195,7 @@ class StepHook(TrainerCallback):
             (folder / RESOLVED_CONFIG).write_text(text, encoding="utf-8")
         picks = args.metric_for_best_model or "loss" if args.load_best_model_at_end else None
         counts = None if session.survey is None else session.survey.tokens
-        say("\n".join(opening_lines(session.block, counts, session.alpha_at, length, session.seam.replaced, picks)))
+        say("\n".join(opening_lines(session.block, counts, session.alpha_at, length, session.replaced, picks)))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._session.move(state.global_step)
@@ -205,9 +213,16 @@ def _run_length(args: Any, state: Any, loader: Any) -> RunLength:
 
 
 def join(
-    trainer: Trainer, block: Block, labeller: Labeller | None, survey: ClassSurvey | None = None
+    trainer: Trainer,
+    block: Block,
+    labeller: Labeller | None,
+    survey: ClassSurvey | None = None,
+    taken_over: Sequence[str] = (),
 ) -> tuple[Session, StepHook]:
-    """Put the mixin in front of `trainer`'s class, on this instance only, and attach to its model."""
+    """Put the mixin in front of `trainer`'s class, on this instance only, and attach to its model.
+
+    `taken_over` names the fused losses of the host that were switched off for ours.
+    """
     if "compute_loss" in trainer.__dict__:
         raise DWLError(
             "[dwl] the trainer's `compute_loss` was replaced on the instance (llm_compressor does this), so `loss:` would never be "
@@ -217,7 +232,7 @@ def join(
         raise DWLError(
             f"[dwl] the trainer has its own loss, {trainer.compute_loss_func!r}; `loss: {block.loss}` cannot be used with it."
         )
-    session = Session(trainer, block, labeller, survey)
+    session = Session(trainer, block, labeller, survey, taken_over)
     host = type(trainer)
     trainer.__class__ = type(f"DWL{host.__name__}", (_TrainerMixin, host), {"_dwl": session})
     trainer.loss_is_scaled_for_ga = True  # type: ignore[attr-defined]

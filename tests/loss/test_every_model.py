@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -25,6 +27,7 @@ from dwl_plugin.loss.seam import LossSpec, LossStep, Seam
 from dwl_plugin.loss.shift import shift_left
 
 VOCAB = 97
+ROWS, LENGTH = 2, 16
 
 # What a field of a config shrinks to, whichever config has it.
 SMALL: dict[str, Any] = {
@@ -80,21 +83,47 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id"), 1),
 }  # fmt: skip
 
-# What a config needs besides.
+# What a config needs besides; `...` leaves a field at its default. Keys are model types, of nested configs too.
+NO_FLA = {"layer_types": ["full_attention"] * 2}  # where fla is installed, linear attention asks for a GPU
 SPECIAL: dict[str, dict[str, Any]] = {
-    "mpt": {"attn_pdrop": 0},
     "bamba": {"mamba_n_heads": 8},
-    "granitemoehybrid": {"mamba_n_heads": 8},
-    "zamba": {"num_hidden_layers": 5},
-    "zaya": {"num_experts_per_tok": 1},
+    "bailing_hybrid": NO_FLA,
+    "blt": {"encoder_hash_byte_group_size": [3], "encoder_hash_byte_group_vocab": 97},
+    "blt_local_encoder": {"hidden_size_global": 32},
+    "blt_local_decoder": {"hidden_size_global": 32},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
     "dots1": {"n_shared_experts": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "laurel_rank": 8},
+    "gemma4_text": {"hidden_size_per_layer_input": 8},
+    "git_vision_model": {"image_size": 8, "patch_size": 4},
+    "got_ocr2_vision": {"output_channels": 8, "image_size": 64, "mlp_dim": 48},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
-    "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "shape_vocab_size": 9, "pronunciation_vocab_size": 9},
-    "xmod": {"default_language": "en_XX"},
-    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "local_attn_chunk_length": 8},
+    "granitemoehybrid": {"mamba_n_heads": 8},
     "hrm_text": {"num_layers_per_stack": 1},
+    "kimi_linear": NO_FLA,
+    "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
+    "longcat_flash": {"head_dim": 8, "zero_expert_num": 2},
+    "mamba2": {"num_heads": 8, "n_groups": 2},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2},
+    "qwen3_5_moe_text": NO_FLA,
+    "qwen3_5_text": NO_FLA,
+    "qwen3_next": NO_FLA,
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local"] * 2, "local_attn_chunk_length": 8},
+    "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "shape_vocab_size": 9, "pronunciation_vocab_size": 9},
+    "xlstm": {"mode": "train", "return_last_states": False, "chunk_size": 16},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"attention_hidden_size": ..., "num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "use_mamba_kernels": False},
+    "zaya": {"num_experts_per_tok": 1},
 }
+
+# What a forward needs besides token ids and labels.
+def extra_inputs(model: PreTrainedModel) -> dict[str, Any]:
+    if model.config.model_type == "git":
+        return {"pixel_values": torch.randn(ROWS, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    return {}
+
 
 
 def tiny_config(config_class: type[PreTrainedConfig], **special: Any) -> PreTrainedConfig:
@@ -103,8 +132,14 @@ def tiny_config(config_class: type[PreTrainedConfig], **special: Any) -> PreTrai
     values = {name: size for name, size in SMALL.items() if name in names}
     if "qk_rope_head_dim" in names:
         values |= {"num_key_value_heads": 4, "head_dim": ...}  # latent attention: one key for all heads
-    values |= {name: 0.0 for name in names if ("drop" in name or "jitter" in name) and "no_drop" not in name}
-    values |= {name: tiny_config(nested) for name, nested in getattr(config_class, "sub_configs", {}).items() if nested.__name__ != "AutoConfig"}
+    for name in names:
+        if "drop" in name or "jitter" in name:
+            rate = getattr(config_class, name, None)  # a dataclass keeps its defaults on the class
+            values |= {name: type(rate)(0)} if isinstance(rate, (int, float)) else {}
+    if nested_names := getattr(config_class, "sub_configs", {}):
+        default = config_class()
+        nested = {name: getattr(default, name, None) for name in nested_names}
+        values |= {name: tiny_config(type(config)) for name, config in nested.items() if isinstance(config, PreTrainedConfig)}
     values |= SPECIAL.get(config_class.model_type, {})
     values = {name: value for name, value in values.items() if value is not ...}
     return config_class(**values | special)
@@ -115,3 +150,97 @@ def _fields(config_class: type[PreTrainedConfig]) -> set[str]:
     if dataclasses.is_dataclass(config_class):
         names |= {field.name for field in dataclasses.fields(config_class)}
     return names
+
+
+@dataclasses.dataclass
+class Result:
+    loss: torch.Tensor
+    logits: torch.Tensor | None
+    gradients: dict[str, torch.Tensor]
+
+
+SPECS = {
+    "nll": LossSpec(),
+    "weighted": LossSpec(weight=(0.3, 1.7), exponent=(1.0, 0.0), min_weight=(0.05, 0.0)),
+}
+
+
+def build(name: str) -> PreTrainedModel:
+    model_class = getattr(transformers, name)
+    config = tiny_config(model_class.config_class)
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = True
+    with torch.device("meta"):
+        assert sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters()) < 5_000_000, "not tiny"
+    torch.manual_seed(0)
+    model = model_class(config).train()
+    with torch.no_grad():  # initial logits are all alike, and biases and scales are 0 and 1: nothing would show
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, labels and class ids, with ignored stretches."""
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCAB - 8, (ROWS, LENGTH), generator=g)
+    labels = ids.clone()
+    labels[0, :5] = labels[1, 8:10] = labels[1, 14:] = -100
+    return ids, labels, torch.randint(0, 2, ids.shape, generator=g)
+
+
+def weighted_nll(logits: torch.Tensor, targets: torch.Tensor, class_ids: torch.Tensor, spec: LossSpec) -> torch.Tensor:
+    """The mean over targets of w·sg(max(p^a, m))·nll by its definition, from full logits."""
+    nll = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
+    slot = class_ids.flatten().clamp(min=0)
+    weight, exponent, floor = (torch.tensor(v)[slot] for v in (spec.weight, spec.exponent, spec.min_weight))
+    paid = weight * (-nll).exp().pow(exponent).maximum(floor).detach()
+    return (paid * nll).sum() / (targets != -100).sum()
+
+
+def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def eager(model: PreTrainedModel, spec: LossSpec) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ids, labels, class_ids = batch()
+    torch.manual_seed(2)
+    out = model(input_ids=ids, labels=labels, **extra_inputs(model))
+    loss = out.loss
+    if spec != SPECS["nll"]:
+        # Take the model's cross-entropy out of its loss, so that only the rest (router losses) stays, and put ours in.
+        shifted = (shift_left(labels), shift_left(class_ids)), (labels, class_ids)
+        length = out.logits.shape[-2]
+        plain = [weighted_nll(out.logits, t[:, :length], c[:, :length], SPECS["nll"]) for t, c in shifted]
+        aux = getattr(out, "aux_loss", None)
+        want = loss - (0.0 if aux is None else model.config.router_aux_loss_coef * aux)
+        chosen = min((0, 1), key=lambda i: (plain[i] - want).abs().item())
+        torch.testing.assert_close(plain[chosen], want, rtol=1e-5, atol=1e-5)
+        targets, classes = (t[:, :length] for t in shifted[chosen])
+        loss = loss - plain[chosen] + weighted_nll(out.logits, targets, classes, spec)
+    return loss.detach(), gradients(model, loss)
+
+
+def ours(model: PreTrainedModel, spec: LossSpec) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[str]]:
+    ids, labels, class_ids = batch()
+    said: list[str] = []
+    seam = Seam(model, said.append)
+    step = LossStep(spec, labels, class_ids if len(spec.weight) > 1 else None)
+    torch.manual_seed(2)
+    try:
+        with seam.armed(step):
+            loss = model(input_ids=ids, labels=labels, **extra_inputs(model)).loss
+    finally:
+        seam.detach()
+    return loss.detach(), gradients(model, loss), said
+
+
+def difference(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest relative error of any parameter's gradient. Gradients that are 0 but for rounding (a bias before a softmax)
+    are measured against the whole."""
+    assert got.keys() == want.keys(), got.keys() ^ want.keys()
+    whole = torch.stack([g.norm() for g in want.values()]).norm()
+    errors = [((got[n] - want[n]).norm() / want[n].norm().clamp(min=1e-3 * whole)).item() for n in want]
+    return max(zip(errors, want, strict=True))

@@ -24,7 +24,7 @@ from dwl_plugin.cli.quickstart.problems import generate, write_jsonl
 from dwl_plugin.cli.quickstart.report import print_report, read_history
 from dwl_plugin.errors import DWLError
 
-__all__ = ["SEED", "ROWS", "render", "run", "template"]
+__all__ = ["ROWS", "SEED", "render", "run", "template"]
 
 ROWS = 480
 SEED = 20_250_801
@@ -66,7 +66,7 @@ def template() -> str:
 
 
 def render(text: str, model: Path, out: Path, steps: int | None) -> str:
-    """`text` with this machine's paths, absolute so that it runs from any folder, and with `steps` instead of its own."""
+    """`text` with this machine's paths, absolute so that it runs from any folder, and `steps` instead of its own."""
     values = {
         "base_model": _scalar(model),
         "  - path": _scalar(out / "problems.jsonl"),
@@ -113,7 +113,9 @@ def _check_packages() -> None:
 
 def _check_folder(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / "quickstart.yml").is_file():
-        raise DWLError(f"{_short(out)} has files in it that the quickstart did not write. Name another folder with --out.")
+        raise DWLError(
+            f"{_short(out)} has files in it that the quickstart did not write. Name another folder with --out."
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         writable = os.access(out, os.W_OK)

@@ -1,4 +1,4 @@
-"""A GGUF file as a folder that any transformers program loads: `python -m dwl_plugin.cli.quickstart.convert FILE FOLDER`.
+"""A GGUF file as a folder that transformers loads: `python -m dwl_plugin.cli.quickstart.convert FILE FOLDER`.
 
 Prints one line before each of its stages, for the progress bar of the process that started it.
 """
@@ -14,8 +14,8 @@ __all__ = ["convert"]
 def convert(source: Path, target: Path) -> None:
     """Dequantise `source` into `target`: config, tokenizer with its chat template, weights.
 
-    The weights are kept in bf16: half of fp32's size, an error far below that of the 4 bits they come from, and a trainer
-    loads them in whichever precision it is told to.
+    The weights are kept in bf16: half of fp32's size, an error far below that of the 4 bits they come from, and a
+    trainer loads them in whichever precision it is told to.
     """
     print("Starting transformers", flush=True)
     import torch

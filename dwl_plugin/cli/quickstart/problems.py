@@ -12,14 +12,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 __all__ = ["Problem", "generate", "write_jsonl"]
 
-Number = Union[int, Decimal]
+Number = int | Decimal
 
-_NAMES = ("Ada", "Ben", "Chloe", "Dev", "Elif", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Keiko", "Liam", "Mara", "Nils",
-          "Olga", "Priya", "Quinn", "Rosa", "Samir", "Tara", "Umar", "Vera", "Wen", "Yusuf", "Zoe")  # fmt: skip
+_NAMES = (
+    "Ada",
+    "Ben",
+    "Chloe",
+    "Dev",
+    "Elif",
+    "Grace",
+    "Hugo",
+    "Ines",
+    "Keiko",
+    "Liam",
+    "Olga",
+    "Priya",
+    "Samir",
+    "Zoe",
+)
 _GOODS = ("pencils", "marbles", "stickers", "apples", "postcards", "buttons", "shells", "candles", "walnuts", "stamps")
 _SHOPS = ("bakery", "corner shop", "farm stall", "school fair", "flea market", "garden centre")
 
@@ -60,9 +74,11 @@ def _collection(rng: random.Random) -> Problem:
     difference, left = _work_out(total, "-", lost)
     question = rng.choice((
         f"{name} has {bags} bags with {each} {goods} in each and gives away {lost} {goods}. How many {goods} are left?",
-        f"There are {each} {goods} in every one of {name}'s {bags} bags. After {lost} get lost, how many {goods} remain?",
+        f"There are {each} {goods} in every one of {name}'s {bags} bags. After {lost} get lost, how many remain?",
     ))  # fmt: skip
-    return Problem(question, (f"The bags hold {product} {goods}.", f"Without the {lost} there are {difference}."), str(left))
+    return Problem(
+        question, (f"The bags hold {product} {goods}.", f"Without the {lost} there are {difference}."), str(left)
+    )
 
 
 def _shopping(rng: random.Random) -> Problem:
@@ -76,9 +92,12 @@ def _shopping(rng: random.Random) -> Problem:
     question = rng.choice((
         f"At the {shop}, {name} buys {count} {goods} at {price} dollars each and pays with {paid} dollars. "
         f"How many dollars come back?",
-        f"{name} pays {paid} dollars at the {shop} for {count} {goods} that cost {price} dollars each. How much is the change?",
+        f"{name} pays {paid} dollars at the {shop} for {count} {goods} that cost {price} dollars each. "
+        f"How much is the change?",
     ))  # fmt: skip
-    return Problem(question, (f"The {goods} cost {product} dollars.", f"The change is {difference} dollars."), str(change))
+    return Problem(
+        question, (f"The {goods} cost {product} dollars.", f"The change is {difference} dollars."), str(change)
+    )
 
 
 def _journey(rng: random.Random) -> Problem:
@@ -90,8 +109,8 @@ def _journey(rng: random.Random) -> Problem:
     question = rng.choice((
         f"{name} cycles {hours[0]} hours at {speeds[0]} km per hour and then rides a train for {hours[1]} hours at "
         f"{speeds[1]} km per hour. How many km is the whole way?",
-        f"How far does {name} get with {hours[0]} hours on a bike at {speeds[0]} km/h and {hours[1]} hours on a train at "
-        f"{speeds[1]} km/h?",
+        f"How far does {name} get with {hours[0]} hours on a bike at {speeds[0]} km/h and {hours[1]} hours on a train "
+        f"at {speeds[1]} km/h?",
     ))  # fmt: skip
     steps = (f"The bike covers {first} km.", f"The train covers {second} km.", f"Together that is {total} km.")
     return Problem(question, steps, str(distance))
@@ -119,9 +138,12 @@ def _saving(rng: random.Random) -> Problem:
     total, money = _work_out(start, "+", saved)
     question = rng.choice((
         f"{name} has {start} dollars and saves {weekly} dollars a week. How much money is there after {weeks} weeks?",
-        f"Every week for {weeks} weeks {name} adds {weekly} dollars to a jar that already held {start}. What is in the jar?",
+        f"Every week for {weeks} weeks {name} adds {weekly} dollars to a jar that already held {start}. "
+        f"What is in the jar?",
     ))  # fmt: skip
-    return Problem(question, (f"Saved in {weeks} weeks: {product}.", f"With the first {start} it is {total}."), str(money))
+    return Problem(
+        question, (f"Saved in {weeks} weeks: {product}.", f"With the first {start} it is {total}."), str(money)
+    )
 
 
 def _garden(rng: random.Random) -> Problem:
@@ -133,9 +155,12 @@ def _garden(rng: random.Random) -> Problem:
     question = rng.choice((
         f"{name}'s garden is {length} m long and {width} m wide. A pond takes {bed} square metres. "
         f"How many square metres are left for grass?",
-        f"A lawn of {length} m by {width} m loses {bed} square metres to {name}'s new flower bed. How big is the lawn now?",
+        f"A lawn of {length} m by {width} m loses {bed} square metres to {name}'s new flower bed. "
+        f"How big is the lawn now?",
     ))  # fmt: skip
-    return Problem(question, (f"All of it measures {product} square metres.", f"What is left: {difference}."), str(grass))
+    return Problem(
+        question, (f"All of it measures {product} square metres.", f"What is left: {difference}."), str(grass)
+    )
 
 
 def _reading(rng: random.Random) -> Problem:
@@ -147,8 +172,10 @@ def _reading(rng: random.Random) -> Problem:
     difference, missing = _work_out(pages, "-", read)
     quotient, more = _work_out(missing, "/", daily)
     question = rng.choice((
-        f"{name} reads {daily} pages a day of a book with {pages} pages. After {days} days, how many more days will it take?",
-        f"A book has {pages} pages. {name} has read {daily} of them on each of {days} days. How many days are still to come?",
+        f"{name} reads {daily} pages a day of a book with {pages} pages. "
+        f"After {days} days, how many more days will it take?",
+        f"A book has {pages} pages. {name} has read {daily} of them on each of {days} days. "
+        f"How many days are still to come?",
     ))  # fmt: skip
     steps = (f"Read so far: {product} pages.", f"Still to read: {difference} pages.", f"That takes {quotient} days.")
     return Problem(question, steps, str(more))
@@ -158,9 +185,9 @@ _KINDS = (_collection, _shopping, _journey, _sharing, _saving, _garden, _reading
 
 
 def generate(count: int, seed: int) -> list[Problem]:
-    """`count` different problems, kinds in turn and then shuffled; the same seed gives the same list on every machine."""
+    """`count` different problems, kinds in turn, then shuffled; a seed gives the same list on every machine."""
     rng = random.Random(seed)
-    problems: dict[str, Problem] = {}  # by question: a question in both train and validation would flatter the result
+    problems: dict[str, Problem] = {}  # by question: one that is in train and validation would flatter the result
     while len(problems) < count:
         problem = _KINDS[len(problems) % len(_KINDS)](rng)
         problems.setdefault(problem.question, problem)

@@ -33,7 +33,7 @@ def summarise(history: History) -> tuple[list[ClassRow], tuple[float, float]]:
     evals = [entry for entry in history if "eval_nll" in entry]
     steps = [entry for entry in history if any(key.startswith("dwl/alpha/") for key in entry)]
     if len(evals) < 2 or not steps:
-        raise DWLError("The run logged no per-class losses before and after training; was `loss:` or `eval_steps:` changed?")
+        raise DWLError("The run logged no losses before and after training; was `loss:` or `eval_steps:` changed?")
     before, after = evals[0], evals[-1]
     names = [key.removeprefix("dwl/alpha/") for key in steps[0] if key.startswith("dwl/alpha/")]
     missing = float("nan")  # a class without a single held-out token has no nll
@@ -59,12 +59,13 @@ def print_report(console: Console, history: History, config: str, seconds: float
     for title in ("token share", "α start → end", "nll before", "nll after", "change"):
         table.add_column(title, justify="right")
     for name, share, start, end, nll_before, nll_after in rows:
-        alpha = f"{start:.2f} → {end:.2f}"
-        table.add_row(name, f"{share:.1%}", alpha, f"{nll_before:.3f}", f"{nll_after:.3f}", _change(nll_before, nll_after))
+        losses = (f"{nll_before:.3f}", f"{nll_after:.3f}", _change(nll_before, nll_after))
+        table.add_row(name, f"{share:.1%}", f"{start:.2f} → {end:.2f}", *losses)
     table.add_section()
     table.add_row("all", "100.0%", "", f"{before:.3f}", f"{after:.3f}", _change(before, after), style="bold")
     console.print(table)
-    console.print(f"nll is the plain cross-entropy in nats per token, whatever α was. All in all {_duration(seconds)}.\n")
+    console.print("nll is the plain cross-entropy in nats per token, whatever α was.")
+    console.print(f"All in all {_duration(seconds)}.\n")
     console.print(
         f"What to try next, in [bold]{config}[/] (run it with: axolotl train {config} --launcher python)\n"
         "  · the baseline: write `loss: nll` and delete reduction, alpha and schedule; the same table, for plain SFT\n"
