@@ -42,8 +42,14 @@ class DWLError(Exception):
 class ConfigError(DWLError):
     """The config cannot be run; holds every `Problem` that was found, not only the first."""
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems: tuple[Problem, ...] = tuple(problems)
+    problems: tuple[Problem, ...]
+
+    def __init__(self, problems: Iterable[Problem] | str) -> None:
+        if isinstance(problems, str):  # a data loader rebuilds its worker's error from the text alone
+            self.problems = ()
+            super().__init__(problems)
+            return
+        self.problems = tuple(problems)
         count = len(self.problems)
         head = f"[dwl] {count} problem{'s' if count != 1 else ''} in the config; nothing was trained."
         super().__init__("\n".join([head, *(f"  {_indent(str(p))}" for p in self.problems)]))

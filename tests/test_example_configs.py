@@ -130,7 +130,8 @@ def rows(dataset: dict[str, Any]) -> list[dict[str, Any]]:
     out = []
     for problem in generate(64, seed=3):
         messages = problem.row()["messages"]
-        messages[1]["content"] += f"\n\\boxed{{{problem.answer}}}\nThe answer is: {problem.answer}"
+        notations = f"\n\\boxed{{{problem.answer}}}\nThe answer is: {problem.answer}\n#### "
+        messages[1]["content"] = messages[1]["content"].replace("\n#### ", notations)
         out.append({field: [{theirs: message[ours] for ours, theirs in keys.items()} for message in messages]})
     return out
 

@@ -4,7 +4,8 @@ Almost every causal LM does `logits = self.lm_head(hidden)`, perhaps some pointw
 While a loss of ours is waiting, the head returns a `DeferredLogits` instead: the hidden states, the head, and a record of the
 pointwise maths that the model went on to do. Whatever is done to the rows (slicing off the last position, flattening) is done
 to the hidden states at once. Anything that is not recorded computes the true logits, so the result is right for every model
-and only the memory differs; `on_materialise` is told what asked for them.
+and only the memory differs; `on_materialise` is told what asked for them. A cross-entropy goes to `on_cross_entropy`, whether
+it is asked for on deferred logits or on anything computed from true ones.
 
 It is a plain object and not a tensor subclass: it passes untouched through the output traversals of DDP and Accelerate.
 
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 __all__ = ["DeferredLogits", "Pointwise"]
 
@@ -26,8 +28,8 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Pointwise:
-    """One recorded operation: `scale` and `shift` by a number or a broadcast tensor, `tanh`, `cast`, or a `slice` of the
-    vocabulary."""
+    """One recorded operation, the same for every row: `scale`, `divide` and `shift` by a number or a broadcast tensor, `tanh`,
+    `cast`, `clamp`, a `slice` of the vocabulary, `fill` of some of it, `log_softmax` over it."""
 
     kind: str
     operand: Any = None
@@ -43,13 +45,24 @@ class Pointwise:
             return torch.tanh(logits)
         if self.kind == "cast":
             return logits.to(self.operand)
+        if self.kind == "clamp":
+            return logits.clamp(*self.operand)
+        if self.kind == "fill":
+            ids, value = self.operand
+            logits = logits.clone()
+            logits[..., ids] = value
+            return logits
+        if self.kind == "log_softmax":
+            return logits.log_softmax(-1)
         assert self.kind == "slice", self.kind
         return logits[..., self.operand]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class DeferredLogits:
-    """`operations` of `head(hidden)`, not computed yet. Shape (…, V) for hidden (…, H)."""
+    """`operations` of `head(hidden)`, not computed yet. Shape (…, V) for hidden (…, H).
+
+    Replaced, never changed, but by the operations that change a tensor in place."""
 
     hidden: torch.Tensor
     head: Head
@@ -77,7 +90,12 @@ class DeferredLogits:
         if self.on_materialise is not None:
             self.on_materialise(asked_by)
         logits = self.compute(self.hidden)
-        return logits if logits.dtype == self.dtype else logits.to(self.dtype)
+        logits = logits if logits.dtype == self.dtype else logits.to(self.dtype)
+        return logits if self.on_cross_entropy is None else _watched(logits, self.on_cross_entropy)
+
+    @property
+    def is_log_probability(self) -> bool:
+        return bool(self.operations) and self.operations[-1].kind == "log_softmax"
 
     # what a model asks of its logits: shape and place
 
@@ -132,27 +150,24 @@ class DeferredLogits:
     def __mul__(self, other: Any) -> Any:
         return self._arithmetic("scale", other, "*")
 
-    __rmul__ = __imul__ = __mul__
+    __rmul__ = __mul__
 
     def mul(self, other: Any) -> Any:
         return self * other
 
-    mul_ = mul
-
     def __truediv__(self, other: Any) -> Any:
         return self._arithmetic("divide", other, "/")
-
-    __itruediv__ = __truediv__
 
     def div(self, other: Any) -> Any:
         return self / other
 
-    div_ = div
-
     def __add__(self, other: Any) -> Any:
         return self._arithmetic("shift", other, "+")
 
-    __radd__ = __iadd__ = __add__
+    __radd__ = __add__
+
+    def add(self, other: Any) -> Any:
+        return self + other
 
     def __neg__(self) -> DeferredLogits:
         return self._then("scale", -1.0)
@@ -160,8 +175,25 @@ class DeferredLogits:
     def __sub__(self, other: Any) -> Any:
         return self + -other
 
+    def sub(self, other: Any) -> Any:
+        return self - other
+
     def tanh(self) -> DeferredLogits:
         return self._then("tanh")
+
+    def clamp(self, min: Any = None, max: Any = None) -> Any:
+        if self._is_number_or_none(min) and self._is_number_or_none(max):
+            return self._then("clamp", (min, max))
+        return self.materialise("clamp").clamp(min, max)
+
+    @staticmethod
+    def _is_number_or_none(value: Any) -> bool:
+        return value is None or isinstance(value, (int, float))
+
+    def log_softmax(self, dim: int | None = None, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Any:
+        if dim is None or dim % self.ndim != self.ndim - 1:
+            return self.materialise("log_softmax").log_softmax(dim, dtype)  # type: ignore[arg-type]
+        return (self if dtype is None else self.to(dtype))._then("log_softmax")
 
     def float(self) -> DeferredLogits:
         return self.to(torch.float32)
@@ -179,6 +211,42 @@ class DeferredLogits:
         if len(dtypes) + len(devices) != len(targets) or any(device != self.device for device in devices):
             return self.materialise("to").to(*args, **kwargs)
         return replace(self._then("cast", dtypes[0]), dtype=dtypes[0]) if dtypes and dtypes[0] != self.dtype else self
+
+    # recorded: in place
+
+    def _become(self, result: Any) -> DeferredLogits:
+        """The result of an operation in place, which the model may not look at again."""
+        if not isinstance(result, DeferredLogits):  # true logits, under a head that does nothing
+            result = replace(
+                self, hidden=result, head=_identity, operations=(), vocab_size=result.shape[-1], dtype=result.dtype
+            )
+        self.__dict__.update(result.__dict__)
+        return self
+
+    def __imul__(self, other: Any) -> DeferredLogits:
+        return self._become(self * other)
+
+    def __itruediv__(self, other: Any) -> DeferredLogits:
+        return self._become(self / other)
+
+    def __iadd__(self, other: Any) -> DeferredLogits:
+        return self._become(self + other)
+
+    def __isub__(self, other: Any) -> DeferredLogits:
+        return self._become(self - other)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        *rows, vocab = index if isinstance(index, tuple) else (index, None)
+        whole = (len(rows) == self.ndim - 1 and all(isinstance(row, slice) and row == slice(None) for row in rows)) or (
+            len(rows) == 1 and rows[0] is Ellipsis
+        )
+        one_for_all = not isinstance(value, torch.Tensor) or value.ndim == 0
+        if whole and one_for_all and not (isinstance(vocab, torch.Tensor) and vocab.ndim != 1):
+            self._become(self._then("fill", (vocab, value)))
+        else:
+            logits = self.materialise("index assignment").clone()
+            logits[index] = value
+            self._become(logits)
 
     # recorded: rows
 
@@ -204,6 +272,11 @@ class DeferredLogits:
         if end_dim % self.ndim == self.ndim - 1:
             return self.materialise("flatten").flatten(start_dim, end_dim)
         return self._rows_become(self.hidden.flatten(start_dim, end_dim))
+
+    def transpose(self, dim0: int, dim1: int) -> Any:
+        if self.ndim - 1 in (dim0 % self.ndim, dim1 % self.ndim):
+            return self.materialise("transpose").transpose(dim0, dim1)
+        return self._rows_become(self.hidden.transpose(dim0 % self.ndim, dim1 % self.ndim))
 
     def squeeze(self, dim: int | None = None) -> Any:
         if dim is None or dim % self.ndim == self.ndim - 1:
@@ -246,15 +319,17 @@ class DeferredLogits:
     ) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(function, "__name__", str(function))
+        if not args and isinstance(kwargs.get("input"), DeferredLogits):
+            args = (kwargs.pop("input"),)
         if args and isinstance(args[0], DeferredLogits):
             logits = args[0]
-            if function is torch.nn.functional.cross_entropy and logits.on_cross_entropy is not None:
+            is_loss = function is F.cross_entropy or (function is F.nll_loss and logits.is_log_probability)
+            if is_loss and logits.on_cross_entropy is not None:
                 return logits.on_cross_entropy(logits, *args[1:], **kwargs)
-            recorded = _RECORDED.get(name)
-            if recorded is not None and not kwargs:
-                return recorded(*args)
+            if name in _RECORDED or _in_place(name):
+                return getattr(logits, _RECORDED.get(name, name))(*args[1:], **kwargs)
         elif len(args) == 2 and isinstance(args[1], DeferredLogits) and name in ("mul", "add"):
-            return _RECORDED[name](args[1], args[0])
+            return getattr(args[1], name)(args[0])
 
         def true(value: Any) -> Any:
             if isinstance(value, DeferredLogits):
@@ -268,19 +343,66 @@ class DeferredLogits:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(torch.Tensor, name):
             raise AttributeError(f"logits have no attribute {name!r}")
-        return getattr(self.materialise(name), name)
+        if name in _WITHOUT_VALUES:
+            return getattr(self.hidden.new_empty((), dtype=self.dtype), name)
+        if not _in_place(name):
+            return getattr(self.materialise(name), name)
+
+        def in_place(*args: Any, **kwargs: Any) -> DeferredLogits:
+            if hasattr(type(self), name[:-1]):
+                return self._become(getattr(self, name[:-1])(*args, **kwargs))
+            return self._become(getattr(self.materialise(name).clone(), name)(*args, **kwargs))
+
+        return in_place
 
 
-_RECORDED: dict[str, Callable[..., Any]] = {
-    "tanh": DeferredLogits.tanh,
-    "mul": DeferredLogits.mul,
-    "multiply": DeferredLogits.mul,
-    "div": DeferredLogits.div,
-    "true_divide": DeferredLogits.div,
-    "divide": DeferredLogits.div,
-    "add": DeferredLogits.__add__,
-    "flatten": DeferredLogits.flatten,
-    "reshape": DeferredLogits.reshape,
-    "squeeze": DeferredLogits.squeeze,
-    "unsqueeze": DeferredLogits.unsqueeze,
+# Functions of torch, by name, and the method that records them.
+_RECORDED = {
+    "add": "add",
+    "clamp": "clamp",
+    "clip": "clamp",
+    "div": "div",
+    "divide": "div",
+    "flatten": "flatten",
+    "log_softmax": "log_softmax",
+    "mul": "mul",
+    "multiply": "mul",
+    "reshape": "reshape",
+    "squeeze": "squeeze",
+    "sub": "sub",
+    "tanh": "tanh",
+    "transpose": "transpose",
+    "true_divide": "div",
+    "unsqueeze": "unsqueeze",
 }
+
+# Attributes of a tensor that tell nothing of its values.
+_WITHOUT_VALUES = frozenset(
+    "element_size get_device is_cuda itemsize layout new_empty new_full new_ones new_tensor new_zeros".split()
+)
+
+
+def _in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__") and hasattr(torch.Tensor, name)
+
+
+def _identity(logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
+def _watched(logits: torch.Tensor, on_cross_entropy: Callable[..., Any]) -> torch.Tensor:
+    """`logits` as a tensor that hands a cross-entropy of itself, or of whatever was computed from it, to `on_cross_entropy`."""
+
+    class TrueLogits(torch.Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        ) -> Any:
+            kwargs = dict(kwargs or {})
+            if function not in (F.cross_entropy, F.nll_loss):
+                return super().__torch_function__(function, types, args, kwargs)
+            args = args or (kwargs.pop("input"),)
+            with torch._C.DisableTorchFunctionSubclass():
+                return on_cross_entropy(args[0].as_subclass(torch.Tensor), *args[1:], **kwargs)
+
+    return logits.as_subclass(TrueLogits)

@@ -278,11 +278,8 @@ def test_all_problems_are_told_at_once() -> None:
 
 def test_a_token_that_lacks_its_space_is_shown_with_it() -> None:
     vocabulary = byte_level().get_vocab()
-    word = next(
-        name[1:]
-        for name in vocabulary
-        if name.startswith("Ġ") and name[1:].isascii() and len(name) > 4 and name[1:] not in vocabulary
-    )
+    words = [name[1:] for name in vocabulary if name.startswith("Ġ") and len(name) > 4]
+    word = next(word for word in words if word.isascii() and word not in vocabulary)
     assert f"did you mean ' {word}'" in problems(c=TokensClass(tokens=(word,)))["dwl.classes.c.tokens[0]"]
 
 

@@ -37,7 +37,7 @@ def test_the_text_of_a_seed_is_pinned() -> None:
     assert generate(3, 1)[0].row()["messages"] == [
         {
             "role": "user",
-            "content": "There are 12 stamps in every one of Elif's 4 bags. After 5 get lost, how many remain?",
+            "content": "There are 12 stamps in every one of Chloe's 4 bags. After 5 get lost, how many remain?",
         },
         {
             "role": "assistant",

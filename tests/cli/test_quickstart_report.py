@@ -25,21 +25,21 @@ HISTORY: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def test_a_row_holds_the_first_and_the_last_of_each_class() -> None:
-    rows, overall = report.summarise(HISTORY)
-    assert rows == [("number", 0.25, 0.2, 0.7, 3.0, 0.6), ("rest", 0.75, 0.8, 0.3, 1.0, 1.1)]
+def test_a_row_holds_the_first_and_the_last_of_each_class_in_the_order_of_the_config() -> None:
+    rows, overall = report.summarise(HISTORY, ["rest", "number"])
+    assert rows == [("rest", 0.75, 0.8, 0.3, 1.0, 1.1), ("number", 0.25, 0.2, 0.7, 3.0, 0.6)]
     assert overall == (2.0, 1.0)
 
 
 def test_a_run_without_evaluations_is_said_to_be_one() -> None:
     with pytest.raises(DWLError, match="before and after"):
-        report.summarise(HISTORY[:3])
+        report.summarise(HISTORY[:3], [])
 
 
 def test_a_class_without_held_out_tokens_has_no_nll() -> None:
     history = [{key: value for key, value in entry.items() if "nll/number" not in key} for entry in HISTORY]
     console = Console(record=True, width=100)
-    report.print_report(console, history, "quickstart.yml", 61.0)
+    report.print_report(console, history, ["number", "rest"], "quickstart.yml", 61.0)
     text = console.export_text()
     assert "nan" in text
     assert "1 min 01 s" in text

@@ -92,7 +92,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "blt_local_encoder": {"hidden_size_global": 32},
     "blt_local_decoder": {"hidden_size_global": 32},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "dots1": {"n_shared_experts": 1},
     "gemma3n_text": {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "laurel_rank": 8},
     "gemma4_text": {"hidden_size_per_layer_input": 8},
@@ -212,14 +212,15 @@ def eager(model: PreTrainedModel, spec: LossSpec) -> tuple[torch.Tensor, dict[st
     if spec != SPECS["nll"]:
         # Take the model's cross-entropy out of its loss, so that only the rest (router losses) stays, and put ours in.
         shifted = (shift_left(labels), shift_left(class_ids)), (labels, class_ids)
-        length = out.logits.shape[-2]
-        plain = [weighted_nll(out.logits, t[:, :length], c[:, :length], SPECS["nll"]) for t, c in shifted]
+        logits = out.logits[:, -LENGTH:]  # behind what stands for an image
+        length = logits.shape[-2]
+        plain = [weighted_nll(logits, t[:, :length], torch.zeros_like(t[:, :length]), SPECS["nll"]) for t, _ in shifted]
         aux = getattr(out, "aux_loss", None)
         want = loss - (0.0 if aux is None else model.config.router_aux_loss_coef * aux)
         chosen = min((0, 1), key=lambda i: (plain[i] - want).abs().item())
         torch.testing.assert_close(plain[chosen], want, rtol=1e-5, atol=1e-5)
         targets, classes = (t[:, :length] for t in shifted[chosen])
-        loss = loss - plain[chosen] + weighted_nll(out.logits, targets, classes, spec)
+        loss = loss - plain[chosen] + weighted_nll(logits, targets, classes, spec)
     return loss.detach(), gradients(model, loss)
 
 

@@ -17,11 +17,13 @@ from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 
 from dwl_plugin.cli.quickstart.model import prepared_model
 from dwl_plugin.cli.quickstart.problems import generate, write_jsonl
 from dwl_plugin.cli.quickstart.report import print_report, read_history
+from dwl_plugin.config import parse
 from dwl_plugin.errors import DWLError
 
 __all__ = ["ROWS", "SEED", "render", "run", "template"]
@@ -57,7 +59,9 @@ def run(out: Path, steps: int | None) -> None:
             f"Axolotl stopped with exit code {code}; its own message is above. Try again with\n"
             f"  cd {_short(out)} && axolotl train quickstart.yml --launcher python"
         )
-    print_report(console, read_history(out / "out"), _short(config), time.monotonic() - began)
+    block = parse(yaml.safe_load(config.read_text(encoding="utf-8")))
+    assert block is not None
+    print_report(console, read_history(out / "out"), block.class_names, _short(config), time.monotonic() - began)
 
 
 def template() -> str:
@@ -136,6 +140,8 @@ def _environment() -> dict[str, str]:
     environment["CUDA_VISIBLE_DEVICES"] = ""  # the YAML is the CPU one; several visible GPUs would be used as replicas
     environment.setdefault("HF_HUB_OFFLINE", "1")  # everything is local: no waiting for a hub that may not be there
     environment.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
+    # Threads that spin while they wait make a machine that has other things to do many times slower.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment
 
 

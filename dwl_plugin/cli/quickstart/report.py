@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,17 @@ from rich.table import Table
 from dwl_plugin.errors import DWLError
 
 __all__ = ["ClassRow", "print_report", "read_history", "summarise"]
+
+_NEXT = """\
+What to try next, in [bold]{config}[/]:
+  · the baseline: `loss: nll` without reduction, alpha and schedule
+    (the same classes, measured under plain cross-entropy)
+  · DFT: `loss: dft` without the same three
+    (a token counts as much as the model believes it)
+  · your data: a regex for what matters in it, and its number under alpha
+  · your run: the `plugins:`, `loss:` and `dwl:` blocks go into any config
+Run it again with
+  axolotl train {config} --launcher python"""
 
 History = list[dict[str, Any]]
 
@@ -28,14 +40,13 @@ def read_history(output_dir: Path) -> History:
     return history
 
 
-def summarise(history: History) -> tuple[list[ClassRow], tuple[float, float]]:
-    """A row per class, in the order of the classes, and the nll of all held-out targets before and after."""
+def summarise(history: History, names: Sequence[str]) -> tuple[list[ClassRow], tuple[float, float]]:
+    """A row for each class of `names`, and the nll of all held-out targets before and after."""
     evals = [entry for entry in history if "eval_nll" in entry]
     steps = [entry for entry in history if any(key.startswith("dwl/alpha/") for key in entry)]
     if len(evals) < 2 or not steps:
         raise DWLError("The run logged no losses before and after training; was `loss:` or `eval_steps:` changed?")
     before, after = evals[0], evals[-1]
-    names = [key.removeprefix("dwl/alpha/") for key in steps[0] if key.startswith("dwl/alpha/")]
     missing = float("nan")  # a class without a single held-out token has no nll
     rows = [
         (
@@ -51,9 +62,9 @@ def summarise(history: History) -> tuple[list[ClassRow], tuple[float, float]]:
     return rows, (before["eval_nll"], after["eval_nll"])
 
 
-def print_report(console: Console, history: History, config: str, seconds: float) -> None:
+def print_report(console: Console, history: History, names: Sequence[str], config: str, seconds: float) -> None:
     """The table, and what to try next."""
-    rows, (before, after) = summarise(history)
+    rows, (before, after) = summarise(history, names)
     table = Table(title="Held-out rows, before and after", title_justify="left", title_style="bold")
     table.add_column("class")
     for title in ("token share", "α start → end", "nll before", "nll after", "change"):
@@ -66,13 +77,7 @@ def print_report(console: Console, history: History, config: str, seconds: float
     console.print(table)
     console.print("nll is the plain cross-entropy in nats per token, whatever α was.")
     console.print(f"All in all {_duration(seconds)}.\n")
-    console.print(
-        f"What to try next, in [bold]{config}[/] (run it with: axolotl train {config} --launcher python)\n"
-        "  · the baseline: write `loss: nll` and delete reduction, alpha and schedule; the same table, for plain SFT\n"
-        "  · DFT: write `loss: dft` and delete the same three; tokens the model finds improbable then count less\n"
-        "  · your own classes: a regex for what matters in your data, and a number for it under alpha\n"
-        "  · your own run: copy the `plugins:` line and the `loss:` and `dwl:` block into the config you have"
-    )
+    console.print(_NEXT.format(config=config), soft_wrap=True)
 
 
 def _change(before: float, after: float) -> str:
