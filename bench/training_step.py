@@ -32,7 +32,11 @@ LOSSES: dict[str, dict[str, Any]] = {
 
 def config(folder: Path, model: Path, loss: str, tokens: int, adapter: str, steps: int) -> dict[str, Any]:
     lora = {"lora_r": 16, "lora_alpha": 32, "lora_target_linear": True}
-    adapters = {"lora": {"adapter": "lora", **lora}, "qlora": {"adapter": "qlora", "load_in_4bit": True, **lora}, "full": {}}
+    adapters = {
+        "lora": {"adapter": "lora", **lora},
+        "qlora": {"adapter": "qlora", "load_in_4bit": True, **lora},
+        "full": {},
+    }
     return {
         "base_model": str(model),
         "plugins": ["dwl_plugin.DWLPlugin"],

@@ -76,7 +76,7 @@ def _position(value: object) -> object:
     return f"{float(match['number']):g}{match['unit']}"
 
 
-Position = Annotated[Union[int, str], BeforeValidator(_position)]
+Position = Annotated[int | str, BeforeValidator(_position)]
 
 
 def _number(value: object) -> object:
@@ -136,7 +136,7 @@ def _token_id(value: object) -> object:
     return f"{match['first']}-{match['last']}" if match["last"] is not None else int(match["first"])
 
 
-TokenId = Annotated[Union[int, str], BeforeValidator(_token_id)]
+TokenId = Annotated[int | str, BeforeValidator(_token_id)]
 
 
 class DFTConfig(_Strict):
@@ -216,7 +216,7 @@ _SELECTORS: dict[str, type[ClassConfig]] = {
 }
 
 
-AnyClass = Union[TokenIdsClass, TokensClass, TokenRegexClass, RegexClass, BetweenClass]
+AnyClass = TokenIdsClass | TokensClass | TokenRegexClass | RegexClass | BetweenClass
 
 
 class _Ramp(_Strict):
@@ -242,7 +242,7 @@ class CosineSchedule(_Ramp):
 _SCHEDULES: dict[str, type[_Ramp]] = {"linear": LinearSchedule, "cosine": CosineSchedule}
 
 
-Schedule = Union[LinearSchedule, CosineSchedule]
+Schedule = LinearSchedule | CosineSchedule
 
 
 class DWLConfig(_Strict):

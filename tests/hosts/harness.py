@@ -46,12 +46,19 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     texts = [message["content"] for row in rows(200) for message in row["messages"]]
     tokenizer.train_from_iterator([*texts, "user assistant system"], trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=special[1], eos_token=special[2], pad_token=special[0], unk_token=special[0]
+        tokenizer_object=tokenizer,
+        bos_token=special[1],
+        eos_token=special[2],
+        pad_token=special[0],
+        unk_token=special[0],
     )
     fast.chat_template = CHATML
     fast.save_pretrained(folder)
@@ -157,12 +164,11 @@ class Run:
 def train(settings: dict[str, Any], before: Callable[[Any], None] | None = None) -> Run:
     """`axolotl train`, in process, through the host's own `load_cfg` and `do_train`."""
     import axolotl.cli.train as command
+    import axolotl.train as host
     from axolotl.cli.args import TrainerCliArgs
     from axolotl.cli.config import load_cfg
     from axolotl.train import setup_model_and_trainer, train as host_train
     from axolotl.utils.dict import DictDefault
-
-    import axolotl.train as host
 
     recorder, built = Recorder(), []
 

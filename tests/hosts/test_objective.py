@@ -54,7 +54,9 @@ def test_dft_gradient_is_that_of_minus_p_and_of_trls_loss(configure: Configure) 
 
         trainer.get_batch_samples = get_batch_samples
 
-    run = train(configure(**LORA, loss="dft", max_steps=1, micro_batch_size=4, learning_rate=1e-12), before=keep_first_batch)
+    run = train(
+        configure(**LORA, loss="dft", max_steps=1, micro_batch_size=4, learning_rate=1e-12), before=keep_first_batch
+    )
     model, batch = models[0].model, {key: value for key, value in batches[0].items() if key != "dwl_class_ids"}
     labels = batch.pop("labels")
     targets = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
@@ -88,7 +90,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("reduction", ["token_mean", "weighted_mean", "class_mean"])
-def test_layout_of_a_step_changes_neither_loss_nor_gradient(configure: Configure, tmp_path: Any, reduction: str) -> None:
+def test_layout_of_a_step_changes_neither_loss_nor_gradient(
+    configure: Configure, tmp_path: Any, reduction: str
+) -> None:
     data = write_rows(tmp_path / "eight.jsonl", rows(8))
     runs = {
         name: train(

@@ -15,14 +15,23 @@ DWL = {
     "classes": CLASSES,
     "alpha": {"reasoning": 1, "number": 5, "control": 2, "rest": 2},
     "reduction": "class_mean",
-    "schedule": {"type": "linear", "to": {"reasoning": 4, "number": 1, "control": 1, "rest": 4}, "start": "10%", "end": "90%"},
+    "schedule": {
+        "type": "linear",
+        "to": {"reasoning": 4, "number": 1, "control": 1, "rest": 4},
+        "start": "10%",
+        "end": "90%",
+    },
 }
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_resumed_run_has_the_alpha_and_losses_of_the_whole_run(configure: Configure, tmp_path: Path, packed: bool) -> None:
+def test_resumed_run_has_the_alpha_and_losses_of_the_whole_run(
+    configure: Configure, tmp_path: Path, packed: bool
+) -> None:
     settings = {"loss": "dwl", "dwl": DWL, "max_steps": 10, "num_epochs": 3, "save_strategy": "steps", "save_steps": 5}
-    settings |= {"sample_packing": True, "sequence_len": 256, "micro_batch_size": 1} if packed else {"micro_batch_size": 2}
+    settings |= (
+        {"sample_packing": True, "sequence_len": 256, "micro_batch_size": 1} if packed else {"micro_batch_size": 2}
+    )
     whole = train(configure(**settings))
     checkpoint = tmp_path / "run" / "checkpoint-5"
     resumed = train(configure(**settings, out=tmp_path, resume_from_checkpoint=str(checkpoint)))

@@ -54,7 +54,9 @@ def test_class_mean_with_alpha_of_the_shares_is_sft() -> None:
 
 @pytest.mark.parametrize("reduction", ["token_mean", "weighted_mean", "class_mean"])
 @pytest.mark.parametrize(("alpha", "counts"), [([1.0, 0.0], [0, 5]), ([0.5, 0.5], [0, 0])])
-def test_a_step_without_weighted_tokens_is_zero_not_nan(reduction: Reduction, alpha: list[float], counts: list[int]) -> None:
+def test_a_step_without_weighted_tokens_is_zero_not_nan(
+    reduction: Reduction, alpha: list[float], counts: list[int]
+) -> None:
     weights = class_weights(reduction, torch.tensor(alpha, dtype=torch.float64), torch.tensor(counts))
     assert torch.isfinite(weights).all()
     assert float((weights * torch.tensor(counts)).sum()) == 0.0
