@@ -90,7 +90,6 @@ class DeferredLogits:
         if self.on_materialise is not None:
             self.on_materialise(asked_by)
         logits = self.compute(self.hidden)
-        logits = logits if logits.dtype == self.dtype else logits.to(self.dtype)
         return logits if self.on_cross_entropy is None else _watched(logits, self.on_cross_entropy)
 
     @property
@@ -138,12 +137,15 @@ class DeferredLogits:
     def _broadcasts(self, other: Any) -> bool:
         """A number, or a tensor that is the same for every row."""
         if isinstance(other, torch.Tensor):
-            return other.numel() == 1 or (other.ndim == 1 and other.shape[0] == self.vocab_size)
+            return other.ndim <= 1 and other.numel() in (1, self.vocab_size)
         return isinstance(other, (int, float)) and not isinstance(other, bool)
 
     def _arithmetic(self, kind: str, other: Any, name: str) -> Any:
+        if isinstance(other, torch.Tensor) and other.numel() == 1 and 1 < other.ndim <= self.ndim:
+            other = other.reshape(1)
         if self._broadcasts(other):
-            return self._then(kind, other)
+            dtype = torch.result_type(self.hidden.new_empty((1,), dtype=self.dtype), other)
+            return replace(self._then(kind, other), dtype=dtype)
         function: Callable[..., Any] = {"scale": torch.mul, "divide": torch.div, "shift": torch.add}[kind]
         return function(self.materialise(name), other)
 

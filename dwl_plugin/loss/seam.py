@@ -1,20 +1,24 @@
 """Where a model's loss becomes ours: its output head hands out deferred logits and its `loss_function` reduces them.
 
-`attach` patches two things of one model instance, the forward of its outermost output head and its `loss_function`. Both stay
-asleep, so generation and every other use get plain logits, until a `LossStep` is armed around a forward.
+`Seam` patches two things of one model instance, the forward of its outermost output head and its `loss_function`. Both stay
+asleep, so generation and every other use get plain logits, until a `LossStep` is armed around a forward. `attach` arms one
+around every forward that is given labels. The patches are bound methods of the seam: a deep copy of the model gets a seam of
+its own.
 
 Shapes: B rows, T positions, N = B·T, H hidden size, V vocabulary, C classes.
 """
 
 from __future__ import annotations
 
-import types
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dwl_plugin.errors import LossNotTakenError
@@ -55,8 +59,9 @@ class LossSpec:
 class LossStep:
     """What one forward has to know. `denominator` divides the summed loss; None: the number of targets of this forward.
 
-    `class_ids` (B, T) has the layout of `labels` and is read at the positions that are targets; None: everything is the last
-    class. `on_tokens(nll_N, class_N, weight_N)` gets detached fp32 values with class −100 where a position is no target.
+    `class_ids` (B, T) has the layout of `labels`, or of `shift_labels` where the model is given those, and is read at the
+    positions that are targets; None: everything is the last class. `on_tokens(nll_N, class_N, weight_N)` gets detached fp32
+    values with class −100 where a position is no target.
     """
 
     spec: LossSpec
@@ -69,47 +74,26 @@ class LossStep:
 
 
 class Seam:
-    """The two patches of one model. `standing` is the spec used when no step is armed; None leaves the model alone."""
+    """The patches of one model; asleep outside `armed`. `say` gets the few lines worth knowing."""
 
-    def __init__(self, model: nn.Module, say: Callable[[str], None], standing: LossSpec | None = None) -> None:
+    def __init__(self, model: nn.Module, say: Callable[[str], None]) -> None:
         self.model = _base_model(model)
         self.head = _output_head(self.model)
+        older = getattr(self.head.__dict__.get("forward"), "__self__", None)
+        if isinstance(older, Seam):  # a trainer that is built again over the same model
+            older.detach()
         self._say, self._said = say, set[str]()
-        self._standing, self._step = standing, None  # type: tuple[LossSpec | None, LossStep | None]
+        self._step: LossStep | None = None
+        self._layout: int | None = None
+        # A wrapper around this model, or a language model inside it, may be the one whose `loss_function` is called.
+        self._owners = [module for module in self.model.modules() if _has_head(module, self.head)]
         self._head_was: Any = self.head.__dict__.get("forward")
         self._head_forward: Callable[..., torch.Tensor] = self.head.forward
-        self._loss_was: Any = self.model.__dict__.get("_loss_function")
+        self._losses_were: list[Any] = [owner.__dict__.get("_loss_function") for owner in self._owners]
         self._model_loss: Callable[..., Any] = self.model.loss_function  # type: ignore[assignment]
-        seam = self
-
-        def forward(head: nn.Module, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if seam._listening is None or args or kwargs:
-                return seam._head_forward(hidden, *args, **kwargs)
-            return seam._defer(hidden)
-
-        # Spelled out, because trainers read the signature to learn whether the loss divides by num_items_in_batch itself.
-        def loss_function(
-            logits: Any,
-            labels: torch.Tensor | None = None,
-            vocab_size: int | None = None,
-            num_items_in_batch: torch.Tensor | int | None = None,
-            ignore_index: int = IGNORE_INDEX,
-            shift_labels: torch.Tensor | None = None,
-            **kwargs: Any,
-        ) -> Any:
-            if seam._listening is None or not (isinstance(logits, DeferredLogits) or seam._step is not None):
-                passed = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels, **kwargs}
-                return seam._model_loss(
-                    logits,
-                    labels,
-                    vocab_size=vocab_size,
-                    ignore_index=ignore_index,
-                    **{k: v for k, v in passed.items() if v is not None},
-                )
-            return seam._causal_loss(logits, labels, num_items_in_batch, ignore_index, shift_labels)
-
-        self.head.forward = types.MethodType(forward, self.head)
-        self.model.loss_function = loss_function  # type: ignore[assignment]
+        self.head.forward = self._forward
+        for owner in self._owners:
+            owner.loss_function = self._loss_function  # type: ignore[assignment]
 
     @property
     def replaced(self) -> str:
@@ -117,15 +101,12 @@ class Seam:
         return getattr(self._model_loss, "__name__", type(self._model_loss).__name__)
 
     def detach(self) -> None:
-        """Take the patches off; the model is as it was."""
-        if self._head_was is None:
-            self.head.__dict__.pop("forward", None)
-        else:
-            self.head.forward = self._head_was
-        if self._loss_was is None:
-            self.model.__dict__.pop("_loss_function", None)
-        else:
-            self.model.loss_function = self._loss_was
+        """Take the patches off; the model is as it was. Once is enough, twice does no harm."""
+        if self.head.__dict__.get("forward") == self._forward:
+            _put_back(self.head, "forward", self._head_was)
+        for owner, was in zip(self._owners, self._losses_were, strict=True):
+            if owner.__dict__.get("_loss_function") == self._loss_function:
+                _put_back(owner, "_loss_function", was)
 
     @contextmanager
     def armed(self, step: LossStep) -> Iterator[LossStep]:
@@ -135,32 +116,54 @@ class Seam:
             yield step
         finally:
             self._step = None
+        self._check(step)
+
+    def _check(self, step: LossStep) -> None:
         if step.taken == 0:
             raise LossNotTakenError(
-                f"[dwl] {type(self.model).__name__} returned a loss that dwl_plugin did not compute. Another patch replaced the "
-                f"model's loss or its output head ({type(self.head).__name__}); remove it, or delete the `loss:` line."
+                f"[dwl] {type(self.model).__name__} returned a loss that dwl_plugin did not compute. Either its own loss is more "
+                "than a cross-entropy of its logits (label smoothing, for one), or another patch replaced its loss or its output "
+                f"head ({type(self.head).__name__}). Remove that, or delete the `loss:` line."
             )
 
-    # the patches, awake
+    # the patches
 
-    @property
-    def _listening(self) -> LossSpec | None:
-        return self._step.spec if self._step is not None else self._standing
-
-    def _defer(self, hidden: torch.Tensor) -> DeferredLogits:
-        dtype = (
-            torch.get_autocast_dtype(hidden.device.type)
-            if torch.is_autocast_enabled(hidden.device.type)
-            else hidden.dtype
-        )
+    def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._step is None or args or kwargs:
+            return self._head_forward(hidden, *args, **kwargs)
+        device = hidden.device.type
         return DeferredLogits(
             hidden,
             self._head_forward,
             vocab_size=_vocab_size(self.head),
-            dtype=dtype,
+            dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype,
             on_materialise=self._materialised,
             on_cross_entropy=self._cross_entropy,
         )
+
+    # Spelled out, because trainers read the signature to learn whether the loss divides by num_items_in_batch itself.
+    def _loss_function(
+        self,
+        logits: Any,
+        labels: torch.Tensor | None = None,
+        vocab_size: int | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if self._step is not None:
+            return self._causal_loss(logits, labels, shift_labels, ignore_index, self._step)
+        passed = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels, **kwargs}
+        return self._model_loss(
+            logits,
+            labels,
+            vocab_size=vocab_size,
+            ignore_index=ignore_index,
+            **{key: value for key, value in passed.items() if value is not None},
+        )
+
+    # awake
 
     def _materialised(self, asked_by: str) -> None:
         self._say_once(
@@ -171,24 +174,27 @@ class Seam:
         self,
         logits: DeferredLogits | torch.Tensor,
         labels_BT: torch.Tensor | None,
-        num_items_in_batch: torch.Tensor | int | None,
-        ignore_index: int,
         targets_BT: torch.Tensor | None,
+        ignore_index: int,
+        step: LossStep,
     ) -> torch.Tensor:
         """The model called its `loss_function`: shift, unless the labels came shifted."""
         shifts = targets_BT is None and self.replaced != "ForMaskedLMLoss"
         if targets_BT is None:
             assert labels_BT is not None
             targets_BT = shift_left(labels_BT, ignore_index) if shifts else labels_BT
-        step = self._current_step(num_items_in_batch)
         class_BT = step.class_ids
+        if class_BT is not None and class_BT.shape != targets_BT.shape:
+            if labels_BT is None or step.labels is None:
+                raise self._unmatched()
+            class_BT = self._class_ids_like(labels_BT, 1, step)
         if class_BT is not None and shifts:
             class_BT = shift_left(class_BT)
         return self._reduce(logits, targets_BT, class_BT, ignore_index, step)
 
     def _cross_entropy(
         self,
-        logits: DeferredLogits,
+        logits: DeferredLogits | torch.Tensor,
         targets: torch.Tensor,
         weight: torch.Tensor | None = None,
         size_average: Any = None,
@@ -197,31 +203,28 @@ class Seam:
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:
-        """The model called `F.cross_entropy` or `nn.CrossEntropyLoss` on its logits: that is its loss."""
-        plain = weight is None and label_smoothing == 0.0 and reduction in ("mean", "sum") and size_average is None
-        if not plain or targets.is_floating_point():
-            asked_by = "cross_entropy"
-            return nn.functional.cross_entropy(
-                logits.materialise(asked_by),
-                targets,
-                weight,
-                size_average,
-                ignore_index,
-                reduce,
-                reduction,
+        """The model called `F.cross_entropy`, `F.nll_loss` or their modules on its logits: that is its loss."""
+        step = self._step
+        if isinstance(logits, DeferredLogits) and logits.ndim != 2:
+            logits = logits.materialise("cross_entropy").as_subclass(torch.Tensor)
+        plain = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
+        # A model that divides the sum itself divides by what it counts, not by the denominator of the step.
+        known = reduction == "mean" or (reduction == "sum" and step is not None and step.denominator is None)
+        if step is None or not plain or not known or targets.is_floating_point():
+            true = logits.materialise("cross_entropy") if isinstance(logits, DeferredLogits) else logits
+            return F.cross_entropy(
+                true.as_subclass(torch.Tensor), targets, weight, size_average, ignore_index, reduce, reduction,
                 label_smoothing,
-            )
-        step = self._current_step(None)
-        class_N = None if step.class_ids is None else self._class_ids_like(targets, step)
-        return self._reduce(logits, targets, class_N, ignore_index, step)
+            )  # fmt: skip
+        if isinstance(logits, torch.Tensor) and logits.ndim > 2:  # (B, V, …)
+            logits = logits.movedim(1, -1)
+        # The same labels several times over, for several streams of logits: the model takes their mean.
+        copies = 1 if step.labels is None else max(1, targets.numel() // max(1, step.labels.numel()))
+        class_ids = None if step.class_ids is None else self._class_ids_like(targets, copies, step)
+        loss = self._reduce(logits, targets, class_ids, ignore_index, step, copies)
+        return loss if reduction == "mean" else loss * (targets != ignore_index).sum()
 
-    def _current_step(self, num_items_in_batch: torch.Tensor | int | None) -> LossStep:
-        if self._step is not None:
-            return self._step
-        assert self._standing is not None
-        return LossStep(self._standing, denominator=num_items_in_batch)
-
-    def _class_ids_like(self, targets: torch.Tensor, step: LossStep) -> torch.Tensor:
+    def _class_ids_like(self, targets: torch.Tensor, copies: int, step: LossStep) -> torch.Tensor:
         """Class ids in the layout of `targets`, which the model shifted and flattened in its own way."""
         assert step.class_ids is not None and step.labels is not None
         labels_BT, class_BT = step.labels.to(targets.device), step.class_ids.to(targets.device)
@@ -230,10 +233,26 @@ class Seam:
             (shift_left(labels_BT), shift_left(class_BT)),
             (labels_BT, class_BT),
         )
-        for labels, class_ids in layouts:
-            if labels.numel() == targets.numel() and torch.equal(labels.reshape(-1), targets.reshape(-1)):
-                return class_ids.reshape(targets.shape)
-        raise LossNotTakenError(
+        wanted = targets.reshape(copies, -1)
+        same = [
+            labels.numel() == wanted.shape[1] and (labels.reshape(1, -1) == wanted).all() for labels, _ in layouts
+        ]
+        layout = self._layout
+        if layout is None or targets.device.type == "cpu":
+            fitting = [at for at, fits in enumerate(same) if fits]
+            if not fitting:
+                raise self._unmatched()
+            layout = fitting[0]
+            if len(fitting) == 1:  # a batch without targets fits several
+                self._layout = layout
+        else:  # the model does what it did before; the device checks, and nothing waits for it
+            if isinstance(same[layout], bool):
+                raise self._unmatched()
+            torch._assert_async(same[layout], str(self._unmatched()))
+        return layouts[layout][1].reshape(1, -1).expand_as(wanted).reshape(targets.shape)
+
+    def _unmatched(self) -> LossNotTakenError:
+        return LossNotTakenError(
             f"[dwl] {type(self.model).__name__} rearranges its labels in a way dwl_plugin does not know, so token classes "
             "cannot be matched to targets. `loss: nll` and `loss: dft` without classes work with it."
         )
@@ -245,71 +264,67 @@ class Seam:
         class_ids: torch.Tensor | None,
         ignore_index: int,
         step: LossStep,
+        copies: int = 1,
     ) -> torch.Tensor:
         """Σ_t w_c(t)·sg(max(p_t^a, m))·nll_t / denominator, and the tokens handed to the metrics."""
         step.taken += 1
-        targets_N = targets.reshape(-1).to(logits.device)
-        class_N = None if class_ids is None else class_ids.reshape(-1).to(logits.device)
-        spec, last = step.spec, len(step.spec.weight) - 1
+        linear = _as_linear(self.head, self._head_was) if isinstance(logits, DeferredLogits) else None
+        device = logits.device if linear is None else linear.weight.device
+        targets_N = targets.reshape(-1).to(device)
         is_target_N = targets_N != ignore_index
-        if class_N is None:
-            class_N = torch.where(is_target_N, last, IGNORE_INDEX)
+        spec = step.spec
+        if class_ids is None:
+            class_N = torch.where(is_target_N, len(spec.weight) - 1, IGNORE_INDEX)
+        else:
+            class_N = class_ids.reshape(-1).to(device)
         slot_N = class_N.clamp(min=0)
-        weight_C = step.class_weight
-        if weight_C is None:
-            weight_C = torch.tensor(spec.weight, dtype=torch.float32, device=logits.device)
-        weight_N = weight_C.to(device=logits.device, dtype=torch.float32)[slot_N]
-        exponent = _per_token(spec.exponent, slot_N)
-        min_weight = _per_token(spec.min_weight, slot_N)
-        out = self._token_loss(logits, targets_N, ignore_index, weight_N, exponent, min_weight)
-        if step.on_tokens is not None:
-            p_N = torch.exp(-out.nll)
-            paid_N = weight_N * (p_N**exponent).clamp(min=min_weight)
-            step.on_tokens(out.nll, torch.where(is_target_N, class_N, IGNORE_INDEX), paid_N)
-        denominator = step.denominator
-        if denominator is None:
-            denominator = is_target_N.sum().clamp(min=1)
-        if isinstance(denominator, torch.Tensor):
-            denominator = denominator.to(out.loss.device)
-        return out.loss / denominator
-
-    def _token_loss(
-        self,
-        logits: DeferredLogits | torch.Tensor,
-        targets_N: torch.Tensor,
-        ignore_index: int,
-        weight_N: torch.Tensor,
-        exponent: torch.Tensor | float,
-        min_weight: torch.Tensor | float,
-    ) -> TokenLoss:
+        weight_C = _constant(spec.weight, device) if step.class_weight is None else step.class_weight
+        weight_N = weight_C.to(device=device, dtype=torch.float32, non_blocking=True)[slot_N]
+        exponent, min_weight = _per_token(spec.exponent, slot_N), _per_token(spec.min_weight, slot_N)
         options: dict[str, Any] = {
             "token_weight": weight_N,
             "exponent": exponent,
             "min_weight": min_weight,
             "ignore_index": ignore_index,
         }
+        out = self._token_loss(logits, linear, targets_N, options)
+        if step.on_tokens is not None:
+            paid_N = weight_N * (torch.exp(-out.nll) ** exponent).clamp(min=min_weight)
+            step.on_tokens(out.nll, torch.where(is_target_N, class_N, IGNORE_INDEX), paid_N)
+        denominator = step.denominator
+        if denominator is None:
+            return out.loss / is_target_N.sum().clamp(min=1)
+        if isinstance(denominator, torch.Tensor):
+            denominator = denominator.to(device)
+        return out.loss / (denominator * copies)
+
+    def _token_loss(
+        self,
+        logits: DeferredLogits | torch.Tensor,
+        linear: nn.Linear | None,
+        targets_N: torch.Tensor,
+        options: dict[str, Any],
+    ) -> TokenLoss:
         if isinstance(logits, torch.Tensor):
             self._say_once(f"{type(self.model).__name__} computes its logits in full before its loss (more memory).")
-            return module_cross_entropy(
-                logits.reshape(targets_N.numel(), -1), lambda chunk: chunk, targets_N, **options
-            )
+            logits_NV = logits.as_subclass(torch.Tensor).reshape(targets_N.numel(), logits.shape[-1])
+            return module_cross_entropy(logits_NV, lambda chunk: chunk, targets_N, **options)
         rows_NH = logits.rows()
-        linear = _as_linear(self.head, self._head_was)
-        fused = _fold(logits) if linear is not None else None
-        if linear is not None and fused is not None:
-            weight_VH, bias_V = linear.weight, linear.bias
-            if fused.vocab != slice(None):
-                weight_VH, bias_V = weight_VH[fused.vocab], None if bias_V is None else bias_V[fused.vocab]
-            return linear_cross_entropy(
-                rows_NH,
-                weight_VH,
-                targets_N,
-                bias=bias_V,
-                softcap=fused.softcap,
-                logit_scale=fused.logit_scale,
-                **options,
-            )
-        return module_cross_entropy(rows_NH, logits.compute, targets_N, vocab_size=logits.vocab_size, **options)
+        fused = _fold(logits) if linear is not None and logits.head == self._head_forward else None
+        if linear is None or fused is None:
+            return module_cross_entropy(rows_NH, logits.compute, targets_N, vocab_size=logits.vocab_size, **options)
+        weight_VH, bias_V = linear.weight, linear.bias
+        if fused.vocab != slice(None):
+            weight_VH, bias_V = weight_VH[fused.vocab], None if bias_V is None else bias_V[fused.vocab]
+        return linear_cross_entropy(
+            rows_NH.to(weight_VH.device),
+            weight_VH,
+            targets_N,
+            bias=bias_V,
+            softcap=fused.softcap,
+            logit_scale=fused.logit_scale,
+            **options,
+        )
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:
@@ -317,7 +332,38 @@ class Seam:
             self._say(line)
 
 
-def attach(model: nn.Module, loss: str | LossSpec = "nll", say: Callable[[str], None] = print) -> Seam:
+class Attachment:
+    """A seam that arms itself around every forward of its model that is given labels."""
+
+    def __init__(self, model: nn.Module, spec: LossSpec, say: Callable[[str], None]) -> None:
+        self._spec = spec
+        self.seam = Seam(model, say)
+        self._hooks = (
+            self.seam.model.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.seam.model.register_forward_hook(self._after, always_call=True),
+        )
+
+    def detach(self) -> None:
+        """Give the model back as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self.seam.detach()
+
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = kwargs
+        if args:
+            given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        labels = given.get("labels")
+        if labels is not None:
+            self.seam._step = LossStep(self._spec, labels, denominator=given.get("num_items_in_batch"))
+
+    def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        step, self.seam._step = self.seam._step, None
+        if step is not None and output is not None:
+            self.seam._check(step)
+
+
+def attach(model: nn.Module, loss: str | LossSpec = "nll", say: Callable[[str], None] = print) -> Attachment:
     """Make a transformers model compute its training loss from deferred logits, without a trainer.
 
         loss = model(input_ids=ids, labels=ids).loss        # Σ_t w·sg(max(p^a, m))·nll / number of targets
@@ -326,7 +372,9 @@ def attach(model: nn.Module, loss: str | LossSpec = "nll", say: Callable[[str], 
     the few lines worth knowing. Returns a handle; `.detach()` gives the model back.
     """
     spec = LossSpec.named(loss) if isinstance(loss, str) else loss
-    return Seam(model, say, standing=spec)
+    if len(spec.weight) != 1:
+        raise ValueError(f"attach takes a loss of one class, for every token; got {len(spec.weight)} classes")
+    return Attachment(model, spec, say)
 
 
 @dataclass(frozen=True)
@@ -339,7 +387,8 @@ class _Folded:
 def _fold(logits: DeferredLogits) -> _Folded | None:
     """The recorded operations as softcap·tanh(logit_scale·z / softcap) over a slice of the vocabulary; None if they are not."""
     before, after, capped, vocab = 1.0, 1.0, False, slice(None)
-    for operation in logits.operations:
+    operations = logits.operations[:-1] if logits.is_log_probability else logits.operations  # a cross-entropy takes either
+    for operation in operations:
         if operation.kind == "cast":
             continue
         if operation.kind in ("scale", "divide") and isinstance(operation.operand, (int, float)):
@@ -360,7 +409,13 @@ def _per_token(values_C: tuple[float, ...], slot_N: torch.Tensor) -> torch.Tenso
     """A number where every class agrees: the loss core has a shorter way for it."""
     if len(set(values_C)) == 1:
         return values_C[0]
-    return torch.tensor(values_C, dtype=torch.float32, device=slot_N.device)[slot_N]
+    return _constant(values_C, slot_N.device)[slot_N]
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Copied to the device once: each copy would wait for it."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _base_model(model: nn.Module) -> nn.Module:
@@ -387,9 +442,35 @@ def _vocab_size(head: nn.Module) -> int:
     raise LossNotTakenError(f"[dwl] the vocabulary size of the output head {type(head).__name__} cannot be read.")
 
 
+def _has_head(module: nn.Module, head: nn.Module) -> bool:
+    """`module` computes a loss from the logits of `head`."""
+    if not (hasattr(module, "get_output_embeddings") and hasattr(type(module), "loss_function")):
+        return False
+    return module.get_output_embeddings() is head  # type: ignore[operator, no-any-return]
+
+
+def _put_back(module: nn.Module, name: str, was: Any) -> None:
+    if was is None:
+        del module.__dict__[name]
+    else:
+        module.__dict__[name] = was
+
+
 def _as_linear(head: nn.Module, patched_before: Any) -> nn.Linear | None:
-    """`head` if hidden @ weight.T + bias is all it does."""
-    plain = (
-        type(head) is nn.Linear and patched_before is None and not head._forward_hooks and not head._forward_pre_hooks
-    )
-    return head if plain and head.weight.is_floating_point() else None  # type: ignore[return-value, union-attr, operator]
+    """What multiplies, if hidden @ weight.T + bias is all that `head.forward` does.
+
+    Forward hooks are no obstacle: they have been run around the deferred logits.
+    """
+    if patched_before is not None:
+        return None
+    copies = getattr(head, "modules_to_save", None)  # PEFT's trained copies of a module
+    if isinstance(copies, nn.ModuleDict):
+        chosen = head.active_adapters[0] if head.active_adapters else None  # type: ignore[index, union-attr]
+        if head.disable_adapters or chosen not in copies:
+            return None
+        head = copies[chosen]
+        if "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks:
+            return None
+    if type(head) is not nn.Linear or not head.weight.is_floating_point():
+        return None
+    return head

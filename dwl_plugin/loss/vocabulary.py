@@ -5,7 +5,7 @@ For target y, with q the softmax over the other tokens and s = exp-sum of those 
     ∂nll/∂z_j = (1 − p_y) · (q_j − 1[j = y]),      q_j = exp(z_j − reference) / s,  q_y = 0
 
 so one pass can accumulate Σ_j exp(z_j − reference)·W_j beside the sum itself, as attention does with K = V = W, and
-everything known only at the end (1/s, 1 − p, the token's weight, exponent and floor) scales one row of (N, H). A trained
+everything known only at the end (1/s, 1 − p, the token's weight, exponent, floor) scales one row of (N, H). A trained
 head keeps its block of exponentials for a third matmul, ∂W = expᵀ·(rows of hidden, scaled the same way): still nothing
 is divided over (N, V).
 
@@ -34,9 +34,9 @@ _MIB = 2**20
 _TILE_BYTES = {"cpu": 4 * _MIB, "cuda": 128 * _MIB}
 _LEAST_WIDTH = 256
 _ROWS = {"cpu": 1024, "cuda": 8192}
-# Exponentials a trained head keeps for ∂W. Fewer row blocks read and write ∂W less often.
-_KEPT_BYTES = {"cpu": 128 * _MIB, "cuda": 1024 * _MIB}
-# A row's reference follows its maximum only when it lags by this much: e^20 is far from overflow, rescaling costs O(R·H).
+# A trained head keeps a block's exponentials for ∂W, and each block reads and writes ∂W: this much, or a quarter of ∂W.
+_KEPT_BYTES = 64 * _MIB
+# A row's reference follows its maximum only when it lags by this much: e^20 is far from overflow, and rescaling costs.
 _LAG = 20.0
 # Columns beside a tile: rows whose target lives in another tile write there, and row strides avoid powers of two.
 _SPARE = 16
@@ -102,7 +102,7 @@ def _walk(
         new(V, zero=True) if wanted.bias else None,
     )
     if N:
-        plan = _plan(N, V, device.type, kept, operand)
+        plan = _plan(N, V, H, device.type, kept, operand)
         space = _Workspace(plan, H, head, operand, device, kept)
         for block in plan.blocks(N):
             _block(hidden_TH, tokens, block, head, operand, space, gradients, nll_N, paid_N)
@@ -204,12 +204,12 @@ class _Plan:
         return (slice(start, min(start + self.width, V)) for start in range(0, V, self.width))
 
 
-def _plan(N: int, V: int, device: str, kept: bool, operand: torch.dtype) -> _Plan:
+def _plan(N: int, V: int, H: int, device: str, kept: bool, operand: torch.dtype) -> _Plan:
     """Even blocks of rows and even tiles of the vocabulary whose buffers fit their budgets, whatever N and V."""
     kind = "cpu" if device == "cpu" else "cuda"
     most_rows = _ROWS[kind]
     if kept:
-        most_rows = max(1, min(most_rows, _KEPT_BYTES[kind] // (V * operand.itemsize)))
+        most_rows = max(1, min(most_rows, max(_KEPT_BYTES, V * H) // (V * operand.itemsize)))
     rows = math.ceil(N / math.ceil(N / most_rows))
     tiles = math.ceil(V / max(_LEAST_WIDTH, _TILE_BYTES[kind] // (4 * rows)))
     width = math.ceil(V / tiles)
