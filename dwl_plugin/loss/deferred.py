@@ -36,11 +36,11 @@ class Pointwise:
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
         if self.kind == "scale":
-            return logits * self.operand
+            return torch.mul(logits, self.operand)
         if self.kind == "divide":
-            return logits / self.operand
+            return torch.div(logits, self.operand)
         if self.kind == "shift":
-            return logits + self.operand
+            return torch.add(logits, self.operand)
         if self.kind == "tanh":
             return torch.tanh(logits)
         if self.kind == "cast":
@@ -146,8 +146,7 @@ class DeferredLogits:
         if self._broadcasts(other):
             dtype = torch.result_type(self.hidden.new_empty((1,), dtype=self.dtype), other)
             return replace(self._then(kind, other), dtype=dtype)
-        function: Callable[..., Any] = {"scale": torch.mul, "divide": torch.div, "shift": torch.add}[kind]
-        return function(self.materialise(name), other)
+        return Pointwise(kind, other)(self.materialise(name))
 
     def __mul__(self, other: Any) -> Any:
         return self._arithmetic("scale", other, "*")
@@ -402,7 +401,7 @@ def _watched(logits: torch.Tensor, on_cross_entropy: Callable[..., Any]) -> torc
         ) -> Any:
             kwargs = dict(kwargs or {})
             if function not in (F.cross_entropy, F.nll_loss):
-                return super().__torch_function__(function, types, args, kwargs)
+                return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]
             args = args or (kwargs.pop("input"),)
             with torch._C.DisableTorchFunctionSubclass():
                 return on_cross_entropy(args[0].as_subclass(torch.Tensor), *args[1:], **kwargs)

@@ -59,9 +59,9 @@ class LossSpec:
 class LossStep:
     """What one forward has to know. `denominator` divides the summed loss; None: the number of targets of this forward.
 
-    `class_ids` (B, T) has the layout of `labels`, or of `shift_labels` where the model is given those, and is read at the
-    positions that are targets; None: everything is the last class. `on_tokens(nll_N, class_N, weight_N)` gets detached fp32
-    values with class −100 where a position is no target.
+    `class_ids` (B, T) has the layout of `labels`, or, if `shifted`, of the `shift_labels` that the model is given as well. It is
+    read at the positions that are targets; None: everything is the last class. `on_tokens(nll_N, class_N, weight_N)` gets
+    detached fp32 values with class −100 where a position is no target.
     """
 
     spec: LossSpec
@@ -70,6 +70,7 @@ class LossStep:
     class_weight: torch.Tensor | None = None
     denominator: torch.Tensor | float | None = None
     on_tokens: OnTokens | None = None
+    shifted: bool = False
     taken: int = field(default=0, init=False)
 
 
@@ -180,17 +181,16 @@ class Seam:
     ) -> torch.Tensor:
         """The model called its `loss_function`: shift, unless the labels came shifted."""
         shifts = targets_BT is None and self.replaced != "ForMaskedLMLoss"
-        if targets_BT is None:
-            assert labels_BT is not None
-            targets_BT = shift_left(labels_BT, ignore_index) if shifts else labels_BT
+        given_BT = labels_BT if targets_BT is None else targets_BT
+        assert given_BT is not None, "a loss without labels"
         class_BT = step.class_ids
-        if class_BT is not None and class_BT.shape != targets_BT.shape:
-            if labels_BT is None or step.labels is None:
-                raise self._unmatched()
-            class_BT = self._class_ids_like(labels_BT, 1, step)
-        if class_BT is not None and shifts:
-            class_BT = shift_left(class_BT)
-        return self._reduce(logits, targets_BT, class_BT, ignore_index, step)
+        as_given = step.shifted if labels_BT is None or targets_BT is not None else True
+        if class_BT is not None and not (as_given and class_BT.shape == given_BT.shape):
+            class_BT = self._class_ids_like(given_BT, 1, step)
+        if shifts:
+            given_BT = shift_left(given_BT, ignore_index)
+            class_BT = None if class_BT is None else shift_left(class_BT)
+        return self._reduce(logits, given_BT, class_BT, ignore_index, step)
 
     def _cross_entropy(
         self,
@@ -226,7 +226,8 @@ class Seam:
 
     def _class_ids_like(self, targets: torch.Tensor, copies: int, step: LossStep) -> torch.Tensor:
         """Class ids in the layout of `targets`, which the model shifted and flattened in its own way."""
-        assert step.class_ids is not None and step.labels is not None
+        if step.class_ids is None or step.labels is None:
+            raise self._unmatched()
         labels_BT, class_BT = step.labels.to(targets.device), step.class_ids.to(targets.device)
         layouts = (
             (labels_BT[..., 1:], class_BT[..., 1:]),
@@ -234,21 +235,22 @@ class Seam:
             (labels_BT, class_BT),
         )
         wanted = targets.reshape(copies, -1)
-        same = [
-            labels.numel() == wanted.shape[1] and (labels.reshape(1, -1) == wanted).all() for labels, _ in layouts
-        ]
+
+        def fits(labels: torch.Tensor) -> torch.Tensor:
+            if labels.numel() != wanted.shape[1]:
+                return torch.tensor(False)
+            return (labels.reshape(1, -1) == wanted).all()
+
         layout = self._layout
         if layout is None or targets.device.type == "cpu":
-            fitting = [at for at, fits in enumerate(same) if fits]
+            fitting = [at for at, (labels, _) in enumerate(layouts) if fits(labels)]
             if not fitting:
                 raise self._unmatched()
             layout = fitting[0]
             if len(fitting) == 1:  # a batch without targets fits several
                 self._layout = layout
-        else:  # the model does what it did before; the device checks, and nothing waits for it
-            if isinstance(same[layout], bool):
-                raise self._unmatched()
-            torch._assert_async(same[layout], str(self._unmatched()))
+        else:  # the model does what it did before: the device checks, and nothing waits for it
+            torch._assert_async(fits(layouts[layout][0]), str(self._unmatched()))
         return layouts[layout][1].reshape(1, -1).expand_as(wanted).reshape(targets.shape)
 
     def _unmatched(self) -> LossNotTakenError:
@@ -313,7 +315,8 @@ class Seam:
         fused = _fold(logits) if linear is not None and logits.head == self._head_forward else None
         if linear is None or fused is None:
             return module_cross_entropy(rows_NH, logits.compute, targets_N, vocab_size=logits.vocab_size, **options)
-        weight_VH, bias_V = linear.weight, linear.bias
+        weight_VH: torch.Tensor = linear.weight
+        bias_V: torch.Tensor | None = linear.bias
         if fused.vocab != slice(None):
             weight_VH, bias_V = weight_VH[fused.vocab], None if bias_V is None else bias_V[fused.vocab]
         return linear_cross_entropy(
@@ -446,7 +449,7 @@ def _has_head(module: nn.Module, head: nn.Module) -> bool:
     """`module` computes a loss from the logits of `head`."""
     if not (hasattr(module, "get_output_embeddings") and hasattr(type(module), "loss_function")):
         return False
-    return module.get_output_embeddings() is head  # type: ignore[operator, no-any-return]
+    return module.get_output_embeddings() is head
 
 
 def _put_back(module: nn.Module, name: str, was: Any) -> None:
@@ -465,10 +468,10 @@ def _as_linear(head: nn.Module, patched_before: Any) -> nn.Linear | None:
         return None
     copies = getattr(head, "modules_to_save", None)  # PEFT's trained copies of a module
     if isinstance(copies, nn.ModuleDict):
-        chosen = head.active_adapters[0] if head.active_adapters else None  # type: ignore[index, union-attr]
-        if head.disable_adapters or chosen not in copies:
+        active: list[str] = head.active_adapters  # type: ignore[assignment]
+        if head.disable_adapters or not active or active[0] not in copies:
             return None
-        head = copies[chosen]
+        head = copies[active[0]]
         if "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks:
             return None
     if type(head) is not nn.Linear or not head.weight.is_floating_point():

@@ -211,13 +211,18 @@ def eager(model: PreTrainedModel, spec: LossSpec) -> tuple[torch.Tensor, dict[st
     loss = out.loss
     if spec != SPECS["nll"]:
         # Take the model's cross-entropy out of its loss, so that only the rest (router losses) stays, and put ours in.
-        shifted = (shift_left(labels), shift_left(class_ids)), (labels, class_ids)
-        logits = out.logits[:, -LENGTH:]  # behind what stands for an image
-        length = logits.shape[-2]
-        plain = [weighted_nll(logits, t[:, :length], torch.zeros_like(t[:, :length]), SPECS["nll"]) for t, _ in shifted]
-        chosen = min((0, 1), key=lambda i: (plain[i] - loss).abs().item())
-        targets, classes = (t[:, :length] for t in shifted[chosen])
-        loss = loss - plain[chosen] + weighted_nll(logits, targets, classes, spec)
+        logits = [out.logits[:, -LENGTH:]]  # behind what stands for an image
+        logits += getattr(out, "logits_ngram", torch.empty(0, 0)).unbind(1)  # ProphetNet: one stream for each token ahead
+        layouts = (shift_left(labels), shift_left(class_ids)), (labels, class_ids)
+        length = logits[0].shape[1]
+        layouts = [tuple(tensor[:, :length] for tensor in layout) for layout in layouts]
+
+        def mean(layout: tuple[torch.Tensor, ...], spec: LossSpec) -> torch.Tensor:
+            return torch.stack([weighted_nll(stream, *layout, spec) for stream in logits]).mean()
+
+        plain = [mean((targets, torch.zeros_like(classes)), SPECS["nll"]) for targets, classes in layouts]
+        its = min((0, 1), key=lambda i: (plain[i] - loss).abs().item())
+        loss = loss - plain[its] + mean(layouts[its], spec)
     return loss.detach(), gradients(model, loss)
 
 

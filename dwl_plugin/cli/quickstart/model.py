@@ -88,8 +88,12 @@ def _convert(source: Path, target: Path, console: Console) -> None:
         task = progress.add_task("Preparing SmolLM2-135M-Instruct, once", total=_STAGES)
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8") as child:
             assert child.stdout is not None
-            for line in child.stdout:
-                progress.update(task, advance=1, description=line.strip())
+            try:
+                for line in child.stdout:
+                    progress.update(task, advance=1, description=line.strip())
+            except BaseException:
+                child.kill()  # an interrupt may have reached this process alone, and the folder is about to go
+                raise
         if child.returncode != 0:
             errors.seek(0)
             last = "".join(errors.readlines()[-15:])

@@ -81,10 +81,10 @@ def print_report(console: Console, history: History, names: Sequence[str], confi
 
 
 def _change(before: float, after: float) -> str:
-    if not before > 0:  # a class of length 0 has nan
+    if not before > 0:  # nan: a class without a held-out token
         return "–"
     colour = "green" if after < before else "red"
-    return f"[{colour}]{after / before - 1:+.0%}[/]"
+    return f"[{colour}]{after / before - 1:+.1%}[/]"
 
 
 def _duration(seconds: float) -> str:
