@@ -31,11 +31,8 @@ class PatternTooSlowError(ConfigError):
     """A pattern ran past `TIME_LIMIT_S` on a sample."""
 
     def __init__(self, problems: Iterable[Problem] | str) -> None:
-        if isinstance(problems, str):  # a DataLoader rebuilds what its worker raised from the message alone
-            self.problems = ()
-            Exception.__init__(self, problems)
-        else:
-            super().__init__(problems)
+        super().__init__(problems)
+        if self.problems:  # raised in the middle of training: the header of a start-up error would mislead
             Exception.__init__(self, "\n".join(f"[dwl] {problem}" for problem in self.problems))
 
 

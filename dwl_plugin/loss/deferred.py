@@ -141,10 +141,11 @@ class DeferredLogits:
         return isinstance(other, (int, float)) and not isinstance(other, bool)
 
     def _arithmetic(self, kind: str, other: Any, name: str) -> Any:
-        if isinstance(other, torch.Tensor) and other.numel() == 1 and 1 < other.ndim <= self.ndim:
-            other = other.reshape(1)
+        if isinstance(other, torch.Tensor) and 1 < other.ndim <= self.ndim and other.numel() == other.shape[-1]:
+            other = other.reshape(-1)
         if self._broadcasts(other):
-            dtype = torch.result_type(self.hidden.new_empty((1,), dtype=self.dtype), other)
+            promotes = isinstance(other, torch.Tensor) and other.ndim > 0
+            dtype = torch.promote_types(self.dtype, other.dtype) if promotes else self.dtype
             return replace(self._then(kind, other), dtype=dtype)
         return Pointwise(kind, other)(self.materialise(name))
 
@@ -193,10 +194,10 @@ class DeferredLogits:
 
     def log_softmax(self, dim: int | None = None, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Any:
         if dim is None or dim % self.ndim != self.ndim - 1:
-            return self.materialise("log_softmax").log_softmax(dim, dtype)  # type: ignore[arg-type]
+            return F.log_softmax(self.materialise("log_softmax"), dim, dtype=dtype)
         return (self if dtype is None else self.to(dtype))._then("log_softmax")
 
-    def float(self) -> DeferredLogits:
+    def float(self) -> Any:
         return self.to(torch.float32)
 
     def type(self, dtype: torch.dtype) -> Any:
@@ -221,7 +222,7 @@ class DeferredLogits:
             result = replace(
                 self, hidden=result, head=_identity, operations=(), vocab_size=result.shape[-1], dtype=result.dtype
             )
-        self.__dict__.update(result.__dict__)
+        self.__dict__.update(vars(result))
         return self
 
     def __imul__(self, other: Any) -> DeferredLogits:
@@ -307,7 +308,9 @@ class DeferredLogits:
         elif plain and items and sum(item is not None for item in items) < self.ndim:
             return self._rows_become(self.hidden[tuple(items)])
         elif len(items) < self.ndim and all(isinstance(item, (slice, int, torch.Tensor)) for item in items):
-            masked = sum(item.ndim if isinstance(item, torch.Tensor) and item.dtype == torch.bool else 1 for item in items)
+            masked = sum(
+                item.ndim if isinstance(item, torch.Tensor) and item.dtype == torch.bool else 1 for item in items
+            )
             if masked < self.ndim:  # rows picked by a mask or by indices
                 return self._rows_become(self.hidden[index])
         return self.materialise("indexing")[index]
@@ -379,7 +382,18 @@ _RECORDED = {
 
 # Attributes of a tensor that tell nothing of its values.
 _WITHOUT_VALUES = frozenset(
-    "element_size get_device is_cuda itemsize layout new_empty new_full new_ones new_tensor new_zeros".split()
+    [
+        "element_size",
+        "get_device",
+        "is_cuda",
+        "itemsize",
+        "layout",
+        "new_empty",
+        "new_full",
+        "new_ones",
+        "new_tensor",
+        "new_zeros",
+    ]
 )
 
 

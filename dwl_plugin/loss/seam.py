@@ -10,7 +10,6 @@ Shapes: B rows, T positions, N = B·T, H hidden size, V vocabulary, C classes.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,6 +85,7 @@ class Seam:
         self._say, self._said = say, set[str]()
         self._step: LossStep | None = None
         self._layout: int | None = None
+        self._constants: dict[tuple[tuple[float, ...], torch.device], torch.Tensor] = {}
         # A wrapper around this model, or a language model inside it, may be the one whose `loss_function` is called.
         self._owners = [module for module in self.model.modules() if _has_head(module, self.head)]
         self._head_was: Any = self.head.__dict__.get("forward")
@@ -269,6 +269,10 @@ class Seam:
         copies: int = 1,
     ) -> torch.Tensor:
         """Σ_t w_c(t)·sg(max(p_t^a, m))·nll_t / denominator, and the tokens handed to the metrics."""
+        if torch.compiler.is_compiling():
+            disable: Callable[..., Callable[..., torch.Tensor]] = torch.compiler.disable
+            uncompiled = disable(Seam._reduce)
+            return uncompiled(self, logits, targets, class_ids, ignore_index, step, copies)
         step.taken += 1
         linear = _as_linear(self.head, self._head_was) if isinstance(logits, DeferredLogits) else None
         device = logits.device if linear is None else linear.weight.device
@@ -280,9 +284,9 @@ class Seam:
         else:
             class_N = class_ids.reshape(-1).to(device)
         slot_N = class_N.clamp(min=0)
-        weight_C = _constant(spec.weight, device) if step.class_weight is None else step.class_weight
+        weight_C = self._constant(spec.weight, device) if step.class_weight is None else step.class_weight
         weight_N = weight_C.to(device=device, dtype=torch.float32, non_blocking=True)[slot_N]
-        exponent, min_weight = _per_token(spec.exponent, slot_N), _per_token(spec.min_weight, slot_N)
+        exponent, min_weight = self._per_token(spec.exponent, slot_N), self._per_token(spec.min_weight, slot_N)
         options: dict[str, Any] = {
             "token_weight": weight_N,
             "exponent": exponent,
@@ -299,6 +303,16 @@ class Seam:
         if isinstance(denominator, torch.Tensor):
             denominator = denominator.to(device)
         return out.loss / (denominator * copies)
+
+    def _per_token(self, values_C: tuple[float, ...], slot_N: torch.Tensor) -> torch.Tensor | float:
+        """A number where every class agrees: the loss core has a shorter way for it."""
+        return values_C[0] if len(set(values_C)) == 1 else self._constant(values_C, slot_N.device)[slot_N]
+
+    def _constant(self, values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+        """Copied to the device once: each copy would wait for it."""
+        if (values, device) not in self._constants:
+            self._constants[values, device] = torch.tensor(values, dtype=torch.float32, device=device)
+        return self._constants[values, device]
 
     def _token_loss(
         self,
@@ -390,7 +404,9 @@ class _Folded:
 def _fold(logits: DeferredLogits) -> _Folded | None:
     """The recorded operations as softcap·tanh(logit_scale·z / softcap) over a slice of the vocabulary; None if they are not."""
     before, after, capped, vocab = 1.0, 1.0, False, slice(None)
-    operations = logits.operations[:-1] if logits.is_log_probability else logits.operations  # a cross-entropy takes either
+    operations = (
+        logits.operations[:-1] if logits.is_log_probability else logits.operations
+    )  # a cross-entropy takes either
     for operation in operations:
         if operation.kind == "cast":
             continue
@@ -408,26 +424,14 @@ def _fold(logits: DeferredLogits) -> _Folded | None:
     return _Folded(None if before == 1.0 else before, None, vocab)
 
 
-def _per_token(values_C: tuple[float, ...], slot_N: torch.Tensor) -> torch.Tensor | float:
-    """A number where every class agrees: the loss core has a shorter way for it."""
-    if len(set(values_C)) == 1:
-        return values_C[0]
-    return _constant(values_C, slot_N.device)[slot_N]
-
-
-@functools.lru_cache(maxsize=64)
-def _constant(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Copied to the device once: each copy would wait for it."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-def _base_model(model: nn.Module) -> nn.Module:
+def _base_model(model: Any) -> nn.Module:
     """The transformers model inside an adapter wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, no-any-return]
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base
 
 
-def _output_head(model: nn.Module) -> nn.Module:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+def _output_head(model: Any) -> nn.Module:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Module):
         raise LossNotTakenError(
             f"[dwl] {type(model).__name__} has no output head to take the loss from; it is no language model."
@@ -445,11 +449,12 @@ def _vocab_size(head: nn.Module) -> int:
     raise LossNotTakenError(f"[dwl] the vocabulary size of the output head {type(head).__name__} cannot be read.")
 
 
-def _has_head(module: nn.Module, head: nn.Module) -> bool:
+def _has_head(module: Any, head: nn.Module) -> bool:
     """`module` computes a loss from the logits of `head`."""
     if not (hasattr(module, "get_output_embeddings") and hasattr(type(module), "loss_function")):
         return False
-    return module.get_output_embeddings() is head
+    its_head: object = module.get_output_embeddings()
+    return its_head is head
 
 
 def _put_back(module: nn.Module, name: str, was: Any) -> None:

@@ -1,0 +1,266 @@
+"""Forward and backward of the head and its loss: ours beside what a user would otherwise run.
+
+    uv run --group bench python bench/linear_cross_entropy.py                    # the table of bench/RESULTS.md
+    uv run --group bench python bench/linear_cross_entropy.py --shape 1024,2304,262144 --softcap 30 --reps 5
+    uv run --group bench python bench/linear_cross_entropy.py --figure bench/linear_cross_entropy.png
+
+Time: the methods take turns in one process, `--reps` rounds after a warm-up, and every figure is the median of the rounds' ratios
+to ours. Memory: a process per method, the peak of its resident set above what it held before the call (on CUDA: of what the
+allocator held). `torch's own` is given its best chunk size and only the targets; the full-logits methods see every row, as users
+run them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a table: N tokens, hidden size H, vocabulary V."""
+
+    tokens: int
+    hidden: int
+    vocab: int
+    ignored: float
+    dtype: str
+    trained: bool
+    softcap: float | None
+
+    def __str__(self) -> str:
+        cap = f", softcap {self.softcap:g}" if self.softcap else ""
+        head = "trained" if self.trained else "frozen"
+        return f"{self.tokens:,} × {self.hidden} × {self.vocab:,}, {self.ignored:.0%} ignored, {self.dtype}, {head} head{cap}"
+
+
+def tensors(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+    hidden = torch.randn(case.tokens, case.hidden, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(case.vocab, case.hidden, device=device) * 0.05).to(dtype).requires_grad_(case.trained)
+    targets = torch.randint(0, case.vocab, (case.tokens,), device=device)
+    targets[torch.rand(case.tokens, device=device) < case.ignored] = IGNORED
+    return hidden, weight, targets
+
+
+def methods(case: Case, device: str) -> dict[str, Loss]:
+    """Name -> mean loss over targets. A method that this machine or these versions lack is left out by name."""
+    from dwl_plugin import linear_cross_entropy
+
+    cap, mean = case.softcap, lambda targets: (targets != IGNORED).sum()
+    token_weight = torch.linspace(0.5, 1.5, case.tokens, device=device)
+    exponents = torch.linspace(0.0, 1.0, case.tokens, device=device)
+
+    def logits_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(hidden, weight)
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def ours(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(h, w, t, softcap=cap).loss / mean(t)
+
+    def ours_dft(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return linear_cross_entropy(h, w, t, softcap=cap, exponent=1.0).loss / mean(t)
+
+    def ours_weighted(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        options = {"token_weight": token_weight, "exponent": exponents, "min_weight": 0.01}
+        return linear_cross_entropy(h, w, t, softcap=cap, **options).loss / mean(t)
+
+    def full(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (F.cross_entropy(logits_of(h, w).float(), t, reduction="none") * token_weight).sum() / mean(t)
+
+    def full_compacted(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        rows = (t != IGNORED).nonzero().squeeze(1)
+        nll = F.cross_entropy(logits_of(h[rows], w).float(), t[rows], reduction="none")
+        return (nll * token_weight[rows]).sum() / rows.numel()
+
+    found: dict[str, Loss] = {
+        "ours, nll": ours,
+        "ours, dft": ours_dft,
+        "ours, weights, exponents, floor": ours_weighted,
+        "full logits, weighted": full,
+        "full logits, targets only": full_compacted,
+    }
+
+    def outputs(h: torch.Tensor, w: torch.Tensor) -> Any:
+        return type("Outputs", (), {"logits": logits_of(h, w)[None]})()
+
+    def unshifted(t: torch.Tensor) -> torch.Tensor:
+        return F.pad(t, (1, 0), value=IGNORED)[None, :-1].clone()  # these losses shift by themselves
+
+    from trl.trainer import sft_trainer
+
+    found["TRL dft_loss"] = lambda h, w, t: sft_trainer.dft_loss(outputs(h, w), unshifted(t))
+    if hasattr(sft_trainer, "_chunked_cross_entropy_loss"):
+        chunked = sft_trainer._chunked_cross_entropy_loss
+        found["TRL chunked_nll"] = lambda h, w, t: chunked(h, w, 256, shift_labels=t, final_logit_softcapping=cap)[0]
+    try:
+        from axolotl.monkeypatch.loss.dft import dft_loss
+        from axolotl.monkeypatch.loss.eaft import eaft_loss
+
+        found["Axolotl dft_loss"] = lambda h, w, t: dft_loss(outputs(h, w), unshifted(t))
+        found["Axolotl eaft_loss"] = lambda h, w, t: eaft_loss(outputs(h, w), unshifted(t))
+    except ImportError:
+        print("left out: Axolotl's losses (not installed)", file=sys.stderr)
+    try:
+        from cut_cross_entropy import linear_cross_entropy as cce
+
+        impl = "cce" if device == "cuda" else "torch_compile"
+        found["Apple CCE, compiled"] = lambda h, w, t: cce(h, w, t, softcap=cap, impl=impl)
+    except ImportError:
+        print("left out: Apple's cut-cross-entropy (not installed; --group bench)", file=sys.stderr)
+    if hasattr(F, "linear_cross_entropy") and not cap:
+        from torch.nn import LinearCrossEntropyOptions
+
+        for chunk in (64, 256, 1024):
+
+            def torchs(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, chunk: int = chunk) -> torch.Tensor:
+                rows = (t != IGNORED).nonzero().squeeze(1)
+                options = LinearCrossEntropyOptions(batch_chunk_size=chunk)
+                return F.linear_cross_entropy(h[rows], w, t[rows], options=options)
+
+            found[f"torch F.linear_cross_entropy, {chunk} rows"] = torchs
+    if device == "cuda":
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+
+        found["Liger fused"] = lambda h, w, t: liger(h, w, t, softcap=cap)
+    return found
+
+
+def step(loss: Loss, tensors_: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    hidden, weight, targets = tensors_
+    hidden.grad = weight.grad = None
+    loss(hidden, weight, targets).backward()
+
+
+def seconds(case: Case, names: list[str], reps: int, device: str) -> dict[str, list[float]]:
+    data, every = tensors(case, device), methods(case, device)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        step(every[name], data)
+    for _ in range(reps):
+        for name in names:
+            wait()
+            start = time.perf_counter()
+            step(every[name], data)
+            wait()
+            taken[name].append(time.perf_counter() - start)
+    return taken
+
+
+def extra_memory(case: Case, name: str, device: str) -> float:
+    """MiB that one call adds at its peak, in this process."""
+    data, loss = tensors(case, device), methods(case, device)[name]
+    warm = case if "compiled" in name else Case(16, case.hidden, 512, 0.0, case.dtype, case.trained, case.softcap)
+    step(methods(warm, device)[name], tensors(warm, device))
+    data[0].grad = data[1].grad = None
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(loss, data)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from what is resident now
+    before = _resident("VmRSS")
+    step(loss, data)
+    return _resident("VmHWM") - before
+
+
+def _resident(key: str) -> float:
+    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
+
+
+def measure(case: Case, reps: int, device: str) -> dict[str, tuple[float, float, float]]:
+    """name -> (seconds, ratio of its time to ours, MiB)."""
+    names = list(methods(case, device))
+    taken = seconds(case, names, reps, device)
+    reference = taken["ours, nll"]
+    found = {}
+    for name in names:
+        command = [sys.executable, __file__, "--memory-of", name, "--case", json.dumps(asdict(case))]
+        child = subprocess.run(command, capture_output=True, text=True, check=False)
+        memory = float(child.stdout.split()[-1]) if child.returncode == 0 else float("nan")
+        ratio = statistics.median(a / b for a, b in zip(taken[name], reference, strict=True))
+        found[name] = (statistics.median(taken[name]), ratio, memory)
+    return found
+
+
+def table(case: Case, found: dict[str, tuple[float, float, float]]) -> str:
+    ours = found["ours, nll"]
+    lines = [f"### {case}", "", "| | ms | time, × ours | extra MiB | memory, × ours |", "|---|---:|---:|---:|---:|"]
+    for name, (duration, ratio, memory) in found.items():
+        lines.append(f"| {name} | {duration * 1e3:,.0f} | {ratio:.2f} | {memory:,.0f} | {memory / ours[2]:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(results: dict[Case, dict[str, tuple[float, float, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, len(results), figsize=(6.5 * len(results), 5), sharey=True, squeeze=False, layout="constrained")
+    for axis, (case, found) in zip(axes[0], results.items(), strict=True):
+        for name, (_, ratio, memory) in found.items():
+            mine = name.startswith("ours")
+            axis.scatter(ratio, memory, s=90, marker="D" if mine else "o", color="#0072B2" if mine else "#D55E00", zorder=3)
+            axis.annotate(name, (ratio, memory), xytext=(7, 5), textcoords="offset points", fontsize=8)
+        axis.set(xlabel="time, × ours (nll)", yscale="log", title=str(case))
+        axis.title.set_fontsize(9)
+        axis.margins(x=0.25)
+        axis.grid(True, which="both", alpha=0.25)
+    axes[0][0].set_ylabel("extra peak memory, MiB")
+    fig.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", action="append", help="tokens,H,V; may be given again", default=None)
+    parser.add_argument("--ignored", type=float, nargs="*", default=[0.6, 0.0])
+    parser.add_argument("--dtype", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--head", nargs="*", default=["frozen", "trained"], choices=["frozen", "trained"])
+    parser.add_argument("--softcap", type=float, default=None)
+    parser.add_argument("--reps", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        print(extra_memory(Case(**json.loads(options.case)), options.memory_of, options.device))
+        return
+    shapes = options.shape or ["2048,576,49152", "2048,896,151936"]
+    results = {}
+    for shape in shapes:
+        tokens, hidden, vocab = (int(part) for part in shape.split(","))
+        for dtype in options.dtype:
+            for ignored in options.ignored:
+                for head in options.head:
+                    case = Case(tokens, hidden, vocab, ignored, dtype, head == "trained", options.softcap)
+                    results[case] = measure(case, options.reps, options.device)
+                    print(table(case, results[case]), flush=True)
+    if options.figure:
+        figure(results, options.figure)
+
+
+if __name__ == "__main__":
+    main()
