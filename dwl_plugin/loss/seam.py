@@ -73,6 +73,13 @@ class LossStep:
     taken: int = field(default=0, init=False)
 
 
+@dataclass(frozen=True)
+class _Inside:
+    """Handed to the head beside its input: what to do with it there."""
+
+    work: Callable[[torch.Tensor], Any]
+
+
 class Seam:
     """The patches of one model; asleep outside `armed`. `say` gets the few lines worth knowing."""
 
@@ -130,12 +137,14 @@ class Seam:
     # the patches
 
     def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], _Inside):
+            return args[0].work(hidden)
         if self._step is None or args or kwargs:
             return self._head_forward(hidden, *args, **kwargs)
         device = hidden.device.type
         return DeferredLogits(
             hidden,
-            self._head_forward,
+            self._logits,
             vocab_size=_vocab_size(self.head),
             dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype,
             on_materialise=self._materialised,
@@ -293,7 +302,7 @@ class Seam:
             "min_weight": min_weight,
             "ignore_index": ignore_index,
         }
-        out = self._token_loss(logits, linear, targets_N, options)
+        out = self._token_loss(logits, targets_N, options)
         if step.on_tokens is not None:
             paid_N = weight_N * (torch.exp(-out.nll) ** exponent).clamp(min=min_weight)
             step.on_tokens(out.nll, torch.where(is_target_N, class_N, IGNORE_INDEX), paid_N)
@@ -317,7 +326,6 @@ class Seam:
     def _token_loss(
         self,
         logits: DeferredLogits | torch.Tensor,
-        linear: nn.Linear | None,
         targets_N: torch.Tensor,
         options: dict[str, Any],
     ) -> TokenLoss:
@@ -325,23 +333,47 @@ class Seam:
             self._say_once(f"{type(self.model).__name__} computes its logits in full before its loss (more memory).")
             logits_NV = logits.as_subclass(torch.Tensor).reshape(targets_N.numel(), logits.shape[-1])
             return module_cross_entropy(logits_NV, lambda chunk: chunk, targets_N, **options)
-        rows_NH = logits.rows()
-        fused = _fold(logits) if linear is not None and logits.head == self._head_forward else None
-        if linear is None or fused is None:
-            return module_cross_entropy(rows_NH, logits.compute, targets_N, vocab_size=logits.vocab_size, **options)
-        weight_VH: torch.Tensor = linear.weight
-        bias_V: torch.Tensor | None = linear.bias
-        if fused.vocab != slice(None):
-            weight_VH, bias_V = weight_VH[fused.vocab], None if bias_V is None else bias_V[fused.vocab]
-        return linear_cross_entropy(
-            rows_NH.to(weight_VH.device),
-            weight_VH,
-            targets_N,
-            bias=bias_V,
-            softcap=fused.softcap,
-            logit_scale=fused.logit_scale,
-            **options,
-        )
+        deferred, fused = logits, _fold(logits) if logits.head == self._logits else None
+
+        def of(rows_NH: torch.Tensor) -> TokenLoss:
+            linear = _as_linear(self.head, self._head_was)
+            if linear is None or fused is None:
+                vocab_size = deferred.vocab_size
+                return module_cross_entropy(rows_NH, deferred.compute, targets_N, vocab_size=vocab_size, **options)
+            weight_VH, bias_V = _whole(linear.weight), _whole(linear.bias)
+            assert weight_VH is not None
+            if fused.vocab != slice(None):
+                weight_VH, bias_V = weight_VH[fused.vocab], None if bias_V is None else bias_V[fused.vocab]
+            return linear_cross_entropy(
+                rows_NH.to(weight_VH.device),
+                weight_VH,
+                targets_N,
+                bias=bias_V,
+                softcap=fused.softcap,
+                logit_scale=fused.logit_scale,
+                **options,
+            )
+
+        return self._inside_head(of, logits.rows()) if _gathered_by_hooks(self.head) else of(logits.rows())
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the head would have returned."""
+        if not _gathered_by_hooks(self.head):
+            return self._head_forward(hidden)
+        logits: torch.Tensor = self.head(hidden, _Inside(self._head_forward))
+        return logits
+
+    def _inside_head(self, work: Callable[[torch.Tensor], TokenLoss], rows_NH: torch.Tensor) -> TokenLoss:
+        """`work` where the head's own hooks have gathered its weight, once for all chunks, and will for its backward."""
+        done: list[TokenLoss] = []
+
+        def loss_of(rows_NH: torch.Tensor) -> torch.Tensor:
+            done.append(work(rows_NH))
+            return done[0].loss
+
+        loss = self.head(rows_NH, _Inside(loss_of))
+        # Mixed precision may have rounded the output; what it hooks for the backward is the tensor before.
+        return TokenLoss(loss if loss.dtype == done[0].loss.dtype else done[0].loss, done[0].nll)
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:
@@ -479,6 +511,19 @@ def _as_linear(head: nn.Module, patched_before: Any) -> nn.Linear | None:
         head = copies[active[0]]
         if "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks:
             return None
-    if type(head) is not nn.Linear or not head.weight.is_floating_point():
-        return None
-    return head
+    multiplies = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward  # FSDP2 makes a subclass of it
+    return head if multiplies and head.weight.is_floating_point() else None
+
+
+def _gathered_by_hooks(head: nn.Module) -> bool:
+    """The weight is in pieces outside the head's forward: a module of its own to FSDP2 or ZeRO-3."""
+    is_fsdp = hasattr(head, "unshard")
+    return any((is_fsdp and hasattr(p, "full_tensor")) or hasattr(p, "ds_id") for p in head.parameters())
+
+
+def _whole(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """A tensor-parallel parameter gathered, differentiably."""
+    if parameter is None or not hasattr(parameter, "full_tensor"):
+        return parameter
+    whole: torch.Tensor = parameter.full_tensor()
+    return whole

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,18 @@ def configure(model_folder: Path, data_file: Path, tmp_path: Path) -> Callable[.
         return harness.config(changes.pop("model", model_folder), changes.pop("data", data_file), folder, **changes)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def _only_our_plugin() -> Iterator[None]:
+    """Axolotl keeps every plugin that any config of the process has named; a test leaves none behind."""
+    from axolotl.integrations.base import PluginManager
+
+    manager = PluginManager.get_instance()
+    before = dict(manager.plugins)
+    yield
+    for name in set(manager.plugins) - set(before):
+        del manager.plugins[name]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -55,16 +55,16 @@ def oracle(run: Run) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
             text = tokenizer.decode([ids[t]])
             name = "control" if text == "<|im_end|>" else "number" if any(c.isdigit() for c in text) else "rest"
             nll = -log_p[t - 1, labels[t]]
-            p = float(torch.exp(-nll))
+            p = float(torch.exp(-nll.detach()))
             terms[name].append(p ** EXPONENT[name] * nll)
-            nlls[name].append(float(nll))
+            nlls[name].append(float(nll.detach()))
     loss = sum(ALPHA[name] * torch.stack(terms[name]).mean() for name in NAMES)
     assert isinstance(loss, torch.Tensor)
     model.zero_grad()
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.float()
-    return float(loss), {name: float(np.mean(values)) for name, values in nlls.items()}, gradients
+    return float(loss.detach()), {name: float(np.mean(values)) for name, values in nlls.items()}, gradients
 
 
 def check(run: Run) -> None:
