@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from dwl_plugin.loss.exact_nll import paid_weight
+
 __all__ = ["Tokens", "brief", "require", "require_number", "select_tokens"]
 
 
@@ -25,6 +27,12 @@ class Tokens:
 
     def __len__(self) -> int:
         return len(self.targets_N)
+
+    def paid(self, nll_R: torch.Tensor, rows: slice) -> torch.Tensor:
+        """`paid_weight` of the tokens in `rows`, whose nll is given."""
+        weight_R = None if self.token_weight_N is None else self.token_weight_N[rows]
+        exponent, floor = (v[rows] if isinstance(v, torch.Tensor) else v for v in (self.exponent, self.min_weight))
+        return paid_weight(nll_R, weight_R, exponent, floor)
 
 
 def require(condition: bool, message: str) -> None:

@@ -119,7 +119,7 @@ def linear_cross_entropy(
 @functools.cache
 def _uncompiled() -> Callable[..., TokenLoss]:
     # Built at first use: the decorator would import torch's compiler into every process.
-    eager: Callable[..., TokenLoss] = torch.compiler.disable(linear_cross_entropy)
+    eager: Callable[..., TokenLoss] = torch.compiler.disable(linear_cross_entropy)  # type: ignore[no-untyped-call]
     return eager
 
 
@@ -143,7 +143,7 @@ class _Call:
         return taken
 
 
-class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]
+class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: _Call

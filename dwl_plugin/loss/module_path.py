@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from dwl_plugin.loss.exact_nll import TokenLoss, exact_nll, paid_weight, refuse_second_derivative, spread
+from dwl_plugin.loss.exact_nll import TokenLoss, exact_nll, refuse_second_derivative, spread
 from dwl_plugin.loss.inputs import require, select_tokens
 
 __all__ = ["module_cross_entropy"]
@@ -74,9 +74,7 @@ def module_cross_entropy(
 
     def chunk_loss(rows_RH: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
         nll_R = _LogitsNLL.apply(head(rows_RH), tokens.targets_N[chunk])
-        weights = (tokens.token_weight_N, tokens.exponent, tokens.min_weight)
-        paid_R = paid_weight(nll_R.detach(), *(w[chunk] if isinstance(w, torch.Tensor) else w for w in weights))
-        return (paid_R * nll_R).sum(), nll_R.detach()
+        return (tokens.paid(nll_R.detach(), chunk) * nll_R).sum(), nll_R.detach()
 
     if chunk_tokens is None:
         assert vocab_size is not None
@@ -98,7 +96,7 @@ def _summed(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-class _LogitsNLL(torch.autograd.Function):  # type: ignore[misc]
+class _LogitsNLL(torch.autograd.Function):
     """−log softmax(logits)[target] per row, in fp32 or wider whatever the logits are."""
 
     @staticmethod

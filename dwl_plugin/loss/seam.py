@@ -511,8 +511,9 @@ def _as_linear(head: nn.Module, patched_before: Any) -> nn.Linear | None:
         head = copies[active[0]]
         if "forward" in head.__dict__ or head._forward_hooks or head._forward_pre_hooks:
             return None
-    multiplies = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward  # FSDP2 makes a subclass of it
-    return head if multiplies and head.weight.is_floating_point() else None
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:  # FSDP2 makes a subclass of it
+        return None
+    return head if head.weight.is_floating_point() else None
 
 
 def _gathered_by_hooks(head: nn.Module) -> bool:

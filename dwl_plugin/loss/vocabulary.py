@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from dwl_plugin.loss.exact_nll import exact_nll, paid_weight
+from dwl_plugin.loss.exact_nll import exact_nll
 from dwl_plugin.loss.inputs import Tokens
 
 __all__ = ["Gradients", "Head", "Wanted", "walk"]
@@ -142,9 +142,7 @@ def _block(
     # Everything below is O(R·H), except the third matmul.
     unit = head.softcap or 1.0
     nll_R, miss_R = exact_nll(state.others_R, state.reference_R * unit, state.target_R * unit)
-    paid_R = paid_weight(
-        nll_R, *(value[block] if isinstance(value, torch.Tensor) else value for value in _weights(tokens))
-    )
+    paid_R = tokens.paid(nll_R, block)
     nll_N[block], paid_N[block] = nll_R, paid_R
     factor_R = paid_R * miss_R * head.scale
     others_R = factor_R / state.others_R.clamp(min=torch.finfo(head.summed).tiny)  # no others: a vocabulary of one
@@ -170,10 +168,6 @@ def _block(
         gradients.weight_VH.index_put_((targets_R,), scaled_RH.neg_(), accumulate=True)
     if gradients.bias_V is not None:
         gradients.bias_V.index_put_((targets_R,), -target_R, accumulate=True)
-
-
-def _weights(tokens: Tokens) -> tuple[Any, Any, Any]:
-    return tokens.token_weight_N, tokens.exponent, tokens.min_weight
 
 
 @dataclass
@@ -371,10 +365,11 @@ def _fused_step() -> Callable[..., tuple[torch.Tensor, ...]]:
 
 def _add_mm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
     """out = a @ b, or out += a @ b, with the sums in the dtype of `out` even where a and b are narrower."""
-    if a.dtype != out.dtype and not (out.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads()):
+    if a.dtype != out.dtype and not (out.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out")):
         a, b = a.to(out.dtype), b.to(out.dtype)
-    wide = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
-    if first:
-        torch.mm(a, b, out=out, **wide)
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out) if first else torch.addmm(out, a, b, out=out)
+    elif first:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
-        torch.addmm(out, a, b, out=out, **wide)
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)

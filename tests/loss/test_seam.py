@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
+import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +195,83 @@ def test_autocast_to_bf16(change: Callable[[], nn.Module]) -> None:
         got_loss, got_gradients = got(model, WEIGHTED)
     torch.testing.assert_close(got_loss, want_loss, rtol=1e-3, atol=0.0)
     assert difference(got_gradients, want_gradients)[0] <= 2e-2
+
+
+# sharded heads
+
+
+def shard(model: nn.Module, mode: str, mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    if mode != "with the model":
+        fully_shard(model.get_output_embeddings(), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def check_sharded(rank: int, world: int, port: int, modes: list[str]) -> None:
+    """Each rank takes some of the rows; their gradients together are those of all rows on one."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
+        for mode in modes:
+            model = with_lora(llama()).get_base_model() if mode == "LoRA on it" else llama()
+            model.lm_head.requires_grad_(mode != "frozen")
+            ids, labels, class_ids = batch()
+            loss, alone = got(model, WEIGHTED)
+            targets = (shift_left(labels) != -100).sum()
+            shard(model, mode, mesh)
+            mine = slice(rank * len(ids) // world, (rank + 1) * len(ids) // world)
+            seam = Seam(model, print)
+            with seam.armed(LossStep(WEIGHTED, labels[mine], class_ids[mine], denominator=targets / world)):
+                out = model(input_ids=ids[mine], labels=labels[mine])
+            model.zero_grad()
+            out.loss.backward()
+            torch.distributed.all_reduce(mean := out.loss.detach() / world)
+            torch.testing.assert_close(mean, loss)
+            whole = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
+            assert difference(whole, alone)[0] <= 1e-5, mode
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+SHARDED = ["with the model", "on its own", "frozen", "LoRA on it"]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.mark.filterwarnings("default")  # torch's, about a process group of one
+def test_fsdp2_on_one_rank(path_taken: list[str]) -> None:
+    check_sharded(0, 1, free_port(), SHARDED)
+    assert path_taken == ["linear_cross_entropy"] * 6 + ["module_cross_entropy"] * 2
+
+
+@pytest.mark.slow
+def test_fsdp2_on_two_ranks() -> None:
+    torch.multiprocessing.spawn(check_sharded, args=(2, free_port(), SHARDED), nprocs=2)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_tensor_parallel_weight_is_gathered() -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = llama()
+    want_loss, want_gradients = want(model, WEIGHTED)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), GLOO_SOCKET_IFNAME="lo")
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model.lm_head.weight = nn.Parameter(distribute_tensor(model.lm_head.weight.detach(), mesh, [Shard(0)]))
+        loss, got_gradients = got(model, WEIGHTED)
+        got_gradients["lm_head.weight"] = got_gradients["lm_head.weight"].full_tensor()
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(loss, want_loss)
+    assert difference(got_gradients, want_gradients)[0] <= 1e-5
 
 
 # models
