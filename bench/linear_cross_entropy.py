@@ -218,11 +218,15 @@ def figure(results: dict[Case, dict[str, tuple[float, float, float]]], path: Pat
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, len(results), figsize=(6.5 * len(results), 5), sharey=True, squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        1, len(results), figsize=(6.5 * len(results), 5), sharey=True, squeeze=False, layout="constrained"
+    )
     for axis, (case, found) in zip(axes[0], results.items(), strict=True):
         for name, (_, ratio, memory) in found.items():
             mine = name.startswith("ours")
-            axis.scatter(ratio, memory, s=90, marker="D" if mine else "o", color="#0072B2" if mine else "#D55E00", zorder=3)
+            axis.scatter(
+                ratio, memory, s=90, marker="D" if mine else "o", color="#0072B2" if mine else "#D55E00", zorder=3
+            )
             axis.annotate(name, (ratio, memory), xytext=(7, 5), textcoords="offset points", fontsize=8)
         axis.set(xlabel="time, × ours (nll)", yscale="log", title=str(case))
         axis.title.set_fontsize(9)

@@ -97,6 +97,7 @@ class Session:
             self.spec,
             labels=inputs.get("labels"),
             class_ids=class_ids,
+            shifted="shift_labels" in inputs,
             class_weight=weight_C,
             denominator=denominator,
             on_tokens=sums.add,

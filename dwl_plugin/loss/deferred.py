@@ -330,6 +330,8 @@ class DeferredLogits:
             is_loss = function is F.cross_entropy or (function is F.nll_loss and logits.is_log_probability)
             if is_loss and logits.on_cross_entropy is not None:
                 return logits.on_cross_entropy(logits, *args[1:], **kwargs)
+            if function is F.nll_loss:  # of what is no log-probability: whatever it is, it is no cross-entropy
+                args = (replace(logits, on_cross_entropy=None), *args[1:])
             if name in _RECORDED or _in_place(name):
                 return getattr(logits, _RECORDED.get(name, name))(*args[1:], **kwargs)
         elif len(args) == 2 and isinstance(args[1], DeferredLogits) and name in ("mul", "add"):

@@ -84,7 +84,9 @@ def run_both(configure: Configure, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_dataset_type_is_classified_and_keeps_its_loss(configure: Configure, tmp_path: Path, model_folder: Path, kind: str) -> None:
+def test_every_dataset_type_is_classified_and_keeps_its_loss(
+    configure: Configure, tmp_path: Path, model_folder: Path, kind: str
+) -> None:
     run_both(configure, **KINDS[kind](tmp_path, model_folder))
 
 

@@ -328,6 +328,16 @@ def _plain(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> float:
     return F.cross_entropy(logits.flatten(0, 1), shift_left(labels).flatten()).item()
 
 
+def test_a_denominator_counts_each_target_once_however_many_streams_predict_it() -> None:
+    model = build("ProphetNetForCausalLM")
+    ids, labels, class_ids = batch()
+    seam = Seam(model, print)
+    with seam.armed(LossStep(WEIGHTED, labels, class_ids)):
+        mean = model(input_ids=ids, labels=labels).loss
+    with seam.armed(LossStep(WEIGHTED, labels, class_ids, denominator=(labels != -100).sum())):
+        torch.testing.assert_close(model(input_ids=ids, labels=labels).loss, mean)
+
+
 def test_tokens_reach_the_metrics_with_their_class_and_weight() -> None:
     model = llama()
     ids, labels, class_ids = batch()
