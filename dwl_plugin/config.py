@@ -102,8 +102,10 @@ def _pattern(value: object) -> object:
     try:
         regex.compile(value)
     except regex.error as error:
-        at = "" if error.pos is None else f" at position {error.pos}, before {value[error.pos : error.pos + 12]!r}"
-        raise PydanticCustomError("dwl", "this does not compile: {why}", {"why": f"{error.msg}{at}"}) from None
+        position = getattr(error, "pos", None)
+        at = "" if position is None else f" at position {position}, before {value[position : position + 12]!r}"
+        why = f"{getattr(error, 'msg', error)}{at}"
+        raise PydanticCustomError("dwl", "this does not compile: {why}", {"why": why}) from None
     return value
 
 
@@ -467,7 +469,7 @@ def _cross_checks(ours: Mapping[str, Any], block: Block | None) -> list[Problem]
 
 
 def _is_default(key: str, value: object) -> bool:
-    return value == DWLConfig.model_fields[key].default
+    return bool(value == DWLConfig.model_fields[key].default)
 
 
 def _useless_dft(block: Block) -> Iterator[Problem]:
@@ -545,7 +547,8 @@ def _problem(item: Any, model: type[BaseModel], prefix: str) -> Problem:
     if item["type"] == "missing":
         return Problem(path, "is required")
     if item["type"] == "extra_forbidden":
-        owner = {"dft": DFTConfig, "dwl": DWLConfig}.get(item["loc"][-2], model) if len(item["loc"]) > 1 else model
+        nested: dict[str, type[BaseModel]] = {"dft": DFTConfig, "dwl": DWLConfig}
+        owner = nested.get(str(item["loc"][-2]), model) if len(item["loc"]) > 1 else model
         known = list(owner.model_fields)
         return Problem(path, "unknown key", item["input"], ", ".join(known), did_you_mean(item["loc"][-1], known))
     if item["type"] == "literal_error":

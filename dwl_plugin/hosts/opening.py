@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
@@ -64,7 +65,7 @@ def _hints(
     moves = block.schedule is not None
     if moves and counts is not None and sum(counts) and length.total_steps and block.reduction == "token_mean":
         means = [
-            sum(weight * count for weight, count in zip(alpha_at(tau), counts, strict=True)) / sum(counts)
+            math.fsum(weight * count for weight, count in zip(alpha_at(tau), counts, strict=True)) / sum(counts)
             for tau in {round(length.total_steps * step / 100) for step in range(101)}
         ]
         low, high = min(means), max(means)

@@ -236,7 +236,7 @@ def join(
     session = Session(trainer, block, labeller, survey, taken_over)
     host = type(trainer)
     trainer.__class__ = type(f"DWL{host.__name__}", (_TrainerMixin, host), {"_dwl": session})
-    trainer.loss_is_scaled_for_ga = True  # type: ignore[attr-defined]
+    trainer.loss_is_scaled_for_ga = True
     _quiet_console(trainer)
     return session, StepHook(trainer, session)
 

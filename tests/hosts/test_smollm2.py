@@ -22,7 +22,7 @@ WAYS: dict[str, dict[str, Any]] = {
 CLASSES = {
     "reasoning": {"between": ["<think>", "</think>"]},
     "number": {"regex": r"\d+"},
-    "end_of_turn": {"tokens": ["<|im_end|>"], "token_loss": "nll"},
+    "end_of_turn": {"tokens": ["<|im_end|>"]},
 }
 
 
@@ -32,7 +32,6 @@ def test_ten_steps_on_the_real_model(way: str, data_file: Path, tmp_path: Path) 
 
     dwl = {
         "classes": CLASSES,
-        "token_loss": "dft",
         "reduction": "class_mean",
         "alpha": {"reasoning": 1, "number": 2, "end_of_turn": 1, "rest": 1},
     }
