@@ -63,7 +63,7 @@ def _hints(
     block: Block, counts: Sequence[int] | None, alpha_at: Alpha, length: RunLength, best_metric: str | None
 ) -> Iterator[str]:
     moves = block.schedule is not None
-    if moves and counts is not None and sum(counts) and length.total_steps and block.reduction == "token_mean":
+    if moves and counts is not None and any(counts) and length.total_steps and block.reduction == "token_mean":
         means = [
             math.fsum(weight * count for weight, count in zip(alpha_at(tau), counts, strict=True)) / sum(counts)
             for tau in {round(length.total_steps * step / 100) for step in range(101)}
