@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
 
 __all__ = [
+    "IGNORE_INDEX",
     "REST",
     "BetweenClass",
     "Block",
@@ -37,6 +38,9 @@ __all__ = [
     "TokensClass",
     "parse",
 ]
+
+IGNORE_INDEX = -100
+"""The label of a position that is no target."""
 
 REST = "rest"
 """The class of every target token that no other class claims."""

@@ -6,15 +6,20 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["ClassSums"]
+__all__ = ["ClassSums", "widest"]
 
 _ROWS = ("count", "nll", "p", "weight", "loss")
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """fp64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class ClassSums:
     """Running sums (5, C): tokens, Σ nll, Σ p, Σ token weight, Σ weighted loss.
 
-    Stays on the device of the tokens, so adding costs no synchronisation. fp64 where the device has it.
+    Stays on the device of the tokens, so adding costs no synchronisation.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -25,7 +30,7 @@ class ClassSums:
         """Count tokens: nll in nats, class index (negative: not a target), and the weight each token's nll was given."""
         nll_N, weight_N = nll_N.detach().reshape(-1), weight_N.detach().reshape(-1)
         class_N = class_N.reshape(-1)
-        dtype = torch.float32 if nll_N.device.type == "mps" else torch.float64
+        dtype = widest(nll_N.device)
         nll_N, weight_N = nll_N.to(dtype), weight_N.to(dtype)
         rows_RN = torch.stack((torch.ones_like(nll_N), nll_N, torch.exp(-nll_N), weight_N, weight_N * nll_N))
         slot_N = torch.where(
@@ -39,10 +44,9 @@ class ClassSums:
 
         Every rank has to call it, also one that saw no token.
         """
-        dtype = torch.float32 if device.type == "mps" else torch.float64
         sums_RC = self._sums_RC
         if sums_RC is None:
-            sums_RC = torch.zeros(len(_ROWS), len(self.names) + 1, dtype=dtype, device=device)
+            sums_RC = torch.zeros(len(_ROWS), len(self.names) + 1, dtype=widest(device), device=device)
         self._sums_RC = None
         return self._ratios(reduce(sums_RC.to(device))[:, :-1].tolist())
 

@@ -18,13 +18,19 @@ import regex
 
 from dwl_plugin.classes.selectors import TIME_LIMIT_S, Between, InText, InVocabulary, Samples, Selector
 from dwl_plugin.classes.token_table import Bools, Ints, TokenTable, as_bytes, as_text, vocabulary_size
-from dwl_plugin.config import REST, BetweenClass, ClassConfig, RegexClass, TokenIdsClass, TokenRegexClass, TokensClass
+from dwl_plugin.config import (
+    IGNORE_INDEX,
+    REST,
+    BetweenClass,
+    ClassConfig,
+    RegexClass,
+    TokenIdsClass,
+    TokenRegexClass,
+    TokensClass,
+)
 from dwl_plugin.errors import ConfigError, DWLError, Problem
 
 __all__ = ["IGNORE_INDEX", "ClassSurvey", "Labeller", "build_labeller", "empty_class_problems", "survey"]
-
-IGNORE_INDEX = -100
-"""The label of a position that is no target."""
 
 
 @dataclass(frozen=True, eq=False)

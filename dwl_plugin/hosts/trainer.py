@@ -25,7 +25,7 @@ from dwl_plugin.hosts.opening import opening_lines
 from dwl_plugin.loss.reduction import class_weights
 from dwl_plugin.loss.seam import LossSpec, LossStep, Seam
 from dwl_plugin.loss.shift import IGNORE_INDEX
-from dwl_plugin.metrics import ClassSums
+from dwl_plugin.metrics import ClassSums, widest
 
 __all__ = ["Session", "StepHook", "join"]
 
@@ -83,9 +83,9 @@ class Session:
 
     def step(self, inputs: dict[str, Any], counts_C: torch.Tensor, denominator: Any, sums: ClassSums) -> LossStep:
         """What the seam needs for one forward."""
-        alpha_C = torch.tensor(self.alpha, dtype=torch.float64)
+        device = counts_C.device  # where the counts are, so that nothing waits for them
         weight_C = class_weights(
-            self.block.reduction, alpha_C, counts_C.to("cpu") if _needs_counts(self.block) else counts_C
+            self.block.reduction, torch.tensor(self.alpha, dtype=widest(device), device=device), counts_C
         )
         class_ids = inputs.pop(CLASS_IDS, None)
         if class_ids is None and self.labeller is not None:
@@ -102,10 +102,6 @@ class Session:
             denominator=denominator,
             on_tokens=sums.add,
         )
-
-
-def _needs_counts(block: Block) -> bool:
-    return block.reduction != "token_mean"
 
 
 class _TrainerMixin(Trainer):

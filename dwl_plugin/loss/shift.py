@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["IGNORE_INDEX", "shift_left"]
+from dwl_plugin.config import IGNORE_INDEX
 
-IGNORE_INDEX = -100
+__all__ = ["IGNORE_INDEX", "shift_left"]
 
 
 def shift_left(labels_BT: torch.Tensor, ignore_index: int = IGNORE_INDEX) -> torch.Tensor:
