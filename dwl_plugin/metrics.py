@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-__all__ = ["ClassSums", "widest"]
+from dwl_plugin.loss.membership import Membership
 
-_ROWS = ("count", "nll", "p", "weight", "loss")
+__all__ = ["ClassSums", "PaidTokens", "widest"]
+
+_ROWS = ("count", "nll", "p", "kl", "weight", "loss")
 
 
 def widest(device: torch.device) -> torch.dtype:
@@ -16,8 +19,27 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+@dataclass(frozen=True)
+class PaidTokens:
+    """The tokens of one forward: the classes they are in and those they pay in, nll in nats, and the factors in front of it.
+
+    Token t pays weight_C[c] · (factors_KN[term_C[c], t] · nll_N[t] + anchor_C[c] · kl_N[t]) in class c. Shapes: N positions,
+    C classes, K terms.
+    """
+
+    members: Membership
+    paying: Membership
+    nll_N: torch.Tensor
+    factors_KN: torch.Tensor
+    term_C: torch.Tensor
+    weight_C: torch.Tensor
+    kl_N: torch.Tensor | None = None
+    anchor_C: torch.Tensor | None = None
+
+
 class ClassSums:
-    """Running sums (5, C): tokens, Σ nll, Σ p, Σ token weight, Σ weighted loss.
+    """Running sums (6, C + 1): tokens, Σ nll, Σ p, Σ KL to the base model, Σ token weight, Σ weighted loss, of each class and of
+    all targets.
 
     Stays on the device of the tokens, so adding costs no synchronisation.
     """
@@ -25,19 +47,35 @@ class ClassSums:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
         self._sums_RC: torch.Tensor | None = None
+        self._anchored = False
 
-    def add(self, nll_N: torch.Tensor, class_N: torch.Tensor, weight_N: torch.Tensor) -> None:
-        """Count tokens: nll in nats, class index (negative: not a target), and the weight each token's nll was given."""
-        nll_N, weight_N = nll_N.detach().reshape(-1), weight_N.detach().reshape(-1)
-        class_N = class_N.reshape(-1)
-        dtype = widest(nll_N.device)
-        nll_N, weight_N = nll_N.to(dtype), weight_N.to(dtype)
-        rows_RN = torch.stack((torch.ones_like(nll_N), nll_N, torch.exp(-nll_N), weight_N, weight_N * nll_N))
-        slot_N = torch.where(
-            class_N < 0, len(self.names), class_N
-        )  # tokens that are no targets go to a column of their own
-        sums_RC = rows_RN.new_zeros(len(_ROWS), len(self.names) + 1).index_add_(1, slot_N, rows_RN)
+    def add(self, tokens: PaidTokens) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count the tokens of one forward. Where classes overlap, a token counts in each of its classes, and once in all.
+
+        Returns the number of tokens and Σ nll of each class, (C,) both, of this forward alone.
+        """
+        dtype = widest(tokens.nll_N.device)
+        nll_N, factors_KN = tokens.nll_N.to(dtype), tokens.factors_KN.to(dtype)
+        kl_N = torch.zeros_like(nll_N) if tokens.kl_N is None else tokens.kl_N.to(dtype)
+        self._anchored = self._anchored or tokens.kl_N is not None
+        seen_4N = torch.stack((torch.ones_like(nll_N), nll_N, torch.exp(-nll_N), kl_N))
+        factors_RN = torch.cat([factors_KN, factors_KN * nll_N, kl_N[None]])
+
+        def weighed(members: Membership) -> torch.Tensor:
+            """(2, C): Σ weight and Σ weighted loss of each class."""
+            *by_term_RC, kl_C = members.sums(factors_RN)[:, :-1]
+            factor_KC, loss_KC = torch.stack(by_term_RC).tensor_split(2)
+            factor_1C, loss_1C = (sums_KC.gather(0, tokens.term_C[None]) for sums_KC in (factor_KC, loss_KC))
+            if tokens.anchor_C is not None:
+                loss_1C = loss_1C + tokens.anchor_C.to(dtype) * kl_C
+            return tokens.weight_C.to(dtype) * torch.cat([factor_1C, loss_1C])
+
+        in_class_2C = weighed(tokens.members)
+        paid_2C = in_class_2C if tokens.paying is tokens.members else weighed(tokens.paying)
+        weighed_2C = torch.cat([in_class_2C, paid_2C.sum(1, keepdim=True)], 1)
+        sums_RC = torch.cat([tokens.members.sums(seen_4N), weighed_2C])
         self._sums_RC = sums_RC if self._sums_RC is None else self._sums_RC + sums_RC.to(self._sums_RC.device)
+        return sums_RC[0, :-1], sums_RC[1, :-1]
 
     def take(self, reduce: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, float]:
         """The sums since the last call, added up over ranks by `reduce`, as ratios; then starts again from zero.
@@ -48,18 +86,22 @@ class ClassSums:
         if sums_RC is None:
             sums_RC = torch.zeros(len(_ROWS), len(self.names) + 1, dtype=widest(device), device=device)
         self._sums_RC = None
-        return self._ratios(reduce(sums_RC.to(device))[:, :-1].tolist())
+        return self._ratios(reduce(sums_RC.to(device)).tolist())
 
     def _ratios(self, rows: list[list[float]]) -> dict[str, float]:
-        count, nll, p, weight, loss = rows
-        total, total_loss = sum(count), sum(loss)
+        count, nll, p, kl, weight, loss = rows
+        total, total_loss = count[-1], loss[-1]
         if total == 0:
             return {}
-        out = {"nll": sum(nll) / total, "dwl/p": sum(p) / total, "dwl/weight": sum(weight) / total}
+        out = {"nll": nll[-1] / total, "dwl/p": p[-1] / total, "dwl/weight": weight[-1] / total}
+        if self._anchored:
+            out["dwl/kl"] = kl[-1] / total
         for c, name in enumerate(self.names):
             if count[c] > 0:
                 out[f"dwl/nll/{name}"] = nll[c] / count[c]
                 out[f"dwl/p/{name}"] = p[c] / count[c]
+                if self._anchored:
+                    out[f"dwl/kl/{name}"] = kl[c] / count[c]
             out[f"dwl/token_share/{name}"] = count[c] / total
             if total_loss > 0:
                 out[f"dwl/loss_share/{name}"] = loss[c] / total_loss

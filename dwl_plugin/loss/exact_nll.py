@@ -1,4 +1,4 @@
-"""What one token pays, exact from p → 0 to p → 1. Every way of computing the loss ends here.
+"""The nll of one token, exact from p → 0 to p → 1. Every way of computing the loss ends here.
 
 Shapes: N target tokens. Probabilities are never formed by a subtraction: the target's exponential stays out of the
 sum, so a token the model is certain of keeps its last digits (nll ≈ 1e-7 is not 0).
@@ -10,14 +10,18 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["TokenLoss", "exact_nll", "paid_weight", "refuse_second_derivative", "spread"]
+__all__ = ["TokenLoss", "exact_nll", "refuse_second_derivative", "spread"]
 
 
 class TokenLoss(NamedTuple):
-    """`loss`: the weighted sum, with gradient. `nll`: −log p of each position in nats, detached, 0 where ignored."""
+    """`loss`: the weighted sum, with gradient. `nll`: −log p of each position in nats. `factors`: for each term (…), what its
+    objective multiplied nll by, before the weight. `kl`: KL(base‖θ) of each position, where there is an anchor. All but the loss
+    are detached, and 0 where ignored."""
 
     loss: torch.Tensor
     nll: torch.Tensor
+    factors: tuple[torch.Tensor, ...] = ()
+    kl: torch.Tensor | None = None
 
 
 def exact_nll(
@@ -33,25 +37,6 @@ def exact_nll(
     likely_N = x_N < 0
     nll_N = torch.where(likely_N, odds_N.log1p(), x_N + x_N.neg().exp().log1p())
     return nll_N, torch.where(likely_N, odds_N / (1 + odds_N), torch.sigmoid(x_N))
-
-
-def paid_weight(
-    nll_N: torch.Tensor,
-    token_weight_N: torch.Tensor | None,
-    exponent: torch.Tensor | float,
-    min_weight: torch.Tensor | float,
-) -> torch.Tensor:
-    """w · max(p^a, m) with p^a = exp(−a·nll), a constant for autograd; a = 0 is 1 even where p is 0."""
-    if isinstance(exponent, torch.Tensor):
-        paid_N = torch.where(exponent == 0, 0.0, exponent * nll_N).neg_().exp_()
-    elif exponent == 0:
-        paid_N = torch.ones_like(nll_N)
-    else:
-        paid_N = (nll_N * -exponent).exp_()
-    paid_N = (
-        torch.maximum(paid_N, min_weight) if isinstance(min_weight, torch.Tensor) else paid_N.clamp_(min=min_weight)
-    )
-    return paid_N if token_weight_N is None else paid_N * token_weight_N
 
 
 def spread(values_N: torch.Tensor, rows_N: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:

@@ -1,38 +1,72 @@
 """From what the caller hands over to the tokens that count: checks, then compaction. Nothing is changed in place.
 
-Shapes: … any leading shape with T positions in all, N of them targets, H hidden size, V vocabulary.
+Shapes: … any leading shape with T positions in all, N of them targets, R of a block, H hidden size, V vocabulary, K terms.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
-from dwl_plugin.loss.exact_nll import paid_weight
+from dwl_plugin.loss.anchor import Anchor
+from dwl_plugin.loss.objectives import Power, Seen, Term
 
-__all__ = ["Tokens", "brief", "require", "require_number", "select_tokens"]
+__all__ = ["Payment", "Tokens", "brief", "require", "require_number", "select_tokens"]
+
+
+class Payment(NamedTuple):
+    """What tokens pay: Σ over the terms of weight·factor·nll, its slope in nll, and the factor of each term."""
+
+    loss_R: torch.Tensor
+    slope_R: torch.Tensor
+    factors_KR: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The target tokens of a batch. `rows` are their positions among the T, None when every position is a target."""
+    """The target tokens of a batch. `rows` are their positions among the T, None when every position is a target.
+
+    Weights, those of the anchor too, are at the targets (N,); the anchor's hidden states are at all positions (T, H).
+    """
 
     rows_N: torch.Tensor | None
     targets_N: torch.Tensor
-    token_weight_N: torch.Tensor | None
-    exponent: torch.Tensor | float
-    min_weight: torch.Tensor | float
+    terms: tuple[Term, ...]
+    anchor: Anchor | None
 
     def __len__(self) -> int:
         return len(self.targets_N)
 
-    def paid(self, nll_R: torch.Tensor, rows: slice) -> torch.Tensor:
-        """`paid_weight` of the tokens in `rows`, whose nll is given."""
-        weight_R = None if self.token_weight_N is None else self.token_weight_N[rows]
-        exponent, floor = (v[rows] if isinstance(v, torch.Tensor) else v for v in (self.exponent, self.min_weight))
-        return paid_weight(nll_R, weight_R, exponent, floor)
+    @property
+    def top_k(self) -> int:
+        """How many of the largest logits the objectives want to see."""
+        return max(term.objective.top_k for term in self.terms)
+
+    def gated(self, rows: slice) -> torch.Tensor | None:
+        """Which of the tokens in `rows` an objective wants to see the largest logits of; None: all of them."""
+        weights = [term.weight for term in self.terms if term.objective.top_k]
+        if any(weight is None for weight in weights):
+            return None
+        return torch.stack([weight[rows] != 0 for weight in weights if weight is not None]).any(0)
+
+    def pay(self, seen: Seen, rows: slice) -> Payment:
+        """What the tokens in `rows` pay."""
+        losses, slopes, factors = [], [], []
+        for term in self.terms:
+            paid = term.objective.at(rows)(seen)
+            weight_R = 1.0 if term.weight is None else term.weight[rows]
+            losses.append(weight_R * paid.factor_R * seen.nll_R)
+            slopes.append(weight_R * paid.slope_R)
+            factors.append(paid.factor_R)
+        return Payment(_added(losses), _added(slopes), torch.stack(factors))
+
+
+def _added(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 def require(condition: bool, message: str) -> None:
@@ -57,6 +91,8 @@ def select_tokens(
     token_weight: torch.Tensor | None,
     exponent: torch.Tensor | float,
     min_weight: torch.Tensor | float,
+    terms: Sequence[Term] | None,
+    anchor: Anchor | None,
 ) -> Tokens:
     """Drop the ignored positions. On CUDA this waits once for the device, to learn how many are left."""
     require(hidden.ndim >= 1 and hidden.is_floating_point(), f"hidden must be floating (..., H), got {brief(hidden)}")
@@ -69,10 +105,18 @@ def select_tokens(
         f"targets must be integer token ids, got {targets.dtype}",
     )
     require(targets.device == hidden.device, f"targets must be on {hidden.device} like hidden, got {targets.device}")
-    if token_weight is not None:
+    if terms is None:
+        terms = [Term(Power(exponent, min_weight), token_weight)]
+    else:
+        plain = token_weight is None and not any(isinstance(v, torch.Tensor) or v for v in (exponent, min_weight))
         require(
-            isinstance(token_weight, torch.Tensor),
-            f"token_weight must be None or a tensor like targets, got {token_weight!r}",
+            plain and len(terms) > 0,
+            "terms take the place of token_weight, exponent and min_weight: give one or the other",
+        )
+    for term in terms:
+        require(
+            term.weight is None or isinstance(term.weight, torch.Tensor),
+            f"token_weight must be None or a tensor like targets, got {term.weight!r}",
         )
     flat_T = targets.reshape(-1).long()
     keep_T = flat_T != ignore_index
@@ -104,11 +148,26 @@ def select_tokens(
     if vocab_size is not None:
         in_range_N = (targets_N >= 0) & (targets_N < vocab_size)
         _check(targets_N, in_range_N, f"targets must be {ignore_index} (ignored) or in [0, {vocab_size})")
-    weight_N = None if token_weight is None else at_targets("token_weight", token_weight, -math.inf)
-    assert not isinstance(weight_N, float)
-    return Tokens(
-        rows_N, targets_N, weight_N, at_targets("exponent", exponent, 0.0), at_targets("min_weight", min_weight, 0.0)
-    )
+
+    def selected(term: Term) -> Term:
+        weight = None if term.weight is None else at_targets("token_weight", term.weight, -math.inf)
+        assert not isinstance(weight, float)
+        objective = term.objective
+        if isinstance(objective, Power):
+            floor = at_targets("min_weight", objective.min_weight, 0.0)
+            objective = Power(at_targets("exponent", objective.exponent, 0.0), floor, objective.threshold)
+        return Term(objective, weight)
+
+    if anchor is not None:
+        require(
+            anchor.hidden.shape[:-1] == targets.shape and anchor.hidden.device == hidden.device,
+            f"anchor.hidden must have the leading shape of targets, {tuple(targets.shape)}, on {hidden.device}, "
+            f"got {brief(anchor.hidden)} on {anchor.hidden.device}",
+        )
+        weight_N = at_targets("anchor.weight", anchor.weight, -math.inf)
+        assert isinstance(weight_N, torch.Tensor)
+        anchor = replace(anchor, weight=weight_N, hidden=anchor.hidden.detach().reshape(-1, anchor.hidden.shape[-1]))
+    return Tokens(rows_N, targets_N, tuple(selected(term) for term in terms), anchor)
 
 
 def _check(values: torch.Tensor, allowed: torch.Tensor, message: str) -> None:

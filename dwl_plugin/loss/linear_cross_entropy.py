@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.exact_nll import TokenLoss, refuse_second_derivative, spread
+from dwl_plugin.loss.head import Head
 from dwl_plugin.loss.inputs import Tokens, brief, require, require_number, select_tokens
-from dwl_plugin.loss.vocabulary import Gradients, Head, Wanted, walk
+from dwl_plugin.loss.objectives import Term
+from dwl_plugin.loss.vocabulary import Gradients, Taken, Wanted, walk
 
 __all__ = ["TokenLoss", "linear_cross_entropy"]
 
@@ -25,6 +28,8 @@ def linear_cross_entropy(
     token_weight: torch.Tensor | None = None,
     exponent: torch.Tensor | float = 0.0,
     min_weight: torch.Tensor | float = 0.0,
+    terms: Sequence[Term] | None = None,
+    anchor: Anchor | None = None,
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float | None = None,
@@ -51,15 +56,19 @@ def linear_cross_entropy(
         token_weight: (…), any sign; None is 1 everywhere. A constant: no gradient flows into it.
         exponent: a number ≥ 0, or one per token (…), since classes of one batch may differ. A constant.
         min_weight: a number ≥ 0, or one per token (…): the floor of p^exponent. A constant.
+        terms: what a token pays instead of what the three above say: Σ over the terms of weight·factor·nll, where each objective
+            (`dwl_plugin.loss.objectives`) has its own factor, and the weight is a token_weight.
+        anchor: adds weight·KL(base‖θ) of each token, the divergence from a base model over the vocabulary (ASFT,
+            arXiv:2509.23753); see `dwl_plugin.loss.anchor.Anchor`. Two more matmuls, and one with a trained `weight`.
         bias: (V,) or None.
         softcap: a number > 0 or None.
         logit_scale: a finite number or None.
         ignore_index: the target that means "no target here".
 
     Returns:
-        TokenLoss(loss, nll). `loss`: a scalar, in nats; with no target it is 0 and still has its graph. `nll`: (…),
-        detached, 0 at ignored positions. Both are fp32 (fp64 if the matmul is) whatever the inputs; gradients have the
-        inputs' dtypes.
+        TokenLoss(loss, nll, factors, kl). `loss`: a scalar, in nats; with no target it is 0 and still has its graph. `nll`: (…),
+        detached, 0 at ignored positions; `factors`: likewise, one per term; `kl`: likewise, of an anchor. All are fp32 (fp64 if
+        the matmul is) whatever the inputs; gradients have the inputs' dtypes.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range. On CUDA, values inside tensors are asserted
@@ -71,8 +80,8 @@ def linear_cross_entropy(
     """
     if torch.compiler.is_compiling():
         return _uncompiled()(
-            hidden, weight, targets, token_weight=token_weight, exponent=exponent, min_weight=min_weight, bias=bias,
-            softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index,
+            hidden, weight, targets, token_weight=token_weight, exponent=exponent, min_weight=min_weight,
+            terms=terms, anchor=anchor, bias=bias, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index,
         )  # fmt: skip
     require(
         weight.ndim == 2 and weight.is_floating_point() and hidden.ndim >= 1 and weight.shape[1] == hidden.shape[-1],
@@ -105,15 +114,41 @@ def linear_cross_entropy(
         token_weight=token_weight,
         exponent=exponent,
         min_weight=min_weight,
+        terms=terms,
+        anchor=anchor,
     )
     learns = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     wanted = Wanted(*(torch.is_grad_enabled() and learn for learn in learns))
-    call = _Call(tokens, head, wanted)
+    call = _Call(tokens, head, None if anchor is None else _base_head(anchor, head), wanted)
     if wanted == Wanted(False, False, False):
-        loss, nll_N, _ = call.take(hidden)
+        taken = call.take(hidden)
+        loss, nll_N, factors_KN, kl_N = taken.loss, taken.nll_N, taken.factors_KN, taken.kl_N
     else:
-        loss, nll_N = _LinearCrossEntropy.apply(hidden, weight, bias, call)
-    return TokenLoss(loss, spread(nll_N, tokens.rows_N, targets.shape))
+        loss, nll_N, factors_KN, kl_N = _LinearCrossEntropy.apply(hidden, weight, bias, call)
+
+    def at_positions(values_N: torch.Tensor) -> torch.Tensor:
+        return spread(values_N, tokens.rows_N, targets.shape)
+
+    factors = tuple(at_positions(factor_N) for factor_N in factors_KN)
+    return TokenLoss(loss, at_positions(nll_N), factors, None if kl_N is None else at_positions(kl_N))
+
+
+def _base_head(anchor: Anchor, ours: Head) -> Head:
+    require(
+        not callable(anchor.head),
+        "anchor.head must be None or (weight, bias) here; `module_cross_entropy` takes a callable",
+    )
+    if anchor.head is None:
+        return ours
+    assert isinstance(anchor.head, tuple)
+    weight, bias = anchor.head
+    require(
+        weight.shape == (ours.weight_VH.shape[0], anchor.hidden.shape[-1])
+        and (bias is None or bias.shape == weight.shape[:1]),
+        f"anchor.head must be a (V, H) weight with V = {ours.weight_VH.shape[0]} and a (V,) bias or None, got {brief(weight)}",
+    )
+    bias = None if bias is None else bias.detach()
+    return Head(weight.detach(), bias, ours.scale, ours.softcap, _multiplied_dtype(anchor.hidden, weight))
 
 
 @functools.cache
@@ -135,33 +170,36 @@ def _multiplied_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype
 class _Call:
     tokens: Tokens
     head: Head
+    base: Head | None
     wanted: Wanted
 
-    def take(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
-        hidden_TH = hidden.detach().reshape(-1, hidden.shape[-1])
-        taken: tuple[torch.Tensor, torch.Tensor, Gradients] = walk(hidden_TH, self.tokens, self.head, self.wanted)
-        return taken
+    def take(self, hidden: torch.Tensor) -> Taken:
+        return walk(hidden.detach().reshape(-1, hidden.shape[-1]), self.tokens, self.head, self.base, self.wanted)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: _Call
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        loss, nll_N, ctx.gradients = call.take(hidden)
-        ctx.call = call
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        taken = call.take(hidden)
+        ctx.call, ctx.gradients = call, taken.gradients
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.mark_non_differentiable(nll_N)
-        return loss, nll_N
+        detached = (
+            (taken.nll_N, taken.factors_KN) if taken.kl_N is None else (taken.nll_N, taken.factors_KN, taken.kl_N)
+        )
+        ctx.mark_non_differentiable(*detached)
+        return taken.loss, taken.nll_N, taken.factors_KN, taken.kl_N
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
         hidden, weight, bias = ctx.saved_tensors
         # Handed out and forgotten, so that ∂W is scaled where it lies: a copy would be the largest tensor of all.
-        gradients, ctx.gradients = ctx.gradients, None
+        gradients: Gradients | None = ctx.gradients
+        ctx.gradients = None
         if gradients is None:
-            gradients = ctx.call.take(hidden)[2]
+            gradients = ctx.call.take(hidden).gradients
         grad_hidden = None
         if gradients.hidden_NH is not None:
             grad_NH, rows_N = _scaled(gradients.hidden_NH, grad_loss, hidden.dtype), ctx.call.tokens.rows_N

@@ -1,7 +1,8 @@
 """How token losses become one number, written as one weight per class.
 
-N is the number of target tokens of the whole optimizer step (every micro-batch, every rank), N_c those in class c. The loss
-of a step is (1/N) Σ_t w_{c(t)}·ℓ_t, so the host keeps its own division by N, by accumulation steps and by ranks.
+Of the whole optimizer step (every micro-batch, every rank), N is the number of target tokens, N_c of those in class c, S the number
+of samples with a target. The loss of a step is (1/N) Σ_t Σ_{c∋t} w_c·ℓ_tc, so the host keeps its own division by N, by accumulation
+steps and by ranks. Where classes overlap (`overlap: sum`) the N_c add up to more than N.
 """
 
 from __future__ import annotations
@@ -13,20 +14,23 @@ from dwl_plugin.config import Reduction
 __all__ = ["class_weights"]
 
 
-def class_weights(reduction: Reduction, alpha_C: torch.Tensor, counts_C: torch.Tensor) -> torch.Tensor:
-    """w (C,) in the dtype of `alpha_C`.
+def class_weights(reduction: Reduction, alpha_C: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """w (C,) in the dtype of `alpha_C`; `counts` is (C + 2,): N_c of each class, N, S.
 
-    - token_mean     w_c = α_c                       (1/N) Σ_t α_{c(t)} ℓ_t
-    - weighted_mean  w_c = α_c · N / Σ_k α_k N_k     Σ_t α_{c(t)} ℓ_t / Σ_t α_{c(t)}
-    - class_mean     w_c = α'_c · N / N_c            Σ_c α'_c (1/N_c) Σ_{t∈c} ℓ_t, α' = α over the classes present, rescaled to
-      the sum that α has
+    - token_mean               w_c = α_c                      (1/N) Σ_t Σ_{c∋t} α_c ℓ_tc
+    - weighted_mean            w_c = α_c · N / Σ_k α_k N_k    Σ_t Σ_{c∋t} α_c ℓ_tc / Σ_t Σ_{c∋t} α_c
+    - class_mean               w_c = α'_c · N / N_c           Σ_c α'_c (1/N_c) Σ_{t∈c} ℓ_tc, α' = α over the classes present,
+      rescaled to the sum that α has
+    - sequence_mean_token_sum  w_c = α_c · N / S              (1/S) Σ_samples Σ_t Σ_{c∋t} α_c ℓ_tc
 
     A step whose tokens all have α = 0 gets w = 0, not NaN.
     """
     if reduction == "token_mean":
         return alpha_C
-    counts_C = counts_C.to(alpha_C)
-    total = counts_C.sum()
+    counts = counts.to(alpha_C)
+    counts_C, total, samples = counts[:-2], counts[-2], counts[-1]
+    if reduction == "sequence_mean_token_sum":
+        return alpha_C * total / samples.clamp(min=1)
     if reduction == "weighted_mean":
         mass = (alpha_C * counts_C).sum()
         return torch.where(mass > 0, alpha_C * total / mass.clamp(min=torch.finfo(mass.dtype).tiny), 0.0)

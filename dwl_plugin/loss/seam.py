@@ -11,47 +11,64 @@ Shapes: B rows, T positions, N = B·T, H hidden size, V vocabulary, C classes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dwl_plugin.config import Overlap
 from dwl_plugin.errors import LossNotTakenError
+from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.deferred import DeferredLogits
 from dwl_plugin.loss.linear_cross_entropy import TokenLoss, linear_cross_entropy
+from dwl_plugin.loss.membership import Membership
 from dwl_plugin.loss.module_path import module_cross_entropy
+from dwl_plugin.loss.objectives import Objective, Power, Term
 from dwl_plugin.loss.shift import IGNORE_INDEX, shift_left
+from dwl_plugin.metrics import PaidTokens
 
 __all__ = ["LossSpec", "LossStep", "Seam", "attach"]
-
-OnTokens = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @dataclass(frozen=True)
 class LossSpec:
     """What each class pays and how much it counts, over C classes (last: every token no class claims).
 
-    Token t of class c pays w_c · sg(max(p_t^a_c, m_c)) · (−log p_t); `weight` is w, `exponent` a, `min_weight` m.
+    Token t pays Σ_{c∋t} w_c·f_c(t)·(−log p_t): `weight` is w, `objective` says what f is. `overlap` says how class ids name the
+    classes of a token: `first` by the index of its class, `sum` by a bit for each of them. Without `classes_pay` classes are only
+    measured, and every token pays once, what the last class pays. `anchor` adds w_c·λ_c·KL(base‖θ), for a seam that knows the base
+    model; empty: none.
     """
 
     weight: tuple[float, ...] = (1.0,)
-    exponent: tuple[float, ...] = (0.0,)
-    min_weight: tuple[float, ...] = (0.0,)
+    objective: tuple[Objective, ...] = (Power(),)
+    overlap: Overlap = "first"
+    classes_pay: bool = True
+    anchor: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not len(self.weight) == len(self.exponent) == len(self.min_weight) >= 1:
-            raise ValueError("weight, exponent and min_weight need one number per class, of at least one class")
+        if not len(self.weight) == len(self.objective) >= 1 or len(self.anchor) not in (0, len(self.weight)):
+            raise ValueError("weight, objective and anchor need one entry per class, of at least one class")
 
     @classmethod
     def named(cls, loss: str) -> LossSpec:
         """`nll` or `dft`, for every token."""
         if loss not in ("nll", "dft"):
             raise ValueError(f"loss is 'nll', 'dft' or a LossSpec, not {loss!r}")
-        return cls(exponent=(1.0 if loss == "dft" else 0.0,))
+        return cls(objective=(Power(1.0 if loss == "dft" else 0.0),))
+
+    @property
+    def terms(self) -> tuple[Objective, ...]:
+        """The different objectives: classes that pay alike are one term of the loss."""
+        return tuple(dict.fromkeys(self.objective))
+
+    @property
+    def is_anchored(self) -> bool:
+        return any(self.anchor)
 
 
 @dataclass
@@ -59,8 +76,7 @@ class LossStep:
     """What one forward has to know. `denominator` divides the summed loss; None: the number of targets of this forward.
 
     `class_ids` (B, T) has the layout of `labels`, or, if `shifted`, of the `shift_labels` that the model is given as well. It is
-    read at the positions that are targets; None: everything is the last class. `on_tokens(nll_N, class_N, weight_N)` gets
-    detached fp32 values with class −100 where a position is no target.
+    read at the positions that are targets; None: everything is the last class. `on_tokens` gets what they paid, detached.
     """
 
     spec: LossSpec
@@ -68,9 +84,14 @@ class LossStep:
     class_ids: torch.Tensor | None = None
     class_weight: torch.Tensor | None = None
     denominator: torch.Tensor | float | None = None
-    on_tokens: OnTokens | None = None
+    on_tokens: Callable[[PaidTokens], None] | None = None
     shifted: bool = False
+    base: DeferredLogits | torch.Tensor | None = field(default=None, init=False)
+    """The base model's logits, where the spec has an anchor."""
     taken: int = field(default=0, init=False)
+
+
+_LABELS = ("labels", "shift_labels", "num_items_in_batch")
 
 
 @dataclass(frozen=True)
@@ -81,10 +102,20 @@ class _Inside:
 
 
 class Seam:
-    """The patches of one model; asleep outside `armed`. `say` gets the few lines worth knowing."""
+    """The patches of one model; asleep outside `armed`. `say` gets the few lines worth knowing.
 
-    def __init__(self, model: nn.Module, say: Callable[[str], None]) -> None:
+    Inside `as_base()` the model is its base model (an adapter switched off); a spec with an anchor needs it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        say: Callable[[str], None],
+        as_base: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> None:
         self.model = _base_model(model)
+        # Older PEFT calls the model inside it past its hooks, so both carry them.
+        self.called = (model,) if model is self.model else (model, self.model)
         self.head = _output_head(self.model)
         older = getattr(self.head.__dict__.get("forward"), "__self__", None)
         if isinstance(older, Seam):  # a trainer that is built again over the same model
@@ -92,13 +123,19 @@ class Seam:
         self._say, self._said = say, set[str]()
         self._step: LossStep | None = None
         self._layout: int | None = None
-        self._constants: dict[tuple[tuple[float, ...], torch.device], torch.Tensor] = {}
+        self._constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], torch.Tensor] = {}
         # A wrapper around this model, or a language model inside it, may be the one whose `loss_function` is called.
         self._owners = [module for module in self.model.modules() if _has_head(module, self.head)]
         self._head_was: Any = self.head.__dict__.get("forward")
         self._head_forward: Callable[..., torch.Tensor] = self.head.forward
         self._losses_were: list[Any] = [owner.__dict__.get("_loss_function") for owner in self._owners]
         self._model_loss: Callable[..., Any] = self.model.loss_function  # type: ignore[assignment]
+        self._as_base = as_base
+        self._hooks = (
+            []
+            if as_base is None
+            else [module.register_forward_pre_hook(self._run_base, with_kwargs=True) for module in self.called]
+        )
         self.head.forward = self._forward
         for owner in self._owners:
             owner.loss_function = self._loss_function  # type: ignore[assignment]
@@ -110,6 +147,8 @@ class Seam:
 
     def detach(self) -> None:
         """Take the patches off; the model is as it was. Once is enough, twice does no harm."""
+        for hook in self._hooks:
+            hook.remove()
         if self.head.__dict__.get("forward") == self._forward:
             _put_back(self.head, "forward", self._head_was)
         for owner, was in zip(self._owners, self._losses_were, strict=True):
@@ -133,6 +172,26 @@ class Seam:
                 "than a cross-entropy of its logits (label smoothing, for one), or another patch replaced its loss or its output "
                 f"head ({type(self.head).__name__}). Remove that, or delete the `loss:` line."
             )
+
+    def _run_base(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward whose loss has an anchor: the same inputs through the base model, as far as its head."""
+        step = self._step
+        if step is None or not step.spec.is_anchored or step.base is not None:
+            return
+        assert self._as_base is not None
+        unlabelled = {key: value for key, value in kwargs.items() if key not in _LABELS}
+        bound = inspect.signature(model.forward).bind_partial(*args, **unlabelled)
+        if args:
+            bound.arguments.update({key: None for key in _LABELS if key in bound.arguments})
+        was_training, self._step = model.training, LossStep(LossSpec())  # awake, so that the head defers
+        try:
+            with torch.no_grad(), self._as_base():
+                model.eval()  # no dropout and no noise in what the model is held to
+                out = model(*bound.args, **bound.kwargs)
+        finally:
+            model.train(was_training)
+            self._step = step
+        step.base = out["logits"] if isinstance(out, Mapping) else out[0]
 
     # the patches
 
@@ -264,8 +323,8 @@ class Seam:
 
     def _unmatched(self) -> LossNotTakenError:
         return LossNotTakenError(
-            f"[dwl] {type(self.model).__name__} rearranges its labels in a way dwl_plugin does not know, so token classes "
-            "cannot be matched to targets. `loss: nll` and `loss: dft` without classes work with it."
+            f"[dwl] {type(self.model).__name__} rearranges its labels in a way dwl_plugin does not know, so token classes (and "
+            "the base model of an `anchor`) cannot be matched to targets. `loss: nll` and `loss: dft` without them work with it."
         )
 
     def _reduce(
@@ -277,7 +336,7 @@ class Seam:
         step: LossStep,
         copies: int = 1,
     ) -> torch.Tensor:
-        """Σ_t w_c(t)·sg(max(p_t^a, m))·nll_t / denominator, and the tokens handed to the metrics."""
+        """Σ_t Σ_{c∋t} w_c·f_c(t)·nll_t / denominator, and the tokens handed to the metrics."""
         if torch.compiler.is_compiling():
             disable: Callable[..., Callable[..., torch.Tensor]] = torch.compiler.disable
             uncompiled = disable(Seam._reduce)
@@ -288,24 +347,32 @@ class Seam:
         targets_N = targets.reshape(-1).to(device)
         is_target_N = targets_N != ignore_index
         spec = step.spec
+        classes = len(spec.weight)
         if class_ids is None:
-            class_N = torch.where(is_target_N, len(spec.weight) - 1, IGNORE_INDEX)
+            members = Membership.all_rest(is_target_N, classes, spec.overlap)
         else:
-            class_N = class_ids.reshape(-1).to(device)
-        slot_N = class_N.clamp(min=0)
+            class_N = torch.where(is_target_N, class_ids.reshape(-1).to(device), IGNORE_INDEX)
+            members = Membership.read(class_N, classes, spec.overlap)
         weight_C = self._constant(spec.weight, device) if step.class_weight is None else step.class_weight
-        weight_N = weight_C.to(device=device, dtype=torch.float32, non_blocking=True)[slot_N]
-        exponent, min_weight = self._per_token(spec.exponent, slot_N), self._per_token(spec.min_weight, slot_N)
-        options: dict[str, Any] = {
-            "token_weight": weight_N,
-            "exponent": exponent,
-            "min_weight": min_weight,
-            "ignore_index": ignore_index,
-        }
-        out = self._token_loss(logits, targets_N, options)
+        weight_C = weight_C.to(device=device, dtype=torch.float32, non_blocking=True)
+        term_C = self._constant(tuple(spec.terms.index(objective) for objective in spec.objective), device)
+        paying = members if spec.classes_pay else Membership.all_rest(is_target_N, classes, spec.overlap)
+        terms = [
+            Term(objective, paying.weigh(torch.where(term_C == k, weight_C, 0.0)))
+            for k, objective in enumerate(spec.terms)
+        ]
+        options: dict[str, Any] = {"terms": terms, "ignore_index": ignore_index}
+        anchor_C = None
+        if spec.is_anchored:
+            anchor_C = self._constant(spec.anchor, device)
+            options["anchor"] = Anchor(
+                paying.weigh(weight_C * anchor_C), _rows_like(step.base, logits, self._unmatched).to(device)
+            )
+        out = self._token_loss(logits, targets_N, options, step.base)
         if step.on_tokens is not None:
-            paid_N = weight_N * (torch.exp(-out.nll) ** exponent).clamp(min=min_weight)
-            step.on_tokens(out.nll, torch.where(is_target_N, class_N, IGNORE_INDEX), paid_N)
+            step.on_tokens(
+                PaidTokens(members, paying, out.nll, torch.stack(out.factors), term_C, weight_C, out.kl, anchor_C)
+            )
         denominator = step.denominator
         if denominator is None:
             return out.loss / is_target_N.sum().clamp(min=1)
@@ -313,37 +380,48 @@ class Seam:
             denominator = denominator.to(device)
         return out.loss / (denominator * copies)
 
-    def _per_token(self, values_C: tuple[float, ...], slot_N: torch.Tensor) -> torch.Tensor | float:
-        """A number where every class agrees: the loss core has a shorter way for it."""
-        return values_C[0] if len(set(values_C)) == 1 else self._constant(values_C, slot_N.device)[slot_N]
-
     def _constant(self, values: tuple[float, ...], device: torch.device) -> torch.Tensor:
         """Copied to the device once: each copy would wait for it."""
-        if (values, device) not in self._constants:
-            self._constants[values, device] = torch.tensor(values, dtype=torch.float32, device=device)
-        return self._constants[values, device]
+        kind = torch.int64 if isinstance(values[0], int) else torch.float32
+        if (values, kind, device) not in self._constants:
+            self._constants[values, kind, device] = torch.tensor(values, dtype=kind, device=device)
+        return self._constants[values, kind, device]
 
     def _token_loss(
         self,
         logits: DeferredLogits | torch.Tensor,
         targets_N: torch.Tensor,
         options: dict[str, Any],
+        base: DeferredLogits | torch.Tensor | None,
     ) -> TokenLoss:
+        """Terms and anchor on whichever path the head allows. The anchor comes without a head: that is decided here."""
+        anchor: Anchor | None = options.pop("anchor", None)
+
+        def through_modules(
+            head: Callable[[torch.Tensor], torch.Tensor], rows_NX: torch.Tensor, **more: Any
+        ) -> TokenLoss:
+            anchored = None if anchor is None else replace(anchor, head=self._base_logits(base))
+            return module_cross_entropy(rows_NX, head, targets_N, anchor=anchored, **options, **more)
+
         if isinstance(logits, torch.Tensor):
             self._say_once(f"{type(self.model).__name__} computes its logits in full before its loss (more memory).")
             logits_NV = logits.as_subclass(torch.Tensor).reshape(targets_N.numel(), logits.shape[-1])
-            return module_cross_entropy(logits_NV, lambda chunk: chunk, targets_N, **options)
+            return through_modules(_identity, logits_NV)
         deferred, fused = logits, _fold(logits) if logits.head == self._logits else None
 
         def of(rows_NH: torch.Tensor) -> TokenLoss:
             linear = _as_linear(self.head, self._head_was)
-            if linear is None or fused is None:
-                vocab_size = deferred.vocab_size
-                return module_cross_entropy(rows_NH, deferred.compute, targets_N, vocab_size=vocab_size, **options)
+            base_linear = None if anchor is None else self._base_linear(base, fused)
+            if linear is None or fused is None or (anchor is not None and base_linear is None):
+                return through_modules(deferred.compute, rows_NH, vocab_size=deferred.vocab_size)
             weight_VH, bias_V = _whole(linear.weight), _whole(linear.bias)
             assert weight_VH is not None
             if fused.vocab != slice(None):
                 weight_VH, bias_V = weight_VH[fused.vocab], None if bias_V is None else bias_V[fused.vocab]
+            anchored = anchor
+            if anchored is not None and base_linear is not None and base_linear is not linear:
+                base_VH, base_V = base_linear.weight[fused.vocab], base_linear.bias
+                anchored = replace(anchored, head=(base_VH, None if base_V is None else base_V[fused.vocab]))
             return linear_cross_entropy(
                 rows_NH.to(weight_VH.device),
                 weight_VH,
@@ -351,10 +429,27 @@ class Seam:
                 bias=bias_V,
                 softcap=fused.softcap,
                 logit_scale=fused.logit_scale,
+                anchor=anchored,
                 **options,
             )
 
         return self._inside_head(of, logits.rows()) if _gathered_by_hooks(self.head) else of(logits.rows())
+
+    def _base_linear(self, base: DeferredLogits | torch.Tensor | None, fused: _Folded | None) -> nn.Linear | None:
+        """The base model's head, where it is a matrix under the very scale, cap and vocabulary of ours."""
+        if not isinstance(base, DeferredLogits) or base.head != self._logits or _fold(base) != fused:
+            return None
+        head = _base_module(self.head)
+        return _as_linear(head, self._head_was if head is self.head else None)
+
+    def _base_logits(self, base: DeferredLogits | torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+        """From rows of what `_rows_like` gives to the base model's logits."""
+        if not isinstance(base, DeferredLogits):
+            return _identity
+        if base.head != self._logits:  # what was changed in place is computed already
+            return base.compute
+        head = _base_module(self.head)
+        return replace(base, head=self._head_forward if head is self.head else head).compute
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the head would have returned."""
@@ -387,10 +482,14 @@ class Attachment:
     def __init__(self, model: nn.Module, spec: LossSpec, say: Callable[[str], None]) -> None:
         self._spec = spec
         self.seam = Seam(model, say)
-        self._hooks = (
-            self.seam.model.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.seam.model.register_forward_hook(self._after, always_call=True),
-        )
+        self._hooks = [
+            hook
+            for module in self.seam.called
+            for hook in (
+                module.register_forward_pre_hook(self._before, with_kwargs=True),
+                module.register_forward_hook(self._after, always_call=True),
+            )
+        ]
 
     def detach(self) -> None:
         """Give the model back as it was."""
@@ -421,6 +520,8 @@ def attach(model: nn.Module, loss: str | LossSpec = "nll", say: Callable[[str], 
     the few lines worth knowing. Returns a handle; `.detach()` gives the model back.
     """
     spec = LossSpec.named(loss) if isinstance(loss, str) else loss
+    if spec.is_anchored:
+        raise ValueError("attach knows no base model, so its loss can have no anchor")
     if len(spec.weight) != 1:
         raise ValueError(f"attach takes a loss of one class, for every token; got {len(spec.weight)} classes")
     return Attachment(model, spec, say)
@@ -487,6 +588,34 @@ def _has_head(module: Any, head: nn.Module) -> bool:
         return False
     its_head: object = module.get_output_embeddings()
     return its_head is head
+
+
+def _rows_like(
+    base: DeferredLogits | torch.Tensor | None,
+    logits: DeferredLogits | torch.Tensor,
+    unmatched: Callable[[], Exception],
+) -> torch.Tensor:
+    """The base model's hidden states, or logits, at the rows of `logits`: all positions, or all but the last of each row."""
+    rows = logits.numel() // logits.shape[-1]
+    values = base.hidden if isinstance(base, DeferredLogits) else base
+    if (
+        values is None
+        or values.ndim != 3
+        or rows not in (values.shape[0] * values.shape[1], values.shape[0] * (values.shape[1] - 1))
+    ):
+        raise unmatched()
+    kept = values if rows == values.shape[0] * values.shape[1] else values[:, :-1]
+    return kept.reshape(rows, -1)
+
+
+def _base_module(head: nn.Module) -> nn.Module:
+    """The head as it was before an adapter or a trained copy was put around it."""
+    inner = getattr(head, "original_module", None) or getattr(head, "base_layer", None)
+    return _base_module(inner) if isinstance(inner, nn.Module) else head
+
+
+def _identity(rows: torch.Tensor) -> torch.Tensor:
+    return rows
 
 
 def _put_back(module: nn.Module, name: str, was: Any) -> None:

@@ -5,12 +5,12 @@ For target y, with q the softmax over the other tokens and s = exp-sum of those 
     ∂nll/∂z_j = (1 − p_y) · (q_j − 1[j = y]),      q_j = exp(z_j − reference) / s,  q_y = 0
 
 so one pass can accumulate Σ_j exp(z_j − reference)·W_j beside the sum itself, as attention does with K = V = W, and
-everything known only at the end (1/s, 1 − p, the token's weight, exponent, floor) scales one row of (N, H). A trained
+everything known only at the end (1/s, 1 − p, the slope of what the token pays) scales one row of (N, H). A trained
 head keeps its block of exponentials for a third matmul, ∂W = expᵀ·(rows of hidden, scaled the same way): still nothing
 is divided over (N, V).
 
 Shapes: T positions, N target tokens, R rows of one block, W tokens of one tile of the vocabulary (X: with its spare
-columns), H hidden size, V vocabulary.
+columns), H hidden size, V vocabulary, K terms, k the largest logits of a row.
 """
 
 from __future__ import annotations
@@ -24,10 +24,17 @@ from typing import Any
 
 import torch
 
+from dwl_plugin.loss.anchor import BaseWalk
 from dwl_plugin.loss.exact_nll import exact_nll
+from dwl_plugin.loss.head import Head, add_mm, logits_of
 from dwl_plugin.loss.inputs import Tokens
+from dwl_plugin.loss.objectives import Seen
+from dwl_plugin.loss.top_logits import TopLogits
 
-__all__ = ["Gradients", "Head", "Wanted", "walk"]
+__all__ = ["Gradients", "Taken", "Wanted", "walk"]
+
+Watch = Callable[[torch.Tensor, torch.Tensor, slice], None]
+"""Gets the logits (R, W) of a tile in units of a softcap, the weight (W, H) they came from, and the tile. Must change neither."""
 
 _MIB = 2**20
 # A tile of logits should stay in cache on a CPU, and be a large matmul on a GPU.
@@ -36,29 +43,12 @@ _LEAST_WIDTH = 256
 _ROWS = {"cpu": 1024, "cuda": 8192}
 # A trained head keeps a block's exponentials for ∂W, and each block reads and writes ∂W: this much, or a quarter of ∂W.
 _KEPT_BYTES = 64 * _MIB
+# On a CPU blocks of few rows multiply slowly: a batch that needs more than three gets larger ones, up to this many times.
+_STRETCH = {"cpu": 4, "cuda": 1}
 # A row's reference follows its maximum only when it lags by this much: e^20 is far from overflow, and rescaling costs.
 _LAG = 20.0
 # Columns beside a tile: rows whose target lives in another tile write there, and row strides avoid powers of two.
 _SPARE = 16
-
-
-@dataclass(frozen=True)
-class Head:
-    """logits = softcap · tanh(scale · (hidden Wᵀ + bias) / softcap); without a softcap, scale · (hidden Wᵀ + bias).
-
-    `multiplied` is the dtype F.linear would multiply in, autocast included.
-    """
-
-    weight_VH: torch.Tensor
-    bias_V: torch.Tensor | None
-    scale: float
-    softcap: float | None
-    multiplied: torch.dtype
-
-    @property
-    def summed(self) -> torch.dtype:
-        """The dtype of logits, sums and gradients while they accumulate."""
-        return torch.float64 if self.multiplied == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -77,17 +67,25 @@ class Gradients:
     bias_V: torch.Tensor | None
 
 
-def walk(
-    hidden_TH: torch.Tensor, tokens: Tokens, head: Head, wanted: Wanted
-) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
-    """(loss, nll_N, gradients) of Σ_t w_t·max(p_t^a, m)·nll_t, the first factors constant."""
+@dataclass
+class Taken:
+    """What a walk brings home: Σ of what the tokens pay, its gradients, and by token nll, the factor of each term, and the KL
+    where there is an anchor."""
+
+    loss: torch.Tensor
+    nll_N: torch.Tensor
+    factors_KN: torch.Tensor
+    kl_N: torch.Tensor | None
+    gradients: Gradients
+
+
+def walk(hidden_TH: torch.Tensor, tokens: Tokens, head: Head, base: Head | None, wanted: Wanted) -> Taken:
+    """Everything about Σ_t Σ_k w_tk·f_k(t)·nll_t, plus the anchor of `tokens` to the model whose head is `base`."""
     with torch.no_grad(), torch.autocast(hidden_TH.device.type, enabled=False):
-        return _walk(hidden_TH, tokens, head, wanted)
+        return _walk(hidden_TH, tokens, head, base, wanted)
 
 
-def _walk(
-    hidden_TH: torch.Tensor, tokens: Tokens, head: Head, wanted: Wanted
-) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
+def _walk(hidden_TH: torch.Tensor, tokens: Tokens, head: Head, base: Head | None, wanted: Wanted) -> Taken:
     device, N, (V, H) = hidden_TH.device, len(tokens), head.weight_VH.shape
     kept = wanted.weight or wanted.bias
     operand = _operand_dtype(device, head, kept)
@@ -95,18 +93,19 @@ def _walk(
     def new(*shape: int, zero: bool = False) -> torch.Tensor:
         return (torch.zeros if zero else torch.empty)(shape, dtype=head.summed, device=device)
 
-    nll_N, paid_N = new(N), new(N)
     gradients = Gradients(
         new(N, H) if wanted.hidden else None,
         new(V, H, zero=N == 0) if wanted.weight else None,
         new(V, zero=True) if wanted.bias else None,
     )
+    taken = Taken(new(N), new(N), new(len(tokens.terms), N), None if base is None else new(N), gradients)
     if N:
-        plan = _plan(N, V, H, device.type, kept, operand)
+        plan = _plan(N, V, H, device.type, kept, operand, softmaxes=1 if base is None else 2)
         space = _Workspace(plan, H, head, operand, device, kept)
         for block in plan.blocks(N):
-            _block(hidden_TH, tokens, block, head, operand, space, gradients, nll_N, paid_N)
-    return (paid_N * nll_N).sum(), nll_N, gradients
+            _block(hidden_TH, tokens, block, head, base, operand, space, taken)
+    taken.loss = taken.loss.sum()
+    return taken
 
 
 def _block(
@@ -114,60 +113,89 @@ def _block(
     tokens: Tokens,
     block: slice,
     head: Head,
+    base: Head | None,
     operand: torch.dtype,
     space: _Workspace,
-    gradients: Gradients,
-    nll_N: torch.Tensor,
-    paid_N: torch.Tensor,
+    taken: Taken,
 ) -> None:
-    """One block of rows through the whole vocabulary: its nll, its rows of ∂hidden, its share of ∂W and ∂bias."""
+    """One block of rows through the whole vocabulary: its losses, its rows of ∂hidden, its share of ∂W and ∂bias."""
+    gradients = taken.gradients
     rows = block if tokens.rows_N is None else tokens.rows_N[block]
     hidden_RH = hidden_TH[rows].to(head.multiplied).to(operand)
     targets_R = tokens.targets_N[block]
     summed_RH = None if gradients.hidden_NH is None else gradients.hidden_NH[block]
 
     state = _Softmax.start(targets_R.numel(), hidden_RH.device, head.summed)
+    top = TopLogits(tokens, block, head.weight_VH.shape[0]) if tokens.top_k else None
+    beside = None
+    if base is not None:
+        assert tokens.anchor is not None
+        base_RH = tokens.anchor.hidden[rows]
+        beside = BaseWalk(base_RH, base, head, operand, hidden=summed_RH is not None, kept=space.kept)
+
+    def watch(logits_RW: torch.Tensor, weight_WH: torch.Tensor, tile: slice) -> None:
+        if top is not None:
+            top.see(logits_RW)
+        if beside is not None:
+            beside.see(logits_RW, weight_WH, tile)
+
+    watched = watch if top is not None or beside is not None else None
     kept: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
     for index, tile in enumerate(space.plan.tiles(head.weight_VH.shape[0])):
         weight_WH = space.weight(tile)
         logits_RW = space.logits(index, targets_R.numel(), tile.stop - tile.start)
-        exp_RW, shrink_R = space.step(state, hidden_RH, weight_WH, targets_R - tile.start, tile, logits_RW)
+        exp_RW, shrink_R = space.step(state, hidden_RH, weight_WH, targets_R - tile.start, tile, logits_RW, watched)
         if summed_RH is not None:
             if shrink_R is not None and index:
                 summed_RH.mul_(shrink_R[:, None])
-            _add_mm(summed_RH, exp_RW, weight_WH, first=index == 0)
+            add_mm(summed_RH, exp_RW, weight_WH, first=index == 0)
         if space.kept:
             kept.append((tile, exp_RW, state.reference_R))
 
     # Everything below is O(R·H), except the third matmul.
-    unit = head.softcap or 1.0
+    unit = head.unit
     nll_R, miss_R = exact_nll(state.others_R, state.reference_R * unit, state.target_R * unit)
-    paid_R = tokens.paid(nll_R, block)
-    nll_N[block], paid_N[block] = nll_R, paid_R
-    factor_R = paid_R * miss_R * head.scale
-    others_R = factor_R / state.others_R.clamp(min=torch.finfo(head.summed).tiny)  # no others: a vocabulary of one
-    target_R = factor_R if head.softcap is None else factor_R * (1 - state.target_R.square())
+    top_Rk = None if top is None else top.of_rows(len(nll_R)).mul_(unit)
+    paid = tokens.pay(Seen(nll_R, miss_R, top_Rk), block)
+    loss_R, pull_R = paid.loss_R, paid.slope_R * miss_R
+    target_R, anchor_R = pull_R, None
+    if beside is not None:
+        assert tokens.anchor is not None
+        assert taken.kl_N is not None
+        anchor_R, kl_R = tokens.anchor.weight[block], beside.kl(nll_R + state.target_R * unit)
+        taken.kl_N[block] = kl_R
+        loss_R = loss_R + anchor_R * kl_R
+        pull_R = pull_R + anchor_R * miss_R
+        target_R = target_R - anchor_R * nll_R.neg().exp()
+    taken.loss[block], taken.nll_N[block], taken.factors_KN[:, block] = loss_R, nll_R, paid.factors_KR
+    others_R = (
+        pull_R * head.scale / state.others_R.clamp(min=torch.finfo(head.summed).tiny)
+    )  # no others: a vocabulary of one
+    target_R = target_R * head.scale
+    if head.softcap is not None:
+        target_R = target_R * (1 - state.target_R.square())
     if summed_RH is not None:
         target_RH = head.weight_VH[targets_R].to(head.multiplied).to(head.summed)
         summed_RH.mul_(others_R[:, None]).addcmul_(target_RH, target_R[:, None], value=-1)
-    if not space.kept:
-        return
     hidden_RH = hidden_RH.to(head.summed)
-    scaled_RH, scaled_for = torch.empty_like(hidden_RH), None
-    for tile, exp_RW, reference_R in kept:
-        if scaled_for is not reference_R:  # the same tensor while no row's reference moved
-            factor_R = others_R * ((reference_R - state.reference_R) * unit).exp()
-            torch.mul(hidden_RH, factor_R[:, None], out=scaled_RH)
-            scaled_for = reference_R
+    if space.kept:
+        scaled_RH, scaled_for = torch.empty_like(hidden_RH), None
+        for tile, exp_RW, reference_R in kept:
+            if scaled_for is not reference_R:  # the same tensor while no row's reference moved
+                factor_R = others_R * ((reference_R - state.reference_R) * unit).exp()
+                torch.mul(hidden_RH, factor_R[:, None], out=scaled_RH)
+                scaled_for = reference_R
+            if gradients.weight_VH is not None:
+                add_mm(gradients.weight_VH[tile], exp_RW.t(), scaled_RH.to(operand), first=block.start == 0)
+            if gradients.bias_V is not None:
+                gradients.bias_V[tile] += factor_R @ exp_RW.to(head.summed)
         if gradients.weight_VH is not None:
-            _add_mm(gradients.weight_VH[tile], exp_RW.t(), scaled_RH.to(operand), first=block.start == 0)
+            torch.mul(hidden_RH, target_R[:, None], out=scaled_RH)
+            gradients.weight_VH.index_put_((targets_R,), scaled_RH.neg_(), accumulate=True)
         if gradients.bias_V is not None:
-            gradients.bias_V[tile] += factor_R @ exp_RW.to(head.summed)
-    if gradients.weight_VH is not None:
-        torch.mul(hidden_RH, target_R[:, None], out=scaled_RH)
-        gradients.weight_VH.index_put_((targets_R,), scaled_RH.neg_(), accumulate=True)
-    if gradients.bias_V is not None:
-        gradients.bias_V.index_put_((targets_R,), -target_R, accumulate=True)
+            gradients.bias_V.index_put_((targets_R,), -target_R, accumulate=True)
+    if beside is not None and anchor_R is not None:
+        beside.pull(anchor_R * head.scale, summed_RH, hidden_RH, gradients.weight_VH, gradients.bias_V)
 
 
 @dataclass
@@ -198,12 +226,13 @@ class _Plan:
         return (slice(start, min(start + self.width, V)) for start in range(0, V, self.width))
 
 
-def _plan(N: int, V: int, H: int, device: str, kept: bool, operand: torch.dtype) -> _Plan:
+def _plan(N: int, V: int, H: int, device: str, kept: bool, operand: torch.dtype, softmaxes: int = 1) -> _Plan:
     """Even blocks of rows and even tiles of the vocabulary whose buffers fit their budgets, whatever N and V."""
     kind = "cpu" if device == "cpu" else "cuda"
     most_rows = _ROWS[kind]
     if kept:
-        most_rows = max(1, min(most_rows, max(_KEPT_BYTES, V * H) // (V * operand.itemsize)))
+        in_budget = max(1, max(_KEPT_BYTES, V * H) // (softmaxes * V * operand.itemsize))
+        most_rows = min(most_rows, max(in_budget, min(N // 3, _STRETCH[kind] * in_budget)))
     rows = math.ceil(N / math.ceil(N / most_rows))
     tiles = math.ceil(V / max(_LEAST_WIDTH, _TILE_BYTES[kind] // (4 * rows)))
     width = math.ceil(V / tiles)
@@ -259,13 +288,17 @@ class _Workspace:
         local_R: torch.Tensor,
         tile: slice,
         logits_RX: torch.Tensor,
+        watch: Watch | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Advance `state` by a tile; its exponentials, and what earlier ones must be multiplied by (None: 1)."""
+        """Advance `state` by a tile, whose logits `watch` gets to see; its exponentials, and what earlier ones must be multiplied
+        by (None: 1)."""
         bias_W = None if self._bias_V is None else self._bias_V[tile]
         scale, softcap = self.head.scale / (self.head.softcap or 1.0), self.head.softcap
         logits_RW = logits_RX[:, : weight_WH.shape[0]]
         if not self._in_place:
-            _add_mm(logits_RW, hidden_RH, weight_WH.t(), first=True)
+            add_mm(logits_RW, hidden_RH, weight_WH.t(), first=True)
+            if watch is not None:
+                watch(logits_of(logits_RW, bias_W, scale, softcap), weight_WH, tile)
             exp_RW, shrink_R, *now = _fused_step()(
                 logits_RW, local_R, bias_W, scale, softcap, self.operand,
                 state.others_R, state.reference_R, state.target_R,
@@ -277,6 +310,8 @@ class _Workspace:
         torch.addmm(first, hidden_RH, weight_WH.t(), beta=beta, alpha=scale, out=logits_RW)
         if softcap is not None:
             logits_RW.tanh_()
+        if watch is not None:
+            watch(logits_RW, weight_WH, tile)
         slope_RW = None
         if self._slope is not None:
             slope_RW = self._slope[: logits_RW.shape[0], : logits_RW.shape[1]]
@@ -298,9 +333,9 @@ def _step_in_place(
     column_R1 = torch.where(here_R, local_R, width)[:, None]
     state.target_R = torch.where(here_R, logits_RX.gather(1, column_R1)[:, 0], state.target_R)
     logits_RX.scatter_(1, column_R1, -math.inf)
-    top_R, shrink_R = logits_RW.amax(1), None
-    if bool((top_R > state.reference_R + _LAG / unit).any()):
-        moved_R = torch.maximum(state.reference_R, top_R)
+    largest_R, shrink_R = logits_RW.amax(1), None
+    if bool((largest_R > state.reference_R + _LAG / unit).any()):
+        moved_R = torch.maximum(state.reference_R, largest_R)
         shrink_R = ((state.reference_R - moved_R) * unit).exp_()
         state.others_R, state.reference_R = state.others_R * shrink_R, moved_R
     exp_RW = logits_RW.sub_(state.reference_R[:, None])
@@ -325,9 +360,7 @@ def _step_fused(
     target_R: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """The same step without branches on values and without writes in place: what a compiler can make one kernel of."""
-    logits_RW = (logits_RW if bias_W is None else logits_RW + bias_W) * scale
-    if softcap is not None:
-        logits_RW = torch.tanh(logits_RW)
+    logits_RW = logits_of(logits_RW, bias_W, scale, softcap)
     unit, width = softcap or 1.0, logits_RW.shape[1]
     here_R = (local_R >= 0) & (local_R < width)
     at_target_R = logits_RW.gather(1, local_R.clamp(0, width - 1)[:, None])[:, 0]
@@ -361,15 +394,3 @@ def _fused_step() -> Callable[..., tuple[torch.Tensor, ...]]:
         return _step_fused(*arguments)
 
     return step
-
-
-def _add_mm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
-    """out = a @ b, or out += a @ b, with the sums in the dtype of `out` even where a and b are narrower."""
-    if a.dtype != out.dtype and not (out.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out")):
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out) if first else torch.addmm(out, a, b, out=out)
-    elif first:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.exact_nll import TokenLoss
+from dwl_plugin.loss.objectives import EntropyGate, Focal, Objective, Term
 
 MISTAKES = (
     "1 - p",
@@ -39,6 +42,38 @@ MISTAKES = (
     "wrong target",
 )
 
+TERM_MISTAKES = (
+    "1 - H",
+    "entropy of the logits over the whole vocabulary",
+    "entropy not normalised",
+    "entropy not renormalised over the top k",
+    "first term only",
+    "focal factor detached",
+    "focal factor is p",
+    "gamma ignored",
+    "gate not detached",
+    "normalised by the vocabulary",
+    "target left out of the top k",
+    "terms share a weight",
+    "threshold dropped",
+    "threshold on p^a",
+    "threshold upside down",
+    "token_weight of the neighbour",
+    "k is one less",
+)
+
+ANCHOR_MISTAKES = (
+    "KL of the target only",
+    "KL the other way round",
+    "anchor weight ignored",
+    "anchor weighted by p",
+    "base without the softcap",
+    "cross-entropy, not KL",
+    "mean over the vocabulary",
+    "our head for the base's",
+    "pulls away",
+)
+
 
 def naive(
     hidden: torch.Tensor,
@@ -48,6 +83,8 @@ def naive(
     token_weight: torch.Tensor | None = None,
     exponent: torch.Tensor | float = 0.0,
     min_weight: torch.Tensor | float = 0.0,
+    terms: Sequence[Term] | None = None,
+    anchor: Anchor | None = None,
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float | None = None,
@@ -81,6 +118,14 @@ def naive(
     if mistake != "ignored tokens paid":
         nll = torch.where(keep, nll, 0.0)
 
+    if terms is not None:
+        loss = _several(terms, logits, asked, nll, mistake)
+        if anchor is not None:
+            base = _base_logits(
+                anchor, weight, bias, scale, None if mistake == "base without the softcap" else softcap, mistake
+            )
+            loss = loss + _anchored(anchor, logits, base.to(logits.dtype), asked, nll, keep, mistake)
+        return TokenLoss(loss, nll.detach())
     p = torch.exp(-nll)
     if mistake != "p not detached":
         p = p.detach()
@@ -112,6 +157,88 @@ def naive(
     if mistake == "upstream gradient ignored":
         loss = _UpstreamIgnored.apply(loss)
     return TokenLoss(loss, (paid * nll if mistake == "nll weighted" else nll).detach())
+
+
+def _several(
+    terms: Sequence[Term], logits: torch.Tensor, asked: torch.Tensor, nll: torch.Tensor, mistake: str
+) -> torch.Tensor:
+    """Σ over terms and tokens of weight·ℓ."""
+    total = nll.new_zeros(())
+    for term in terms[:1] if mistake == "first term only" else terms:
+        weight = (terms[0] if mistake == "terms share a weight" else term).weight
+        weight = torch.ones_like(nll) if weight is None else weight
+        if mistake == "token_weight of the neighbour":
+            weight = weight.roll(1, -1)
+        total = total + (weight * _pays(term.objective, logits, asked, nll, mistake)).sum()
+    return total
+
+
+def _pays(
+    objective: Objective, logits: torch.Tensor, asked: torch.Tensor, nll: torch.Tensor, mistake: str
+) -> torch.Tensor:
+    p = torch.exp(-nll)
+    if isinstance(objective, Focal):
+        gamma = 1.0 if mistake == "gamma ignored" else objective.gamma
+        factor = (p if mistake == "focal factor is p" else 1 - p) ** gamma
+        return (factor.detach() if mistake == "focal factor detached" else factor) * nll
+    if isinstance(objective, EntropyGate):
+        k = min(objective.top_k, logits.shape[-1]) - (mistake == "k is one less")
+        seen = logits
+        if mistake == "target left out of the top k":
+            seen = logits.scatter(-1, asked[..., None], -1e9)
+        log_q = seen.topk(k).values.log_softmax(-1)
+        if mistake == "entropy not renormalised over the top k":
+            log_q = seen.log_softmax(-1).topk(k).values
+        if mistake == "entropy of the logits over the whole vocabulary":
+            log_q = seen.log_softmax(-1)
+        entropy = -(log_q.exp() * log_q).sum(-1)
+        if mistake != "entropy not normalised":
+            entropy = entropy / math.log(logits.shape[-1] if mistake == "normalised by the vocabulary" else k)
+        gate = (1 - entropy if mistake == "1 - H" else entropy) ** objective.exponent
+        return (gate if mistake == "gate not detached" else gate.detach()) * nll
+    assert isinstance(objective.min_weight, float)
+    weight = (p**objective.exponent).clamp(min=objective.min_weight)
+    over = (weight if mistake == "threshold on p^a" else p) >= objective.threshold
+    if mistake == "threshold upside down":
+        over = ~over
+    if mistake == "threshold dropped":
+        over = torch.zeros_like(over)
+    return torch.where(over, 1.0, weight).detach() * nll
+
+
+def _base_logits(
+    anchor: Anchor, weight: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float | None, mistake: str
+) -> torch.Tensor:
+    assert not callable(anchor.head)
+    if anchor.head is not None and mistake != "our head for the base's":
+        weight, bias = anchor.head
+    logits = (F.linear(anchor.hidden, weight, bias) * scale).detach()
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _anchored(
+    anchor: Anchor,
+    logits: torch.Tensor,
+    base: torch.Tensor,
+    asked: torch.Tensor,
+    nll: torch.Tensor,
+    keep: torch.Tensor,
+    mistake: str,
+) -> torch.Tensor:
+    log_p, log_q = logits.log_softmax(-1), base.log_softmax(-1)
+    each = log_q.exp() * (log_q - log_p)
+    if mistake == "KL the other way round":
+        each = log_p.exp() * (log_p - log_q)
+    if mistake == "cross-entropy, not KL":
+        each = -log_q.exp() * log_p
+    kl = each.mean(-1) if mistake == "mean over the vocabulary" else each.sum(-1)
+    if mistake == "KL of the target only":
+        kl = each.gather(-1, asked[..., None])[..., 0]
+    if mistake == "anchor weighted by p":
+        kl = kl * torch.exp(-nll).detach()
+    weight = torch.ones_like(kl) if mistake == "anchor weight ignored" else anchor.weight
+    total = (torch.where(keep, kl, 0.0) * weight).sum()
+    return -total if mistake == "pulls away" else total
 
 
 def mutant(mistake: str) -> Callable[..., TokenLoss]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dwl_plugin.loss.objectives import Power
 from dwl_plugin.loss.seam import LossSpec, LossStep, Seam
 from dwl_plugin.loss.shift import shift_left
 
@@ -150,7 +151,7 @@ class Result:
 
 SPECS = {
     "nll": LossSpec(),
-    "weighted": LossSpec(weight=(0.3, 1.7), exponent=(1.0, 0.0), min_weight=(0.05, 0.0)),
+    "weighted": LossSpec(weight=(0.3, 1.7), objective=(Power(1.0, 0.05), Power())),
 }
 
 
@@ -182,7 +183,9 @@ def weighted_nll(logits: torch.Tensor, targets: torch.Tensor, class_ids: torch.T
     """The mean over targets of w·sg(max(p^a, m))·nll by its definition, from full logits."""
     nll = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")
     slot = class_ids.flatten().clamp(min=0)
-    weight, exponent, floor = (torch.tensor(v)[slot] for v in (spec.weight, spec.exponent, spec.min_weight))
+    powers = [objective for objective in spec.objective if isinstance(objective, Power)]
+    columns = (spec.weight, [power.exponent for power in powers], [power.min_weight for power in powers])
+    weight, exponent, floor = (torch.tensor(column)[slot] for column in columns)
     paid = weight * (-nll).exp().pow(exponent).maximum(floor).detach()
     return (paid * nll).sum() / (targets != -100).sum()
 

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from dwl_plugin.loss import module_path, vocabulary
+from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.linear_cross_entropy import TokenLoss, linear_cross_entropy
 from dwl_plugin.loss.module_path import module_cross_entropy
-from tests.loss.mutants import MISTAKES, mutant, naive
+from dwl_plugin.loss.objectives import EntropyGate, Focal, Objective, Power, Term
+from tests.loss.mutants import ANCHOR_MISTAKES, MISTAKES, TERM_MISTAKES, mutant, naive
 from tests.loss.oracle import Case, per_token, relative
 
 FP32 = 1e-6
@@ -55,6 +57,45 @@ def full_case(*shape: int, seed: int = 0, **options: Any) -> Case:
     )
 
 
+OBJECTIVES: dict[str, Objective] = {
+    "nll": Power(),
+    "exponent": Power(0.4),
+    "exponent and floor": Power(1.0, 0.1),
+    "threshold": Power(1.0, 0.02, 0.4),
+    "threshold of nothing": Power(1.0, 0.0, 1e-9),
+    "focal": Focal(2.0),
+    "focal below one": Focal(0.5),
+    "focal of nothing": Focal(0.0),
+    "entropy": EntropyGate(),
+    "entropy of three": EntropyGate(0.333, 3),
+    "entropy of nothing": EntropyGate(0.0, 20),
+}
+
+
+def terms_case(*shape: int, seed: int = 0, objectives: tuple[Objective, ...] = (), **options: Any) -> Case:
+    """Several terms with weights of their own: a token may pay in one of them, in several, or in none."""
+    case = full_case(*shape, seed=seed, **options)
+    g = torch.Generator().manual_seed(seed + 2)
+    weights = [torch.rand(*shape, generator=g) * (torch.rand(*shape, generator=g) < 0.6) for _ in objectives]
+    terms = [Term(objective, weight) for objective, weight in zip(objectives, weights, strict=True)]
+    # A wider cap than in `full_case`: some tokens have to be likely.
+    return replace(case, token_weight=None, exponent=0.0, min_weight=0.0, terms=terms, softcap=12.0, logit_scale=0.9)
+
+
+def anchored_case(*shape: int, seed: int = 0, own_head: bool = True, **options: Any) -> Case:
+    """Some way from a base model that may have a head of its own."""
+    case = terms_case(*shape, seed=seed, objectives=(Power(1.0), Focal(1.0)), **options)
+    g = torch.Generator().manual_seed(seed + 3)
+
+    def near(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + 0.3 * torch.randn(tensor.shape, generator=g).to(tensor.dtype)
+
+    assert case.bias is not None
+    head = (near(case.weight), near(case.bias)) if own_head else None
+    weight = torch.rand(*shape, generator=g) * (torch.rand(*shape, generator=g) < 0.8)
+    return replace(case, anchor=Anchor(weight, near(case.hidden), head))
+
+
 def options_of(case: Case) -> dict[str, Any]:
     return {
         f.name: getattr(case, f.name) for f in fields(case) if f.name not in ("hidden", "weight", "targets", "bias")
@@ -91,12 +132,19 @@ def as_module(
 ) -> TokenLoss:
     """`module_cross_entropy` behind the signature of `linear_cross_entropy`."""
     bias, softcap, scale = (options.pop(name, None) for name in ("bias", "softcap", "logit_scale"))
+    anchor = options.pop("anchor", None)
 
-    def head(chunk: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(chunk, weight, bias)
-        logits = logits if scale is None else logits * scale
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    def under(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+        def head(chunk: torch.Tensor) -> torch.Tensor:
+            logits = F.linear(chunk, weight, bias)
+            logits = logits if scale is None else logits * scale
+            return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
+        return head
+
+    if anchor is not None:
+        options["anchor"] = replace(anchor, head=under(*(anchor.head or (weight.detach(), bias))))
+    head = under(weight, bias)
     return module_cross_entropy(hidden, head, targets, chunk_tokens=chunk_tokens, **options)
 
 
@@ -168,6 +216,188 @@ def test_no_mutant_passes(mistake: str) -> None:
     assert max(errors(mutant(mistake), mutant_case()).values()) > 10 * FP32
 
 
+# other objectives
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.usefixtures("small_blocks")
+def test_an_objective_matches_its_formula_in_fp64(name: str, trained: bool, body: str) -> None:
+    case = random_case(3, 13, vocab=67, dtype=torch.float64, terms=[Term(OBJECTIVES[name])], softcap=5.0)
+    assert max(errors(linear_cross_entropy, case, trained=trained).values()) <= 1e-12
+    assert max(errors(as_module, case, trained=trained).values()) <= 1e-12
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_objectives_side_by_side_match_their_formulas(body: str) -> None:
+    case = terms_case(3, 13, objectives=tuple(OBJECTIVES.values()))
+    for function in (linear_cross_entropy, as_module):
+        assert max(errors(function, case).values()) <= FP32
+    wide = terms_case(3, 13, objectives=tuple(OBJECTIVES.values()), dtype=torch.float64)
+    for function in (linear_cross_entropy, as_module):
+        assert max(errors(function, wide).values()) <= 1e-12
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 5, 20, 21])
+def test_an_entropy_over_more_tokens_than_there_are(vocab: int, body: str) -> None:
+    case = terms_case(9, vocab=vocab, ignored=0.0, objectives=(EntropyGate(), EntropyGate(0.5, 4)), dtype=torch.float64)
+    for function in (linear_cross_entropy, as_module):
+        out, grads = run(function, case, upstream=1.0)
+        torch.testing.assert_close(out.loss, per_token(case).loss, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grads["hidden"], per_token(case).hidden, rtol=1e-10, atol=1e-12)
+
+
+def test_an_entropy_beside_tokens_masked_out_of_the_vocabulary_is_finite(body: str) -> None:
+    case = random_case(7, vocab=22, ignored=0.0, terms=[Term(EntropyGate())])
+    bias = torch.zeros(22)
+    bias[3:19] = -torch.inf
+    case = replace(case, bias=bias, targets=case.targets % 3)
+    for function in (linear_cross_entropy, as_module):
+        out, grads = run(function, case)
+        assert out.loss.isfinite()
+        assert grads["hidden"] is not None
+        assert grads["hidden"].isfinite().all()
+        assert 0 < out.factors[0].min() <= out.factors[0].max() <= 1
+
+
+@pytest.mark.parametrize("objective", [Focal(0.5), Focal(2.0), EntropyGate()])
+@pytest.mark.parametrize("nats", [9.0, 16.0])
+def test_a_certain_token_keeps_its_digits_under_other_objectives(objective: Objective, nats: float) -> None:
+    case = random_case(6, vocab=5, width=5, ignored=0.0)
+    hidden = torch.zeros(6, 5)
+    hidden[torch.arange(6), case.targets] = nats + torch.arange(6) / 4
+    case = replace(case, hidden=hidden, weight=torch.eye(5), terms=[Term(objective)])
+    for function in (linear_cross_entropy, as_module):
+        found = errors(function, case)
+        assert max(found.values()) <= 2 * FP32
+
+
+def test_a_token_without_any_probability_pays_a_finite_slope() -> None:
+    hidden, weight = torch.tensor([[300.0]]), torch.tensor([[0.0], [1.0]])
+    for objective in (Focal(), EntropyGate(), Power(1.0, 0.1, 0.7)):
+        terms = [Term(objective)]
+        out = linear_cross_entropy(hidden.requires_grad_(), weight, torch.tensor([0]), terms=terms)
+        (grad,) = torch.autograd.grad(out.loss, hidden)
+        assert grad.isfinite().all()
+
+
+def test_factors_are_reported_where_the_targets_are() -> None:
+    case = random_case(3, 7, terms=[Term(Focal(1.0)), Term(Power(1.0))])
+    for function in (linear_cross_entropy, as_module):
+        out, _ = run(function, case)
+        ignored, p = case.targets == -100, torch.exp(-out.nll)
+        focal, dft = out.factors
+        torch.testing.assert_close(focal[~ignored], (1 - p)[~ignored])
+        torch.testing.assert_close(dft[~ignored], p[~ignored])
+        assert focal[ignored].eq(0).all()
+        assert dft[ignored].eq(0).all()
+
+
+def test_axolotls_eaft_is_the_same_without_the_published_normalisation() -> None:
+    import math
+
+    eaft = pytest.importorskip("axolotl.monkeypatch.loss.eaft")
+    case = random_case(1, 23, vocab=67)
+    outputs = type("Outputs", (), {"logits": case.hidden @ case.weight.T})
+    labels = F.pad(case.targets, (1, 0), value=-100)[:, :-1]
+    theirs = eaft.eaft_loss(outputs, labels)  # shifts by itself
+    targets = case.targets.clone()
+    targets[:, -1] = -100
+    out = linear_cross_entropy(case.hidden, case.weight, targets, terms=[Term(EntropyGate())])
+    torch.testing.assert_close(out.loss / (targets != -100).sum() * math.log(20), theirs, rtol=1e-5, atol=0.0)
+
+
+TERMS = (Focal(2.0), EntropyGate(0.7, 6), Power(0.5, 0.02, 0.3))
+
+
+def test_the_naive_terms_pass_where_mutants_must_fail() -> None:
+    assert max(errors(naive, terms_case(3, 13, vocab=53, objectives=TERMS)).values()) <= 2 * FP32
+
+
+@pytest.mark.parametrize("mistake", TERM_MISTAKES)
+def test_no_mutant_of_the_objectives_passes(mistake: str) -> None:
+    assert max(errors(mutant(mistake), terms_case(3, 13, vocab=53, objectives=TERMS)).values()) > 20 * FP32
+
+
+# the anchor to a base model
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.usefixtures("small_blocks")
+def test_an_anchor_matches_its_formula_in_fp64(own_head: bool, trained: bool, body: str) -> None:
+    case = anchored_case(3, 13, vocab=67, own_head=own_head, dtype=torch.float64)
+    for function in (linear_cross_entropy, as_module):
+        assert max(errors(function, case, trained=trained).values()) <= 1e-12
+        out, _ = run(function, case, trained=trained)
+        assert out.kl is not None
+        torch.testing.assert_close(out.kl, per_token(case).kl, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_an_anchor_matches_its_formula_in_fp32(body: str) -> None:
+    for case in (anchored_case(3, 13), replace(anchored_case(3, 13), softcap=None, logit_scale=None)):
+        for function in (linear_cross_entropy, as_module):
+            assert max(errors(function, case).values()) <= 2 * FP32
+
+
+def test_a_model_that_is_still_its_base_has_no_kl_and_no_pull(body: str) -> None:
+    case = random_case(3, 13, terms=[Term(Power(), torch.zeros(3, 13))])
+    case = replace(case, anchor=Anchor(torch.ones(3, 13), case.hidden))
+    for function in (linear_cross_entropy, as_module):
+        out, grads = run(function, case, trained=False)
+        assert out.loss.item() == pytest.approx(0.0, abs=1e-5)
+        assert grads["hidden"] is not None
+        assert grads["hidden"].abs().max() <= 1e-5
+
+
+def test_an_anchor_without_targets_is_zero_with_a_graph() -> None:
+    case = anchored_case(2, 3, ignored=1.1)
+    for function in (linear_cross_entropy, as_module):
+        out, grads = run(function, case)
+        assert out.loss.item() == 0.0
+        assert out.kl is not None
+        assert out.kl.eq(0).all()
+        assert all(g is not None and g.eq(0).all() for g in grads.values())
+
+
+def test_tokens_masked_out_of_both_vocabularies_add_nothing_to_the_kl(body: str) -> None:
+    case = anchored_case(9, vocab=23, ignored=0.0, own_head=False)
+    assert case.bias is not None
+    bias = case.bias.clone()
+    bias[3] = -torch.inf
+    case = replace(case, bias=bias, softcap=None, targets=torch.where(case.targets == 3, 4, case.targets))
+    for function in (linear_cross_entropy, as_module):
+        out, grads = run(function, case)
+        assert out.loss.isfinite()
+        assert grads["hidden"] is not None
+        assert grads["hidden"].isfinite().all()
+
+
+def test_the_naive_anchor_passes_where_mutants_must_fail() -> None:
+    assert max(errors(naive, anchored_case(3, 13, vocab=53)).values()) <= 2 * FP32
+
+
+@pytest.mark.parametrize("mistake", ANCHOR_MISTAKES)
+def test_no_mutant_of_the_anchor_passes(mistake: str) -> None:
+    assert max(errors(mutant(mistake), anchored_case(3, 13, vocab=53)).values()) > 20 * FP32
+
+
+@pytest.mark.parametrize(
+    ("function", "head", "message"),
+    [
+        (linear_cross_entropy, F.relu, "anchor.head must be None or"),
+        (linear_cross_entropy, (torch.zeros(5, 24), None), r"\(V, H\) weight with V = 211"),
+    ],
+)
+def test_an_anchor_that_does_not_fit_is_named(function: Callable[..., TokenLoss], head: Any, message: str) -> None:
+    case = random_case(3, 7)
+    with pytest.raises(ValueError, match=message):
+        run(function, replace(case, anchor=Anchor(torch.ones(3, 7), case.hidden, head)))
+    with pytest.raises(ValueError, match=r"anchor\.hidden must have the leading shape"):
+        run(function, replace(case, anchor=Anchor(torch.ones(3, 7), case.hidden[:2])))
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     tokens=st.integers(0, 23),
@@ -175,14 +405,25 @@ def test_no_mutant_passes(mistake: str) -> None:
     width=st.sampled_from([1, 5, 8]),
     ignored=st.sampled_from([0.0, 0.5, 1.0]),
     everything=st.booleans(),
+    objectives=st.lists(st.sampled_from(sorted(OBJECTIVES)), max_size=3),
     trained=st.booleans(),
     seed=st.integers(0, 999),
 )
 def test_matches_the_loop_for_any_shape(
-    tokens: int, vocab: int, width: int, ignored: float, everything: bool, trained: bool, seed: int
+    tokens: int,
+    vocab: int,
+    width: int,
+    ignored: float,
+    everything: bool,
+    objectives: list[str],
+    trained: bool,
+    seed: int,
 ) -> None:
+    options: dict[str, Any] = {"vocab": vocab, "width": width, "ignored": ignored, "seed": seed, "dtype": torch.float64}
     make = full_case if everything else random_case
-    case = make(tokens, vocab=vocab, width=width, ignored=ignored, seed=seed, dtype=torch.float64)
+    if objectives:
+        make, options["objectives"] = terms_case, tuple(OBJECTIVES[name] for name in objectives)
+    case = make(tokens, **options)
     truth = per_token(case)
     for function in (linear_cross_entropy, as_module):
         out, grads = run(function, case, upstream=1.0, trained=trained)
@@ -524,7 +765,7 @@ def test_workspace_is_bounded_whatever_the_shape(tokens: int, vocab: int, kept: 
     tile = 4 * plan.rows * plan.width
     assert tile <= max(vocabulary._TILE_BYTES["cpu"] * 1.01, 4 * plan.rows * vocabulary._LEAST_WIDTH)
     if kept:
-        assert plan.rows == 1 or 4 * plan.rows * vocab <= max(vocabulary._KEPT_BYTES, vocab * 64)
+        assert plan.rows <= 4 or 4 * plan.rows * vocab <= 4 * max(64 * 2**20, vocab * 64)
     assert next(plan.blocks(tokens)).start == 0
     assert sum(b.stop - b.start for b in plan.blocks(tokens)) == tokens
     assert sum(t.stop - t.start for t in plan.tiles(vocab)) == vocab

@@ -19,8 +19,10 @@ from torch import nn
 
 from dwl_plugin.errors import LossNotTakenError
 from dwl_plugin.loss import seam as seam_module
+from dwl_plugin.loss.objectives import Power
 from dwl_plugin.loss.seam import LossSpec, LossStep, Seam, attach
 from dwl_plugin.loss.shift import shift_left
+from dwl_plugin.metrics import PaidTokens
 from tests.loss.test_every_model import SPECS, batch, build, difference, eager, gradients, ours, weighted_nll
 
 with warnings.catch_warnings(action="ignore"):  # torchao's docstrings, where nothing compiled is kept
@@ -341,12 +343,13 @@ def test_a_denominator_counts_each_target_once_however_many_streams_predict_it()
 def test_tokens_reach_the_metrics_with_their_class_and_weight() -> None:
     model = llama()
     ids, labels, class_ids = batch()
-    seen: list[torch.Tensor] = []
+    seen: list[PaidTokens] = []
     seam = Seam(model, print)
-    step = LossStep(WEIGHTED, labels, class_ids, on_tokens=lambda *tokens: seen.extend(tokens))
+    step = LossStep(WEIGHTED, labels, class_ids, on_tokens=seen.append)
     with seam.armed(step):
         model(input_ids=ids, labels=labels)
-    nll, classes, weight = seen
+    nll, classes = seen[0].nll_N, seen[0].members.ids_N
+    weight = (seen[0].weight_C[:, None] * seen[0].factors_KN[seen[0].term_C]).gather(0, classes.clamp(min=0)[None])[0]
     targets = shift_left(labels).flatten()
     logits = model(input_ids=ids).logits.flatten(0, 1)
     torch.testing.assert_close(nll, F.cross_entropy(logits, targets, reduction="none").detach())
@@ -456,7 +459,7 @@ def test_a_model_without_an_output_head_is_refused() -> None:
 
 def test_attach_is_the_loss_of_the_model_and_dft_that_of_its_paper() -> None:
     model = llama()
-    for name, spec in (("nll", LossSpec()), ("dft", DFT), (LossSpec((0.5,), (0.3,), (0.1,)),) * 2):
+    for name, spec in (("nll", LossSpec()), ("dft", DFT), (LossSpec((0.5,), (Power(0.3, 0.1),)),) * 2):
         ids, labels, class_ids = batch()
         logits = model(input_ids=ids).logits
         loss = weighted_nll(logits, shift_left(labels), torch.zeros_like(class_ids), spec)

@@ -1,0 +1,104 @@
+"""An anchor to the base model: weight · KL(base‖θ) per token, beside whatever else the token pays.
+
+    KL_t = Σ_v q_v·(log q_v − log p_v),   ∂KL_t/∂z = p − q,   q of the base model, a constant
+
+With DFT it is ASFT (arXiv 2509.23753). Both softmaxes go through the same tiles of the vocabulary, so no logits are held.
+
+Shapes: … any leading shape with T positions, R rows of a block, W tokens of a tile, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dwl_plugin.loss.head import Head, add_mm, logits_of
+
+__all__ = ["Anchor", "BaseWalk"]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What a loss needs to know of the base model.
+
+    Args:
+        weight: (…) what each token's KL counts; a constant.
+        hidden: (…, H) hidden states of the base model at the same positions.
+        head: (weight (V, H), bias (V,) or None) of the base model's head, under the softcap and scale of the call; None: the head
+            of the call. `module_cross_entropy` takes a callable (R, H) -> (R, V), and always needs it.
+    """
+
+    weight: torch.Tensor
+    hidden: torch.Tensor
+    head: tuple[torch.Tensor, torch.Tensor | None] | Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+class BaseWalk:
+    """The base model's softmax beside ours, over one block of rows: Σ e^b, Σ e^b·(b − z) and Σ e^b·slope·W, b its logits."""
+
+    def __init__(
+        self, hidden_RH: torch.Tensor, base: Head, ours: Head, operand: torch.dtype, *, hidden: bool, kept: bool
+    ) -> None:
+        self._hidden_RH = hidden_RH.to(base.multiplied).to(operand)
+        self._base, self._ours, self._operand, self._keeps = base, ours, operand, kept
+        zeros_R = torch.zeros(len(hidden_RH), dtype=ours.summed, device=hidden_RH.device)
+        self._total_R, self._cross_R, self._reference_R = (
+            zeros_R,
+            zeros_R,
+            torch.full_like(zeros_R, torch.finfo(ours.summed).min),
+        )
+        self._summed_RH = torch.zeros(hidden_RH.shape, dtype=ours.summed, device=hidden_RH.device) if hidden else None
+        self._kept: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
+
+    def see(self, logits_RW: torch.Tensor, weight_WH: torch.Tensor, tile: slice) -> None:
+        """Our logits of a tile, in units of a softcap, and the weight they came from."""
+        base, unit = self._base, self._ours.unit
+        base_WH = weight_WH
+        if base.weight_VH is not self._ours.weight_VH:
+            base_WH = base.weight_VH[tile].to(base.multiplied).to(self._operand)
+        product_RW = torch.empty_like(logits_RW)
+        add_mm(product_RW, self._hidden_RH, base_WH.t(), first=True)
+        bias_W = None if base.bias_V is None else base.bias_V[tile].to(base.multiplied).to(base.summed)
+        base_RW = logits_of(product_RW, bias_W, base.scale / unit, base.softcap)
+        moved_R = torch.maximum(self._reference_R, base_RW.amax(1))
+        shrink_R = ((self._reference_R - moved_R) * unit).exp_()
+        gap_RW = base_RW - logits_RW
+        exp_RW = base_RW.sub_(moved_R[:, None]).mul_(unit).exp_()
+        gap_RW.masked_fill_(exp_RW == 0, 0.0)  # 0 · log 0
+        self._reference_R = moved_R
+        self._total_R = self._total_R * shrink_R + exp_RW.sum(1)
+        self._cross_R = self._cross_R * shrink_R + (gap_RW.mul_(exp_RW)).sum(1) * unit
+        if self._ours.softcap is not None:
+            exp_RW.mul_(1 - logits_RW.square())
+        exp_RW = exp_RW.to(self._operand)
+        if self._summed_RH is not None:
+            add_mm(self._summed_RH.mul_(shrink_R[:, None]), exp_RW, weight_WH, first=False)
+        if self._keeps:
+            self._kept.append((tile, exp_RW, moved_R))
+
+    def kl(self, log_total_R: torch.Tensor) -> torch.Tensor:
+        """KL of each row; `log_total` is log Σ e^z."""
+        base_log_total_R = self._reference_R * self._ours.unit + self._total_R.log()
+        return (self._cross_R / self._total_R - base_log_total_R + log_total_R).clamp_(min=0)
+
+    def pull(
+        self,
+        factor_R: torch.Tensor,
+        summed_RH: torch.Tensor | None,
+        hidden_RH: torch.Tensor,
+        weight_VH: torch.Tensor | None,
+        bias_V: torch.Tensor | None,
+    ) -> None:
+        """Take factor·q, the base model's part of factor·(p − q), from the gradients."""
+        share_R = factor_R / self._total_R
+        if summed_RH is not None:
+            assert self._summed_RH is not None
+            summed_RH.addcmul_(self._summed_RH, share_R[:, None], value=-1)
+        for tile, exp_RW, reference_R in self._kept:
+            rows_R = share_R * ((reference_R - self._reference_R) * self._ours.unit).exp()
+            if weight_VH is not None:
+                add_mm(weight_VH[tile], exp_RW.t(), (hidden_RH * -rows_R[:, None]).to(self._operand), first=False)
+            if bias_V is not None:
+                bias_V[tile] -= rows_R @ exp_RW.to(bias_V.dtype)

@@ -1,0 +1,141 @@
+"""The loss core where it is meant to run. Skipped by name on a machine without a CUDA device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dwl_plugin import LossSpec, attach, linear_cross_entropy
+from tests.loss.mutants import naive
+from tests.loss.oracle import Case, per_token, relative
+from tests.loss.test_linear_cross_entropy import full_case, options_of, random_case, run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def full_precision() -> Iterator[None]:
+    """The oracle is fp64: TF32 would hide a mistake of ours behind its own."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def on_device(case: Case) -> Case:
+    moved = {f.name: getattr(case, f.name) for f in fields(case)}
+    return replace(case, **{k: v.cuda() for k, v in moved.items() if isinstance(v, torch.Tensor)})
+
+
+def cuda_errors(case: Case, *, trained: bool) -> dict[str, float]:
+    """Relative errors on the device against the per-token loop on the CPU."""
+    truth = per_token(case)
+    out, grads = run(linear_cross_entropy, on_device(case), upstream=1.0, trained=trained)
+    found = {"loss": relative(out.loss.cpu(), truth.loss), "nll": relative(out.nll.cpu(), truth.nll)}
+    for name in ("hidden", "weight", "bias") if trained else ("hidden",):
+        want, got = getattr(truth, name), grads[name]
+        if want is not None:
+            assert got is not None, name
+            found[name] = relative(got.cpu(), want)
+    return found
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("make", [random_case, full_case], ids=["plain", "every argument"])
+def test_fp32_equals_the_definition(make: object, trained: bool) -> None:
+    case = make(3, 41, vocab=1009, width=64)  # type: ignore[operator]
+    assert max(cuda_errors(case, trained=trained).values()) <= 2e-6
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_is_no_worse_than_the_naive_loss_in_it(dtype: torch.dtype, trained: bool) -> None:
+    case = random_case(4, 64, vocab=1009, width=64, dtype=dtype)
+    ours = cuda_errors(case, trained=trained)
+    truth = per_token(case)
+    _, grads = run(naive, on_device(case), upstream=1.0, trained=trained)
+    for name in ("hidden", "weight") if trained else ("hidden",):
+        got = grads[name]
+        assert got is not None
+        assert ours[name] <= relative(got.cpu(), getattr(truth, name)) * 1.05, name
+
+
+def test_the_compiled_body_is_the_one_that_runs() -> None:
+    """A compiler that failed would say so in a warning, and the uncompiled body would go on in its place."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run(linear_cross_entropy, on_device(random_case(2, 32, vocab=512, width=32)))
+
+
+def test_it_waits_for_the_device_once_at_most() -> None:
+    """The number of targets is the one thing the host has to know."""
+    case = on_device(random_case(4, 256, vocab=1009, width=64, dtype=torch.bfloat16))
+    run(linear_cross_entropy, case)  # compiled by now
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            hidden = case.hidden.clone().requires_grad_()
+            linear_cross_entropy(hidden, case.weight, case.targets, **options_of(case)).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) <= 1
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_the_workspace_does_not_grow_with_the_tokens(trained: bool) -> None:
+    def workspace(tokens: int) -> int:
+        hidden = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.randn(50_021, 256, device="cuda", dtype=torch.bfloat16, requires_grad=trained)
+        targets = torch.randint(0, 50_021, (tokens,), device="cuda")
+        linear_cross_entropy(hidden, weight, targets).loss.backward()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        linear_cross_entropy(hidden, weight, targets).loss.backward()
+        return torch.cuda.max_memory_allocated() - before - tokens * 256 * (4 + 2)  # ∂hidden, in fp32 and in bf16
+
+    assert workspace(65_536) <= workspace(16_384) * 1.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_model_trains_on_the_same_gradients_as_in_eager(dtype: torch.dtype) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=1009, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    ).to("cuda", dtype)
+    ids = torch.randint(0, 1009, (2, 64), device="cuda")
+
+    def gradients() -> tuple[float, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    wanted_loss, wanted = gradients()
+    handle = attach(model, LossSpec(), say=lambda line: None)
+    loss, found = gradients()
+    handle.detach()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert abs(loss - wanted_loss) <= tolerance * wanted_loss
+    assert max(relative(found[name], wanted[name]) for name in wanted) <= tolerance
+
+
+def test_large_logits_stay_finite_in_fp16() -> None:
+    hidden = (torch.randn(64, 64, device="cuda") * 8).half().requires_grad_()
+    weight = (torch.randn(4099, 64, device="cuda") * 4).half()
+    targets = torch.randint(0, 4099, (64,), device="cuda")
+    out = linear_cross_entropy(hidden, weight, targets)
+    out.loss.backward()
+    want = F.cross_entropy(hidden.detach().double() @ weight.double().T, targets, reduction="none")
+    assert hidden.grad is not None
+    assert bool(torch.isfinite(hidden.grad).all())
+    assert relative(out.nll, want) <= 1e-4
