@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dwl_plugin.errors import ConfigError as ConfigError, DWLError as DWLError
     from dwl_plugin.hosts.axolotl import DWLPlugin as DWLPlugin
+    from dwl_plugin.hosts.transformers import AppliedLoss as AppliedLoss, apply as apply
     from dwl_plugin.loss.linear_cross_entropy import (
         TokenLoss as TokenLoss,
         linear_cross_entropy as linear_cross_entropy,
@@ -18,22 +19,26 @@ if TYPE_CHECKING:
     from dwl_plugin.loss.seam import LossSpec as LossSpec, attach as attach
 
 _HOME = {
+    "AppliedLoss": "dwl_plugin.hosts.transformers",
     "ConfigError": "dwl_plugin.errors",
     "DWLError": "dwl_plugin.errors",
     "DWLPlugin": "dwl_plugin.hosts.axolotl",
     "LossSpec": "dwl_plugin.loss.seam",
     "TokenLoss": "dwl_plugin.loss.linear_cross_entropy",
+    "apply": "dwl_plugin.hosts.transformers",
     "attach": "dwl_plugin.loss.seam",
     "linear_cross_entropy": "dwl_plugin.loss.linear_cross_entropy",
 }
 
 __all__ = [
+    "AppliedLoss",
     "ConfigError",
     "DWLError",
     "DWLPlugin",
     "LossSpec",
     "TokenLoss",
     "__version__",
+    "apply",
     "attach",
     "linear_cross_entropy",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ConfigError", "DWLError", "LossNotTakenError", "Problem", "did_you_mean"]
+__all__ = ["ConfigError", "DWLError", "LossNotTakenError", "NotFiniteError", "Problem", "did_you_mean"]
 
 _ABSENT: Any = object()
 
@@ -22,8 +22,13 @@ class Problem:
     allowed: str = ""
     hint: str = ""
 
+    @property
+    def has_value(self) -> bool:
+        """Whether `value` is something that was received; None may be."""
+        return self.value is not _ABSENT
+
     def __str__(self) -> str:
-        received = "" if self.value is _ABSENT else f" (got {_shorten(self.value)})"
+        received = "" if not self.has_value else f" (got {_shorten(self.value)})"
         lines = [f"{self.path}: {self.message}{received}"]
         if self.allowed:
             lines.append(f"    allowed: {self.allowed}")
@@ -60,6 +65,10 @@ class ConfigError(DWLError):
 
 class LossNotTakenError(DWLError):
     """A step ended and the configured loss was not the one that was computed."""
+
+
+class NotFiniteError(DWLError):
+    """The loss became infinite or NaN; nothing was saved since."""
 
 
 def did_you_mean(word: object, known: Sequence[str]) -> str:

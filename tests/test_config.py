@@ -24,8 +24,17 @@ dwl:
     digits: {token_regex: '\s?\d+'}
     soft: {token_ids: [11, 12, "100-199"], dft: {exponent: 0.3, min_weight: 0.1}}
     control: {tokens: ["<|im_end|>"], token_loss: nll}
-  alpha: {reasoning: 1, number: 3, final: 2, digits: 0, soft: 1, control: 1, rest: 2}
-  schedule: {type: cosine, to: {reasoning: 0, number: 0, final: 1, digits: 0, soft: 0, control: 0, rest: 0}, start: 10%, end: 2ep}
+    parts:
+      any:
+        - all: [{turn: last}, {position: {first: 3, last: 2}}, {not: {words: [a, New York], ignore_case: true}}]
+        - not: {any: [{role: tool}, {special: true}, {added: yes}, {turn: -2}]}
+      allow_empty: true
+  alpha: {reasoning: 1, number: 3, final: 2, digits: 0, soft: 1, control: 1, parts: 0, rest: 2}
+  schedule:
+    type: cosine
+    to: {reasoning: 0, number: 0, final: 1, digits: 0, soft: 0, control: 0, parts: 0, rest: 0}
+    start: 10%
+    end: 2ep
 """
 
 
@@ -45,10 +54,42 @@ def test_whole_grammar_parses_and_survives_its_own_dump_twice() -> None:
 def test_resolved_numbers_are_the_ones_written_down() -> None:
     block = parse(yaml.safe_load(GOOD))
     assert block is not None
-    assert block.class_names == ("reasoning", "number", "final", "digits", "soft", "control", "rest")
-    assert block.alpha == pytest.approx((0.1, 0.3, 0.2, 0.0, 0.1, 0.1, 0.2))
-    assert [loss.exponent for loss in block.token_losses] == [0.5, 0.5, 0.5, 0.5, 0.3, 0.0, 0.5]
+    assert block.class_names == ("reasoning", "number", "final", "digits", "soft", "control", "parts", "rest")
+    assert block.alpha == pytest.approx((0.1, 0.3, 0.2, 0.0, 0.1, 0.1, 0.0, 0.2))
+    assert [loss.exponent for loss in block.token_losses] == [0.5, 0.5, 0.5, 0.5, 0.3, 0.0, 0.5, 0.5]
     assert block.token_losses[4].min_weight == 0.1
+
+
+def test_options_of_a_token_loss_come_from_the_class_then_the_block_then_the_defaults() -> None:
+    block = parse(
+        yaml.safe_load("""
+loss: dwl
+dwl:
+  token_loss: focal
+  focal: {gamma: 1.5}
+  classes:
+    a: {regex: a, focal: {gamma: 3}}
+    b: {regex: b}
+    c: {regex: c, token_loss: eaft}
+    d: {regex: d, token_loss: dft, dft: {threshold: 0.7}}
+  overlap: sum
+  reduction: sequence_mean_token_sum
+""")
+    )
+    assert block is not None
+    a, b, c, d, rest = (token_loss.model_dump() for token_loss in block.token_losses)
+    assert (a, b, rest) == ({"gamma": 3.0}, {"gamma": 1.5}, {"gamma": 1.5})
+    assert c == {"exponent": 1.0, "top_k": 20}
+    assert d["threshold"] == 0.7
+    assert (block.overlap, block.reduction) == ("sum", "sequence_mean_token_sum")
+    assert parse(block.dump()) == block
+
+
+def test_more_classes_than_bits_cannot_overlap() -> None:
+    classes = {f"c{i}": {"token_ids": [i]} for i in range(63)}
+    assert parse({"loss": "dwl", "dwl": {"classes": classes}}) is not None
+    with pytest.raises(ConfigError, match=r"dwl.overlap: `sum` takes at most 62 classes, and there are 63"):
+        parse({"loss": "dwl", "dwl": {"classes": classes, "overlap": "sum"}})
 
 
 def test_a_zero_stays_a_zero() -> None:
@@ -110,10 +151,38 @@ dwl:
         ("loss: dwl\ndwl: {classes: {a: {regex: a}}, alpha: {a: yes, rest: 1}}", "dwl.alpha.a", "boolean"),
         ("loss: dwl\ndwl: {classes: {a: {regex: (a), group: 2}}}", "dwl.classes.a.group", "1 group"),
         ("loss: dwl\ndwl: {classes: {a: {regex: a, dft: {exponent: 1}}}}", "dwl.classes.a.dft", "token_loss: dft"),
+        ("loss: dwl\ndwl: {classes: {a: {any: [{regex: a}, {regx: b}]}}}", "dwl.classes.a.any[1]", "did you mean `regex`"),
+        ("loss: dwl\ndwl: {classes: {a: {any: [{regex: a}, {regex: (}]}}}", "dwl.classes.a.any[1].regex", "compile"),
+        ("loss: dwl\ndwl: {classes: {a: {any: [{regex: a, token_loss: dft}]}}}", "dwl.classes.a.any[0].token_loss",
+         "unknown key"),
+        ("loss: dwl\ndwl: {classes: {a: {not: {all: [{regex: a, group: 1}]}}}}", "dwl.classes.a.not.all[0].group", "0 group"),
+        ("loss: dwl\ndwl: {classes: {a: {not: [{regex: a}]}}}", "dwl.classes.a.not", "a mapping with one selector"),
+        ("loss: dwl\ndwl: {classes: {a: {all: {regex: a}}}}", "dwl.classes.a.all", "a list of selectors"),
+        ("loss: dwl\ndwl: {classes: {a: {any: []}}}", "dwl.classes.a.any", "at least 1"),
+        ("loss: dwl\ndwl: {classes: {a: {any: [{regex: a}], not: {regex: b}}}}", "dwl.classes.a", "any and not"),
+        ("loss: dwl\ndwl: {classes: {a: {any: [{yes: a}]}}}", "dwl.classes.a.any[0]", "booleans"),
+        ("loss: dwl\ndwl: {classes: {a: {turn: lst}}}", "dwl.classes.a.turn", "`first`, `last`"),
+        ("loss: dwl\ndwl: {classes: {a: {turn: 0}}}", "dwl.classes.a.turn", "1 for the first"),
+        ("loss: dwl\ndwl: {classes: {a: {position: {}}}}", "dwl.classes.a.position", "`first`, `last`"),
+        ("loss: dwl\ndwl: {classes: {a: {position: {frist: 3}}}}", "dwl.classes.a.position.frist", "did you mean `first`"),
+        ("loss: dwl\ndwl: {classes: {a: {position: {last: 0}}}}", "dwl.classes.a.position.last", "greater than"),
+        ("loss: dwl\ndwl: {classes: {a: {role: asistant}}}", "dwl.classes.a.role", "did you mean `assistant`"),
+        ("loss: dwl\ndwl: {classes: {a: {special: no}}}", "dwl.classes.a.special", "use `not`"),
+        ("loss: dwl\ndwl: {classes: {a: {words: [no]}}}", "dwl.classes.a.words[0]", "quotes"),
+        ("loss: dwl\ndwl: {classes: {a: {words: ['+x']}}}", "dwl.classes.a.words[0]", "use `regex`"),
         ("loss: dwl\ndft: {exponent: 0.5}\ndwl: {classes: {}}", "dft", "no token pays dft"),
         ("loss: nll\ndwl: {classes: {}, alpha: {rest: 1}}", "dwl.alpha", "loss: dwl"),
         ("loss: nll\ndwl: {schedule: {type: linear, to: {rest: 1}}}", "dwl.schedule", "loss: dwl"),
         ("loss: nll\ndwl: {reduction: class_mean}", "dwl.reduction", "loss: dwl"),
+        ("loss: nll\ndwl: {focal: {gamma: 1}}", "dwl.focal", "loss: dwl"),
+        ("loss: dft\ndwl: {classes: {a: {regex: a, eaft: {top_k: 5}}}}", "dwl.classes.a.eaft", "loss: dwl"),
+        ("loss: dwl\ndwl: {focal: {gamma: 1}}", "dwl.focal", "no token pays focal"),
+        ("loss: dwl\ndwl: {token_loss: focal, classes: {a: {regex: a, eaft: {}}}}", "dwl.classes.a.eaft", "pays focal"),
+        ("loss: dwl\ndwl: {token_loss: focal, focal: {gamma: -1}}", "dwl.focal.gamma", "greater than or equal to 0"),
+        ("loss: dwl\ndwl: {token_loss: eaft, eaft: {top_k: 1}}", "dwl.eaft.top_k", "greater than or equal to 2"),
+        ("loss: dft\ndft: {threshold: 0}", "dft.threshold", "greater than 0"),
+        ("loss: dwl\ndwl: {token_loss: gft}", "dwl.token_loss", "`dft: {threshold: 0.7}`"),
+        ("loss: dwl\ndwl: {overlap: summ}", "dwl.overlap", "did you mean `sum`"),
         ("loss: dft\ndft: {exponent: -1}", "dft.exponent", "greater than or equal to 0"),
         ("loss: dft\ndft: {min_weigth: 0}", "dft.min_weigth", "did you mean `min_weight`"),
         ("loss: dwl\ndwl: {schedule: {type: linear, to: {rest: 1}, start: 50%, end: 10%}}", "dwl.schedule.end", "after"),
@@ -131,12 +200,14 @@ def test_bad_input_names_the_place_and_the_way_out(text: str, path: str, words: 
 
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 300) | st.floats() | st.text(max_size=6)
-    | st.sampled_from(["nll", "dft", "dwl", "10%", "2ep", "linear", r"\d+", "(", "100-199", "rest"]),
+    | st.sampled_from(["nll", "dft", "dwl", "10%", "2ep", "linear", "keyframes", "cyclic", r"\d+", "(", "100-199", "rest"]),
     lambda inner: st.lists(inner, max_size=3)
     | st.dictionaries(
         st.sampled_from([
             "classes", "alpha", "schedule", "reduction", "token_loss", "dft", "exponent", "min_weight", "regex", "group",
             "token_ids", "tokens", "token_regex", "between", "type", "to", "start", "end", "rest", "a", "overlap",
+            "any", "all", "not", "turn", "position", "first", "last", "role", "special", "added", "words", "at",
+            "period", "hold", "final", 5,
         ]) | st.text(max_size=4) | st.booleans(),
         inner, max_size=4,
     ),
@@ -157,3 +228,12 @@ def test_any_mapping_gives_a_block_that_round_trips_or_our_own_error(raw: dict[s
             pytest.fail(f"an error without a place: {error}")
     else:
         assert block is None or parse(block.dump()) == block
+
+
+def test_selectors_are_not_nested_without_end() -> None:
+    selector: dict[str, Any] = {"regex": "a"}
+    for _ in range(500):
+        selector = {"not": selector}
+    with pytest.raises(ConfigError) as caught:
+        parse({"loss": "dwl", "dwl": {"classes": {"a": selector}}})
+    assert "deep" in str(caught.value)

@@ -30,8 +30,8 @@ def load(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def test_there_are_five() -> None:
-    assert len(EXAMPLES) == 5, "a new example needs a line in the README and a number here"
+def test_there_are_nine() -> None:
+    assert len(EXAMPLES) == 9, "a new example needs a line in the README and a number here"
 
 
 @each
@@ -131,7 +131,8 @@ def rows(dataset: dict[str, Any]) -> list[dict[str, Any]]:
     for problem in generate(64, seed=3):
         messages = problem.row()["messages"]
         notations = f"\n\\boxed{{{problem.answer}}}\nThe answer is: {problem.answer}\n#### "
-        messages[1]["content"] = messages[1]["content"].replace("\n#### ", notations)
+        call = f'<tool_call>\n{{"name": "add", "arguments": {{"to": {problem.answer}}}}}\n</tool_call>'
+        messages[1]["content"] = messages[1]["content"].replace("\n#### ", notations).replace("#### ", f"{call}\n#### ")
         out.append({field: [{theirs: message[ours] for ours, theirs in keys.items()} for message in messages]})
     return out
 

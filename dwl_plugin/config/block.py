@@ -1,0 +1,143 @@
+"""The whole block: every default of ours lives in a field of these models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from dwl_plugin.config.classes import ClassConfig, OneOfTheClasses
+from dwl_plugin.config.controllers import Controller, ControllerOptions
+from dwl_plugin.config.scalars import REST, Strict, Weight
+from dwl_plugin.config.schedules import Schedule, ScheduleOptions
+from dwl_plugin.config.token_loss import (
+    TOKEN_LOSSES,
+    DFTConfig,
+    EAFTConfig,
+    FocalConfig,
+    TokenLossConfig,
+    TokenLossName,
+)
+
+__all__ = ["Block", "DWLConfig", "LossName", "Overlap", "Reduction"]
+
+LossName = Literal["nll", "dft", "dwl"]
+Reduction = Literal["token_mean", "weighted_mean", "class_mean", "sequence_mean_token_sum"]
+Overlap = Literal["first", "sum"]
+
+
+class DWLConfig(Strict):
+    """Token classes, their weights α, and how the weights move."""
+
+    pack: str | None = Field(
+        None,
+        description="A pack whose classes, suggested α and reduction are taken; the keys beside it win. Replaced by them when "
+        "the config is parsed.",
+    )
+    token_loss: TokenLossName = Field("nll", description="What a token pays in every class that names none of its own.")
+    focal: FocalConfig | None = Field(None, description="Options of the focal token loss.")
+    eaft: EAFTConfig | None = Field(None, description="Options of the eaft token loss.")
+    classes: dict[str, OneOfTheClasses] = Field(
+        default_factory=dict,
+        description="name -> selector; the order is the priority, the first class that matches wins.",
+    )
+    overlap: Overlap = Field(
+        "first",
+        description="first: a token belongs to the first class that matches. sum: to every class that matches, and pays in each.",
+    )
+    reduction: Reduction = Field(
+        "token_mean", description="How token losses become one number; see the README's table."
+    )
+    alpha: dict[str, Weight] | None = Field(
+        None, description="class -> proportion, `rest` included; normalised to sum to 1. Absent: uniform."
+    )
+    schedule: Schedule | None = Field(None, description="α as a function of the optimizer step.")
+    controller: Controller | None = Field(None, description="α from what the classes cost.")
+
+
+class Block(Strict):
+    """The three keys of a config that are ours, validated together."""
+
+    loss: LossName
+    dft: DFTConfig | None = None
+    dwl: DWLConfig | None = None
+
+    @property
+    def class_configs(self) -> dict[str, ClassConfig]:
+        """name -> selector in priority order, without `rest`."""
+        return {} if self.dwl is None else dict(self.dwl.classes)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Every class in the order of the class ids; `rest` is last."""
+        return (*self.class_configs, REST)
+
+    @property
+    def reduction(self) -> Reduction:
+        """token_mean unless `loss: dwl` says otherwise."""
+        return self.dwl.reduction if self.loss == "dwl" and self.dwl is not None else "token_mean"
+
+    @property
+    def labels_tokens(self) -> bool:
+        """Whether batches carry class ids: there are classes, or samples have to be counted."""
+        return bool(self.class_configs) or self.reduction == "sequence_mean_token_sum"
+
+    @property
+    def overlap(self) -> Overlap:
+        """Whether a token is in one class or in every class that matches."""
+        return "first" if self.dwl is None else self.dwl.overlap
+
+    @property
+    def schedule(self) -> ScheduleOptions | None:
+        """The schedule of α, if there is one."""
+        return None if self.dwl is None else self.dwl.schedule
+
+    @property
+    def controller(self) -> ControllerOptions | None:
+        """What moves α by the losses, if anything does."""
+        return None if self.dwl is None else self.dwl.controller
+
+    @property
+    def alpha(self) -> tuple[float, ...]:
+        """α at τ = 0 over `class_names`, normalised. All ones where the loss is not `dwl`: every token counts once."""
+        if self.loss != "dwl":
+            return (1.0,) * len(self.class_names)
+        return self.on_simplex(self.dwl.alpha if self.dwl is not None else None)
+
+    def on_simplex(self, proportions: Mapping[str, float] | None) -> tuple[float, ...]:
+        """`proportions` over `class_names`, divided by their sum; uniform for None."""
+        names = self.class_names
+        values = [1.0 if proportions is None else proportions[name] for name in names]
+        total = math.fsum(values)
+        return tuple(value / total for value in values)
+
+    @property
+    def token_losses(self) -> tuple[TokenLossConfig, ...]:
+        """What each class pays, over `class_names`; nll is dft with exponent 0."""
+        if self.loss != "dwl":
+            return (self._token_loss(self.loss, None),) * len(self.class_names)
+        default = self.dwl.token_loss if self.dwl is not None else "nll"
+        return tuple(
+            self._token_loss(default if spec is None or spec.token_loss is None else spec.token_loss, spec)
+            for spec in (*self.class_configs.values(), None)
+        )
+
+    @property
+    def anchors(self) -> tuple[float, ...]:
+        """λ of each class's KL to the base model, over `class_names`."""
+        return tuple(getattr(token_loss, "anchor", 0.0) for token_loss in self.token_losses)
+
+    def _token_loss(self, name: TokenLossName, spec: ClassConfig | None) -> TokenLossConfig:
+        """The options of a class's own block, of the whole block, or the defaults."""
+        if name == "nll":
+            return DFTConfig.model_validate({"exponent": 0.0})
+        whole = self.dft if name == "dft" else getattr(self.dwl, name)
+        own = None if spec is None else getattr(spec, name)
+        found: TokenLossConfig | None = own if own is not None else whole
+        return found if found is not None else TOKEN_LOSSES[name].model_validate({})
+
+    def dump(self) -> dict[str, Any]:
+        """Plain YAML types; `parse(block.dump()) == block`."""
+        return self.model_dump(mode="json", exclude_none=True)

@@ -1,0 +1,169 @@
+"""Values for our keys that are not in the YAML: from the environment, so that a sweep need not write a config for every run.
+
+Two sources, which every process of a run inherits:
+
+- ``DWL_OVERRIDES``: ``dwl.alpha.number=0.5 dwl.schedule.end=80%``, split as a shell splits words, each value YAML; or ``@FILE``,
+  a YAML or JSON mapping.
+- ``WANDB_SWEEP_PARAM_PATH``: the parameters that a W&B agent has chosen for this run, and will show as the run's. Those that
+  begin with one of our keys are taken; the rest belong to somebody else. (A sweep's ``command`` cannot carry them into a variable:
+  an agent fills ``${args}`` and its kin in whole words only, and ``${envvar:…}`` once for all of its runs.)
+
+To set a value twice is the same as once, so a config may pass here more than once.
+"""
+
+from __future__ import annotations
+
+import copy
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dwl_plugin.config.block import Block
+from dwl_plugin.errors import ConfigError, Problem
+
+__all__ = ["SWEEP_FILE", "VARIABLE", "Override", "overridden", "overrides_of", "value_at"]
+
+VARIABLE = "DWL_OVERRIDES"
+SWEEP_FILE = "WANDB_SWEEP_PARAM_PATH"
+
+_OURS = tuple(Block.model_fields)
+
+
+@dataclass(frozen=True)
+class Override:
+    """`path` is dotted, e.g. ``dwl.alpha.number``; `source` is where the value comes from."""
+
+    path: str
+    value: Any
+    source: str
+
+    def __str__(self) -> str:
+        shown = yaml.safe_dump(self.value, default_flow_style=True, allow_unicode=True, width=10_000)
+        shown = shown.removesuffix("...\n").strip()  # YAML ends a bare scalar with dots
+        return f"{self.source}: {self.path} = {shown}"
+
+
+def overrides_of(environ: Mapping[str, str]) -> list[Override]:
+    """What `environ` overrides. Raises `ConfigError` for what cannot be read, is not ours, or contradicts itself."""
+    problems: list[Problem] = []
+    found = [*_from_sweep(environ.get(SWEEP_FILE, ""), problems), *_from_variable(environ.get(VARIABLE, ""), problems)]
+    first: dict[str, Override] = {}
+    for override in found:
+        earlier = first.setdefault(override.path, override)
+        if earlier.value != override.value:
+            said = f"{earlier.value!r} in {earlier.source}"
+            problems.append(Problem(override.path, f"{override.source} contradicts {said}", override.value))
+    if problems:
+        raise ConfigError(problems)
+    return list(first.values())
+
+
+def overridden(raw: Mapping[str, Any], overrides: list[Override]) -> dict[str, Any]:
+    """Our keys of `raw`, as far as it has them, with the overrides in their places. `raw` stays as it is.
+
+    Whether the keys exist is for `parse` to say, as of any config.
+    """
+    ours = {key: copy.deepcopy(_plain(raw[key])) for key in _OURS if raw.get(key) is not None}
+    problems = []
+    for override in overrides:
+        *parents, last = override.path.split(".")
+        node: Any = ours
+        for at, part in enumerate(parents):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+            if not isinstance(node, dict):
+                where = ".".join(parents[: at + 1])
+                problems.append(Problem(override.path, f"{override.source}: `{where}` has nothing below it", node))
+                break
+        else:
+            node[last] = copy.deepcopy(override.value)
+    if problems:
+        raise ConfigError(problems)
+    return ours
+
+
+def value_at(raw: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path; None where there is none."""
+    node: Any = raw
+    for part in path.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
+def _from_variable(text: str, problems: list[Problem]) -> Iterator[Override]:
+    text = text.strip()
+    if text.startswith("@"):
+        yield from _checked(_from_file(Path(text[1:]).expanduser(), VARIABLE, problems), problems)
+        return
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        problems.append(Problem(VARIABLE, f"cannot be split into words: {error}", text))
+        return
+    for word in words:
+        path, equals, value = word.partition("=")
+        if not equals:
+            problems.append(Problem(VARIABLE, "not an override", word, allowed="dwl.alpha.number=0.5, or @FILE"))
+            continue
+        try:
+            yield from _checked([Override(path.strip(), yaml.safe_load(value), VARIABLE)], problems)
+        except yaml.YAMLError as error:
+            problems.append(Problem(path, f"{VARIABLE}: not YAML: {' '.join(str(error).split())}", value))
+
+
+def _from_sweep(text: str, problems: list[Problem]) -> Iterator[Override]:
+    if text:
+        found = _from_file(Path(text), "W&B sweep", problems)
+        yield from (override for override in found if override.path.split(".")[0] in _OURS)
+
+
+def _from_file(path: Path, source: str, problems: list[Problem]) -> list[Override]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        problems.append(Problem(source, f"{path} cannot be read: {error.strerror}"))
+        return []
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        problems.append(Problem(source, f"{path} is not YAML: {' '.join(str(error).split())}"))
+        return []
+    if not isinstance(content, Mapping):
+        problems.append(Problem(source, f"{path} has to be a mapping, such as `dwl.alpha.number: 0.5`", content))
+        return []
+    if "wandb_version" in content:  # W&B's own form: {name: {desc: …, value: …}}
+        content = {key: item["value"] for key, item in content.items() if isinstance(item, Mapping) and "value" in item}
+    return [override for key, value in content.items() for override in _leaves(str(key), value, source)]
+
+
+def _leaves(path: str, value: Any, source: str) -> Iterator[Override]:
+    """Below a plain key a mapping is walked down, and what it does not name stays; a dotted key replaces what is there."""
+
+    def walk(path: str, value: Any) -> Iterator[Override]:
+        if isinstance(value, Mapping) and value:
+            for key, inner in value.items():
+                yield from walk(f"{path}.{key}", inner)
+        else:
+            yield Override(path, value, source)
+
+    yield from walk(path, value) if "." not in path else [Override(path, value, source)]
+
+
+def _checked(overrides: list[Override], problems: list[Problem]) -> Iterator[Override]:
+    for override in overrides:
+        parts = override.path.split(".")
+        if parts[0] not in _OURS:
+            message = f"{VARIABLE} sets nothing but {', '.join(_OURS)} and what is below them"
+            hint = f"Axolotl's own keys have options: axolotl train CONFIG --{override.path.replace('_', '-')}={override.value}"
+            problems.append(Problem(override.path or VARIABLE, message, override.value, hint=hint))
+        elif not all(parts):
+            problems.append(Problem(override.path, f"{VARIABLE}: a name is missing between two dots", override.value))
+        else:
+            yield override
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if hasattr(value, "to_dict") else value

@@ -1,0 +1,82 @@
+"""The JSON Schema of `loss`, `dft` and `dwl`, made of the models: what an editor needs to complete and to check a YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dwl_plugin.config.block import Block
+from dwl_plugin.config.scalars import REST
+from dwl_plugin.extensions import Kind, installed
+
+__all__ = ["json_schema", "merged_into"]
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_KINDS: tuple[Kind, ...] = ("schedule", "controller")
+_NAMES = {"pattern": f"^(?!{REST}$)[A-Za-z_][A-Za-z0-9_]*$"}
+
+
+def json_schema() -> dict[str, Any]:
+    """Schema of a whole config, of which only our keys are described; all others may be anything."""
+    block = _exclusive(Block.model_json_schema())
+    dwl = block["$defs"]["DWLConfig"]["properties"]
+    dwl["classes"]["propertyNames"] = _NAMES
+    for kind in _KINDS:
+        others = sorted(installed(kind))
+        if kind in dwl and others:  # their own keys are known to their packages alone
+            named = {"type": "object", "properties": {"type": {"enum": others}}, "required": ["type"]}
+            dwl[kind]["oneOf"].append(named)
+    described = {
+        "loss": "nll: the host's own loss, measured. dft: Dynamic Fine-Tuning. dwl: classes of tokens with weights α.",
+        "dft": "Options of the dft token loss.",
+        "dwl": "Token classes, their weights α, and how they move.",
+    }
+    properties = {
+        key: {**_without_null(schema), "description": described.get(key, schema.get("description", ""))}
+        for key, schema in block["properties"].items()
+    }
+    return {
+        "$schema": _DIALECT,
+        "title": "dwl_plugin",
+        "description": "`loss`, `dft` and `dwl` in an Axolotl config.",
+        "type": "object",
+        "properties": properties,
+        "dependentRequired": {key: ["loss"] for key in properties if key != "loss"},
+        "if": {"properties": {"loss": {"const": "dwl"}}, "required": ["loss"]},
+        "then": {"required": ["dwl"]},
+        "additionalProperties": True,
+        "$defs": block["$defs"],
+    }
+
+
+def merged_into(host: Mapping[str, Any]) -> dict[str, Any]:
+    """Our schema and the host's, as one; where both know a key, ours describes it."""
+    ours = json_schema()
+    definitions = {**host.get("$defs", {}), **ours["$defs"]}
+    return {
+        **ours,
+        "title": "Axolotl with dwl_plugin",
+        "description": "An Axolotl config.",
+        "properties": {**host.get("properties", {}), **ours["properties"]},
+        "$defs": definitions,
+    }
+
+
+def _exclusive(node: Any) -> Any:
+    """A choice between models is a choice of one: each has a key of its own, and none allows another's."""
+    if isinstance(node, list):
+        return [_exclusive(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    node = {key: _exclusive(value) for key, value in node.items()}
+    choices = node.get("anyOf")
+    if isinstance(choices, list) and sum("$ref" in choice for choice in choices) > 1:
+        node["oneOf"] = node.pop("anyOf")
+    return node
+
+
+def _without_null(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A key that is not wanted is left out; `null` would only be offered for completion."""
+    choices = [choice for choice in schema.get("anyOf", ()) if choice != {"type": "null"}]
+    kept = {key: value for key, value in schema.items() if key not in ("anyOf", "default", "title")}
+    return {**kept, **choices[0]} if len(choices) == 1 else {**kept, **({"anyOf": choices} if choices else {})}
