@@ -1,14 +1,9 @@
 """Which class is this token in? Selectors, the bytes of tokens, and the labeller that joins them."""
 
-from dwl_plugin.classes.labeller import (
-    IGNORE_INDEX,
-    ClassSurvey,
-    Labeller,
-    build_labeller,
-    empty_class_problems,
-    survey,
-)
+from dwl_plugin.classes.building import build_labeller, labeller_of
+from dwl_plugin.classes.labeller import IGNORE_INDEX, Labeller
 from dwl_plugin.classes.selectors import TIME_LIMIT_S, PatternTooSlowError
+from dwl_plugin.classes.survey import ClassSurvey, empty_class_problems, survey
 from dwl_plugin.classes.token_table import TokenTable
 
 __all__ = [
@@ -20,5 +15,6 @@ __all__ = [
     "TokenTable",
     "build_labeller",
     "empty_class_problems",
+    "labeller_of",
     "survey",
 ]

@@ -1,30 +1,56 @@
 """What decides membership: one callable per selector, from samples to a mask over their tokens.
 
-Token selectors are a look-up in an array over the vocabulary. Text selectors work in bytes of the decoded text and
-share one decode; a token is a member when its bytes overlap a span.
+A selector that only looks at the token itself is a look-up in an array over the vocabulary. Text selectors work in bytes
+of the decoded text and share one decode; a token is a member when its bytes overlap a span. A mask may be True outside
+the targets: whoever calls last leaves only targets in it.
 
-Suffixes: V token ids, T tokens, S samples, P pieces, C characters, M spans.
+Suffixes: V token ids, T tokens, S samples, P pieces or turns, M spans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, reduce
 from itertools import chain
-from typing import TypeAlias
+from typing import Protocol
 
 import numpy as np
 import regex
 
-from dwl_plugin.classes.token_table import Bools, Ints, TokenTable, as_text
+from dwl_plugin.classes.backtracking import Conduct, conduct
+from dwl_plugin.classes.samples import Pieces, Samples
+from dwl_plugin.classes.token_table import Bools, Ints
+from dwl_plugin.classes.words import Words
 from dwl_plugin.errors import ConfigError, Problem
 
-__all__ = ["TIME_LIMIT_S", "Between", "InText", "InVocabulary", "PatternTooSlowError", "Samples", "Selector"]
+__all__ = [
+    "TIME_LIMIT_S",
+    "AllOf",
+    "AnyOf",
+    "Between",
+    "InText",
+    "InVocabulary",
+    "Not",
+    "PatternTooSlowError",
+    "Position",
+    "Role",
+    "Selector",
+    "Turn",
+    "all_of",
+    "any_of",
+    "covers",
+    "negation",
+]
 
 TIME_LIMIT_S = 4.0
 """How long one pattern may search one sample (seconds of CPU time, shared out over its turns but never less than an
 eighth for one). Ordinary patterns need milliseconds."""
+
+
+FAST_STEPS = 3e8
+"""A search that takes no more steps than this at worst is not timed: to look at the clock costs more than a match."""
 
 
 class PatternTooSlowError(ConfigError):
@@ -36,118 +62,15 @@ class PatternTooSlowError(ConfigError):
             Exception.__init__(self, "\n".join(f"[dwl] {problem}" for problem in self.problems))
 
 
-class Samples:
-    """Samples laid end to end, with their text decoded once for all selectors.
+class Selector(Protocol):
+    """Samples -> (T,) True where a token is meant."""
 
-    Args:
-        table: bytes of each token id.
-        ids_T: token ids from 0 to V, where V stands for every id outside the vocabulary.
-        target_T: True where the token is a target.
-        starts_S: where each sample begins; increasing, the first is 0.
-    """
-
-    def __init__(self, table: TokenTable, ids_T: Ints, target_T: Bools, starts_S: Ints) -> None:
-        self.table, self.ids_T, self.target_T, self.starts_S = table, ids_T, target_T, starts_S
-
-    @cached_property
-    def _decoded(self) -> tuple[bytes, Ints]:
-        return self.table.decode(self.ids_T, self.starts_S)
-
-    @property
-    def data(self) -> bytes:
-        """The bytes of all samples."""
-        return self._decoded[0]
-
-    @property
-    def offsets(self) -> Ints:
-        """(T + 1,) where each token begins in `data`."""
-        return self._decoded[1]
-
-    @cached_property
-    def extents(self) -> list[tuple[int, int]]:
-        """Begin and end in `data` of each sample that has a target."""
-        ends_S = np.append(self.starts_S[1:], len(self.ids_T))
-        has_target_S = np.logical_or.reduceat(self.target_T, self.starts_S)
-        begins, ends = (self.offsets[edge_S[has_target_S]].tolist() for edge_S in (self.starts_S, ends_S))
-        return list(zip(begins, ends, strict=True))
-
-    @cached_property
-    def pieces(self) -> Pieces:
-        """The text that patterns see: each turn, split at special tokens."""
-        inside_T = self.target_T & ~self.table.special[self.ids_T]
-        edge = np.zeros(len(inside_T) + 1, np.bool_)
-        edge[self.starts_S] = True
-        before, after = np.append(False, inside_T), np.append(inside_T, False)
-        begin_P = np.flatnonzero(after & (edge | ~before))
-        end_P = np.flatnonzero(before & (edge | ~after))
-        sample_P = np.searchsorted(self.starts_S, begin_P, "right")
-        return Pieces.of(self, self.offsets[begin_P], self.offsets[end_P], np.bincount(sample_P)[sample_P])
-
-    def covered(self, begin_M: Ints, end_M: Ints) -> Bools:
-        """(T,) True where a token's bytes overlap a span of `data`, or a token without bytes stands inside one."""
-        some_M = begin_M < end_M
-        first_M = np.searchsorted(self.offsets[1:], begin_M[some_M], "right")
-        stop_M = np.searchsorted(self.offsets[:-1], end_M[some_M], "left")
-        return self.in_ranges(first_M, stop_M)
-
-    def in_ranges(self, first_M: Ints, stop_M: Ints) -> Bools:
-        """(T,) True for the tokens of the ranges `first` up to and without `stop`."""
-        mask_T = np.zeros(len(self.ids_T), np.bool_)
-        mask_T[_ranges(first_M, stop_M - first_M)] = True
-        return mask_T
-
-
-@dataclass(frozen=True, eq=False)
-class Pieces:
-    """Pieces of text as str, and the tokens of their characters.
-
-    Characters are counted through all pieces: the i-th of piece p is number `first_char[p] + i`.
-
-    Args:
-        texts: the pieces.
-        seconds: how long a pattern may search each.
-        first_char: the number of each piece's first character.
-        first_token: for each character, the token of its first byte.
-        last_token: for each character, the token of its last byte.
-    """
-
-    texts: list[str]
-    seconds: list[float]
-    first_char: Ints
-    first_token: Ints
-    last_token: Ints
-
-    @classmethod
-    def of(cls, samples: Samples, begin_P: Ints, end_P: Ints, pieces_in_sample_P: Ints) -> Pieces:
-        """The pieces of `samples.data` from `begin_P` to `end_P`."""
-        data = samples.data
-        texts = [as_text(data[begin:end]) for begin, end in zip(begin_P.tolist(), end_P.tolist(), strict=True)]
-        chars_P = np.fromiter(map(len, texts), np.int64, len(texts))
-        code_C = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
-        length_C = 1 + (code_C >= 0x80).astype(np.int64) + (code_C >= 0x800) + (code_C >= 0x10000)
-        length_C[(code_C >= 0xDC80) & (code_C <= 0xDCFF)] = 1  # see as_text: one byte each
-        token_of_byte = np.repeat(np.arange(len(samples.ids_T)), np.diff(samples.offsets))
-        token_of_byte = token_of_byte[_ranges(begin_P, end_P - begin_P)]
-        end_C = np.cumsum(length_C)
-        return cls(
-            texts=texts,
-            seconds=np.maximum(TIME_LIMIT_S / pieces_in_sample_P, TIME_LIMIT_S / 8).tolist(),
-            first_char=np.cumsum(chars_P) - chars_P,
-            first_token=token_of_byte[end_C - length_C],
-            last_token=token_of_byte[end_C - 1],
-        )
-
-
-def _ranges(first: Ints, length: Ints) -> Ints:
-    """`first`, `first + 1`, … `first + length - 1` of each range, end to end."""
-    shift = first - (np.cumsum(length) - length)
-    shifts: Ints = np.repeat(shift, length)
-    return np.arange(len(shifts)) + shifts
+    def __call__(self, samples: Samples) -> Bools: ...
 
 
 @dataclass(frozen=True, eq=False)
 class InVocabulary:
-    """`token_ids`, `tokens`, `token_regex`: membership is the token's own."""
+    """`token_ids`, `tokens`, `token_regex`, `special`, `added`: membership is the token's own."""
 
     member: Bools
 
@@ -163,33 +86,80 @@ class InText:
         PatternTooSlowError: a sample took longer than `TIME_LIMIT_S`.
     """
 
-    path: str
+    path: str = field(compare=False)
     pattern: regex.Pattern[str]
     group: int | str = 0
 
     def __call__(self, samples: Samples) -> Bools:
         pieces = samples.pieces
-        found_P = self._search(pieces)
-        spans_M = np.fromiter(chain.from_iterable(chain.from_iterable(found_P)), np.int64).reshape(-1, 2)
-        some_M = spans_M[:, 1] > spans_M[:, 0]
-        spans_M += np.repeat(pieces.first_char, list(map(len, found_P)))[:, None]
-        begin_M, end_M = spans_M[some_M].T
+        begin_M, end_M = self._spans(pieces)
+        some_M = end_M > begin_M
+        if not some_M.all():
+            begin_M, end_M = begin_M[some_M], end_M[some_M]
         return samples.in_ranges(pieces.first_token[begin_M], pieces.last_token[end_M - 1] + 1)
+
+    def _spans(self, pieces: Pieces) -> tuple[Ints, Ints]:
+        """Begin and end of every match, in characters counted through all pieces."""
+        known, starts = self._conduct, None
+        if known is not None and known.prefix:
+            found = pieces.joined.count(known.prefix)
+            if not found:
+                return _NONE, _NONE
+            starts = found * len(known.prefix)  # those that overlap are not counted
+        if known is not None and known.local and known.steps(len(pieces.joined), starts) <= FAST_STEPS:
+            spans = self._spans_in_joined(pieces)
+            if spans is not None:
+                return spans
+        longest = int(pieces.lengths.max(initial=0))
+        attempts = None if known is None else known.steps(longest, starts) * (1 if starts else len(pieces.texts))
+        timed = attempts is None or attempts > FAST_STEPS
+        found_P = self._search_timed(pieces) if timed else self._search(pieces)
+        begin_M, end_M = (
+            _flat(chain.from_iterable(found_P)) + np.repeat(pieces.first_char, list(map(len, found_P)))[:, None]
+        ).T
+        return begin_M, end_M
+
+    def _spans_in_joined(self, pieces: Pieces) -> tuple[Ints, Ints] | None:
+        """One search through all pieces; None where it may find something else than a search of each."""
+        matches = self.pattern.finditer(pieces.joined, None, None, False, False, False)
+        if self.group == 0:
+            spans_M = whole_M = _flat([match.span() for match in matches])
+        else:
+            both = [(match.span(), match.span(self.group)) for match in matches]
+            whole_M, spans_M = _flat([whole for whole, _ in both]), _flat([group for _, group in both])
+        joints_M, joints_within_M = pieces.joints.searchsorted(whole_M).T
+        if (joints_M != joints_within_M).any():
+            return None  # a match ran on into the next piece; what it would have been without is not known
+        return spans_M[:, 0] - joints_M, spans_M[:, 1] - joints_M
+
+    # The arguments of `finditer` go by position, because keywords cost more than a search in a short text, in the order
+    # pos, endpos, overlapped, partial, concurrent, timeout. To give the GIL back and forth (concurrent) costs as much.
 
     def _search(self, pieces: Pieces) -> list[list[tuple[int, int]]]:
         """The spans in each piece, in characters."""
         search, group = self.pattern.finditer, self.group
-        found_P = []
+        return [[match.span(group) for match in search(text, None, None, False, False, False)] for text in pieces.texts]
+
+    def _search_timed(self, pieces: Pieces) -> list[list[tuple[int, int]]]:
+        search, group = self.pattern.finditer, self.group
+        seconds_P = np.maximum(TIME_LIMIT_S / pieces.siblings, TIME_LIMIT_S / 8).tolist()
+        prefix = "" if self._conduct is None else self._conduct.prefix
+        found_P: list[list[tuple[int, int]]] = []
         text = ""
         try:
-            for text, seconds in zip(pieces.texts, pieces.seconds, strict=True):
-                # By position, because keywords cost more than a search in a short text, in the order pos, endpos,
-                # overlapped, partial, concurrent, timeout. To give the GIL back and forth (concurrent) costs as much.
+            for text, seconds in zip(pieces.texts, seconds_P, strict=True):
+                if prefix not in text:
+                    found_P.append([])
+                    continue
                 matches = search(text, None, None, False, False, False, seconds)
                 found_P.append([match.span(group) for match in matches])
         except TimeoutError:
             raise PatternTooSlowError([self._too_slow(text)]) from None
         return found_P
+
+    @cached_property
+    def _conduct(self) -> Conduct | None:
+        return conduct(self.pattern.pattern)
 
     def _too_slow(self, text: str) -> Problem:
         return Problem(
@@ -198,6 +168,14 @@ class InText:
             self.pattern.pattern,
             hint="the pattern backtracks: avoid a repetition of a repetition, as in (a+)+, or make it atomic, (?>a+)",
         )
+
+
+_NONE: Ints = np.zeros(0, np.int64)
+
+
+def _flat(spans: Iterable[tuple[int, int]]) -> Ints:
+    """(M, 2); quicker than `np.array` of pairs."""
+    return np.fromiter(chain.from_iterable(spans), np.int64).reshape(-1, 2)
 
 
 @dataclass(frozen=True)
@@ -233,4 +211,136 @@ class Between:
                 yield opening, text, closing, at
 
 
-Selector: TypeAlias = InVocabulary | InText | Between
+@dataclass(frozen=True)
+class Turn:
+    """`turn`: the n-th contiguous run of targets of each sample; 1 is the first, -1 the last."""
+
+    number: int
+
+    def __call__(self, samples: Samples) -> Bools:
+        begin_P, end_P, sample_P = samples.turns
+        before_P = np.searchsorted(sample_P, sample_P, "left")
+        after_P = np.searchsorted(sample_P, sample_P, "right")
+        wanted_P = before_P + self.number - 1 if self.number > 0 else after_P + self.number
+        chosen_P = wanted_P == np.arange(len(sample_P))
+        return samples.in_ranges(begin_P[chosen_P], end_P[chosen_P])
+
+
+@dataclass(frozen=True)
+class Position:
+    """`position`: so many tokens at the beginning and at the end of each turn."""
+
+    first: int
+    last: int
+
+    def __call__(self, samples: Samples) -> Bools:
+        begin_P, end_P, _ = samples.turns
+        first = samples.in_ranges(begin_P, np.minimum(begin_P + self.first, end_P))
+        last = samples.in_ranges(np.maximum(end_P - self.last, begin_P), end_P)
+        return first | last
+
+
+@dataclass(frozen=True)
+class Role:
+    """`role`: the messages of one role. A message begins with its header and ends where the next one begins.
+
+    Args:
+        headers: what opens a message, of every role.
+        own: the headers of this role.
+    """
+
+    headers: frozenset[bytes]
+    own: frozenset[bytes]
+
+    def __call__(self, samples: Samples) -> Bools:
+        spans = np.array(list(self._spans(samples)), np.int64).reshape(-1, 2)
+        return samples.covered(spans[:, 0], spans[:, 1])
+
+    def _spans(self, samples: Samples) -> Iterator[tuple[int, int]]:
+        longest_first = sorted(self.headers, key=len, reverse=True)
+        header = re.compile(b"|".join(map(re.escape, longest_first)))
+        for begin, end in samples.extents:
+            found = list(header.finditer(samples.data, begin, end))
+            ends = [*(match.start() for match in found[1:]), end]
+            for match, stop in zip(found, ends, strict=False):
+                if match.group() in self.own:
+                    yield match.start(), stop
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """`any`."""
+
+    selectors: tuple[Selector, ...]
+
+    def __call__(self, samples: Samples) -> Bools:
+        return reduce(np.bitwise_or, [selector(samples) for selector in self.selectors])
+
+
+@dataclass(frozen=True)
+class AllOf:
+    """`all`."""
+
+    selectors: tuple[Selector, ...]
+
+    def __call__(self, samples: Samples) -> Bools:
+        return reduce(np.bitwise_and, [selector(samples) for selector in self.selectors])
+
+
+@dataclass(frozen=True)
+class Not:
+    """`not`."""
+
+    selector: Selector
+
+    def __call__(self, samples: Samples) -> Bools:
+        return ~self.selector(samples)
+
+
+def any_of(selectors: Sequence[Selector]) -> Selector:
+    """`any`, its look-ups folded into one."""
+    return _folded(selectors, np.bitwise_or, AnyOf)
+
+
+def all_of(selectors: Sequence[Selector]) -> Selector:
+    """`all`, its look-ups folded into one."""
+    return _folded(selectors, np.bitwise_and, AllOf)
+
+
+def negation(selector: Selector) -> Selector:
+    """`not`; that of a look-up is a look-up."""
+    return InVocabulary(~selector.member) if isinstance(selector, InVocabulary) else Not(selector)
+
+
+def _folded(selectors: Sequence[Selector], join: np.ufunc, together: type[AnyOf | AllOf]) -> Selector:
+    lookups = [selector.member for selector in selectors if isinstance(selector, InVocabulary)]
+    folded = [InVocabulary(reduce(join, lookups))] if lookups else []
+    others = [selector for selector in selectors if not isinstance(selector, InVocabulary)]
+    return together((*folded, *others)) if len(folded) + len(others) > 1 else [*folded, *others][0]
+
+
+def covers(wider: Selector, selector: Selector) -> bool:
+    """True where it is plain from the two selectors that the first takes every token of the second."""
+    if wider == selector:
+        return True
+    if isinstance(selector, AnyOf):
+        return all(covers(wider, part) for part in selector.selectors)
+    if isinstance(wider, AllOf):
+        return all(covers(part, selector) for part in wider.selectors)
+    if isinstance(wider, AnyOf) and any(covers(part, selector) for part in wider.selectors):
+        return True
+    if isinstance(selector, AllOf):
+        return any(covers(wider, part) for part in selector.selectors)
+    if isinstance(wider, Not) and isinstance(selector, Not):
+        return covers(selector.selector, wider.selector)
+    if isinstance(wider, InVocabulary) and isinstance(selector, InVocabulary):
+        return not (selector.member & ~wider.member).any()
+    if isinstance(wider, InText) and isinstance(selector, InText):
+        return wider.pattern == selector.pattern and wider.group == 0
+    if isinstance(wider, Between) and isinstance(selector, Between):
+        return wider == replace(selector, include_delimiters=True)
+    if isinstance(wider, Words) and isinstance(selector, Words):
+        return wider.ignore_case >= selector.ignore_case and wider.takes(selector.words)
+    if isinstance(wider, Position) and isinstance(selector, Position):
+        return wider.first >= selector.first and wider.last >= selector.last
+    return False

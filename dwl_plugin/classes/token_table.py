@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dwl_plugin.errors import DWLError
 
-__all__ = ["TokenTable", "as_bytes", "as_text", "vocabulary_size"]
+__all__ = ["TokenTable", "added_ids", "as_bytes", "as_text", "special_ids", "vocabulary_size"]
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -73,7 +73,7 @@ class TokenTable:
                 opening_row[token_id] = len(rows)
                 rows.append(opening)
         special = np.zeros(size + 1, np.bool_)
-        special[list(_special_ids(tokenizer))] = True
+        special[list(special_ids(tokenizer))] = True
         return cls(
             size=size,
             flat=np.frombuffer(b"".join(rows), np.uint8),
@@ -114,8 +114,9 @@ class TokenTable:
         begin_T = self.row_offsets[rows_T]
         length_T = self.row_offsets[rows_T + 1] - begin_T
         offsets = np.concatenate([[0], np.cumsum(length_T)])
-        source_B = np.arange(offsets[-1]) + np.repeat(begin_T - offsets[:-1], length_T)
-        return self.flat[source_B].tobytes(), offsets
+        source_B = np.repeat(begin_T - offsets[:-1], length_T)
+        source_B += np.arange(offsets[-1])
+        return self.flat.take(source_B).tobytes(), offsets
 
 
 def vocabulary_size(tokenizer: Any) -> int:
@@ -129,7 +130,13 @@ def _added(tokenizer: Any) -> dict[int, Any]:
     return dict(added) if isinstance(added, Mapping) else {}  # mistral-common's is a method that is not implemented
 
 
-def _special_ids(tokenizer: Any) -> set[int]:
+def added_ids(tokenizer: Any) -> set[int]:
+    """Ids of the tokens that were added to the vocabulary."""
+    return set(_added(tokenizer))
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of the tokens that the tokenizer calls special."""
     marked = {token_id for token_id, token in _added(tokenizer).items() if getattr(token, "special", False)}
     return marked | set(tokenizer.all_special_ids)
 

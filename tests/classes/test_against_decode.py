@@ -12,8 +12,23 @@ import regex
 from hypothesis import HealthCheck, given, reject, settings, strategies as st
 
 from dwl_plugin.classes import Labeller, build_labeller
-from dwl_plugin.config import BetweenClass, ClassConfig, RegexClass
-from dwl_plugin.errors import ConfigError
+from dwl_plugin.config import ClassConfig, RegexClass
+from dwl_plugin.config.classes import class_of
+from dwl_plugin.config.selectors import (
+    AddedSelector,
+    AllSelector,
+    AnySelector,
+    BetweenSelector,
+    NotSelector,
+    PositionSelector,
+    RegexSelector,
+    Selector,
+    SpecialSelector,
+    TokenIdsSelector,
+    TurnSelector,
+    WordsSelector,
+)
+from dwl_plugin.errors import ConfigError, Problem
 from tests.classes.little_tokenizers import END, KINDS, START, decode, encode
 
 CHARACTERS = st.one_of(
@@ -28,14 +43,40 @@ PATTERNS = [
     (r"\d+", 0), (r"\w+", 0), (r"\s", 0), (r"^.", 0), (r"(?s).$", 0), (r"(\w)(\W+)", 2), (r"[^\x00-\x7f]", 0),
     (r"(?i)[a-h]\S*?(?=\s|$)", 0), (r"\b", 0), (r"(\d)|(\w)", 1), (r"\X\B", 0),
 ]  # fmt: skip
-CLASSES = st.one_of(
-    st.sampled_from(PATTERNS).map(lambda it: RegexClass(regex=it[0], group=it[1])),
-    st.builds(
-        BetweenClass,
-        between=st.tuples(*[st.sampled_from(["<", ">", "a", "世", "🤖", " ", "</", START, "th", "1"])] * 2),
-        include_delimiters=st.booleans(),
-    ),
+KEYWORDS = st.sampled_from(
+    ["a", "A", "th", "the", "1", "12", "a, b", "t h", "é", "ß", "世界", "n.", "ก็", "a\u0301", "i1"]
 )
+SELECTORS = st.recursive(
+    st.one_of(
+        st.sampled_from(PATTERNS).map(lambda it: {"regex": it[0], "group": it[1]}),
+        st.fixed_dictionaries({
+            "between": st.lists(
+                st.sampled_from(["<", ">", "a", "世", "🤖", " ", "</", START, "th", "1"]), min_size=2, max_size=2
+            ),
+            "include_delimiters": st.booleans(),
+        }),
+        st.fixed_dictionaries({"words": st.lists(KEYWORDS, min_size=1, max_size=5), "ignore_case": st.booleans()}),
+        st.sampled_from(["first", "last", 1, 2, -2, 3]).map(lambda turn: {"turn": turn}),
+        st.sampled_from([{"first": 1}, {"last": 2}, {"first": 2, "last": 1}]).map(lambda ends: {"position": ends}),
+        st.sampled_from([{"special": True}, {"added": True}, {"token_ids": ["20-90"]}]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=1, max_size=3).map(lambda them: {"any": them}),
+        st.lists(inner, min_size=1, max_size=3).map(lambda them: {"all": them}),
+        inner.map(lambda it: {"not": it}),
+    ),
+    max_leaves=4,
+)  # fmt: skip
+
+
+def as_class(selector: dict[str, Any]) -> ClassConfig:
+    problems: list[Problem] = []
+    made = class_of({**selector, "allow_empty": True}, "dwl.classes.c", problems)
+    assert made is not None, problems
+    return made
+
+
+CLASSES = SELECTORS.map(as_class)
 EXAMPLES = int(os.environ.get("DWL_EXAMPLES", "60"))
 """Per kind of tokenizer; a long run sets more."""
 
@@ -64,40 +105,104 @@ def touched(tokenizer: Any, ids: list[int]) -> tuple[str, list[range]]:
 
 def expected(tokenizer: Any, classes: dict[str, ClassConfig], ids: list[int], labels: list[int]) -> list[int]:
     text, chars = touched(tokenizer, ids)
-    special = {encode(tokenizer, name)[-1] for name in (START, END)} | set(tokenizer.all_special_ids)
+    sample = Sample(tokenizer, text, chars, ids, labels)
     result = [-100 if label == -100 else len(classes) for label in labels]
     for index, config in reversed(list(enumerate(classes.values()))):
-        spans, excluded = (
-            (turn_spans(config, text, chars, labels, ids, special), [])
-            if isinstance(config, RegexClass)
-            else between_spans(config, text)
-        )
-        for t, label in enumerate(labels):
-            if label != -100 and overlaps(chars[t], spans) and not overlaps(chars[t], excluded):
+        for t, selected in enumerate(sample.selected(config)):
+            if labels[t] != -100 and selected:
                 result[t] = index
     return result
+
+
+class Sample:
+    """One sample, and which of its tokens a selector means, told token by token."""
+
+    def __init__(self, tokenizer: Any, text: str, chars: list[range], ids: list[int], labels: list[int]) -> None:
+        self.text, self.chars, self.ids, self.labels = text, chars, ids, labels
+        self.special = {encode(tokenizer, name)[-1] for name in (START, END)} | set(tokenizer.all_special_ids)
+        self.added = set(getattr(tokenizer, "added_tokens_decoder", {}))
+
+    def selected(self, config: Selector) -> list[bool]:
+        every = range(len(self.ids))
+        match config:
+            case RegexSelector():
+                spans = [
+                    (begin + match.start(config.group), begin + match.end(config.group))
+                    for begin, piece in self.pieces()
+                    for match in regex.finditer(config.regex, piece)
+                ]
+                return [overlaps(chars, spans) for chars in self.chars]
+            case WordsSelector():
+                spans = [
+                    (begin + at, begin + at + len(word))
+                    for begin, piece in self.pieces()
+                    for word in config.words
+                    for at in range(len(piece))
+                    if stands_at(word, piece, at, config.ignore_case)
+                ]
+                return [overlaps(chars, spans) for chars in self.chars]
+            case BetweenSelector():
+                spans, left_out = between_spans(config, self.text)
+                return [overlaps(chars, spans) and not overlaps(chars, left_out) for chars in self.chars]
+            case TurnSelector():
+                turns = self.turns()
+                number = {"first": 1, "last": -1}.get(str(config.turn), config.turn)
+                place = int(number) - 1 if int(number) > 0 else len(turns) + int(number)
+                return [0 <= place < len(turns) and t in turns[place] for t in every]
+            case PositionSelector():
+                first, last = config.position.first or 0, config.position.last or 0
+                ends = [{*turn[:first], *turn[max(len(turn) - last, 0) :]} for turn in self.turns()]
+                return [any(t in end for end in ends) for t in every]
+            case SpecialSelector():
+                return [token_id in self.special for token_id in self.ids]
+            case AddedSelector():
+                return [token_id in self.added for token_id in self.ids]
+            case TokenIdsSelector():
+                return [20 <= token_id <= 90 for token_id in self.ids]
+            case AnySelector():
+                return [any(them) for them in zip(*map(self.selected, config.any), strict=True)]
+            case AllSelector():
+                return [all(them) for them in zip(*map(self.selected, config.all), strict=True)]
+            case NotSelector():
+                return [not it for it in self.selected(config.not_)]
+        raise AssertionError(config)
+
+    def turns(self, without: frozenset[int] | set[int] = frozenset()) -> list[list[int]]:
+        """The runs of targets; a token of `without` ends one and is in none."""
+        runs: list[list[int]] = [[]]
+        for token_id, label, t in zip(self.ids, self.labels, range(len(self.ids)), strict=True):
+            if label != -100 and token_id not in without:
+                runs[-1].append(t)
+            else:
+                runs.append([])
+        return [run for run in runs if run]
+
+    def pieces(self) -> list[tuple[int, str]]:
+        """Where the text of a run without special tokens begins, and the text."""
+        ends = [(self.chars[run[0]].start, self.chars[run[-1]].stop) for run in self.turns(self.special)]
+        return [(begin, self.text[begin:end]) for begin, end in ends]
+
+
+def stands_at(word: str, text: str, at: int, ignore_case: bool) -> bool:
+    """A whole word, or several."""
+
+    def is_word(char: str) -> bool:
+        return regex.fullmatch(r"\w", char) is not None
+
+    def fold(char: str) -> str:
+        return char.casefold() if ignore_case and len(char.casefold()) == 1 else char
+
+    end = at + len(word)
+    if list(map(fold, word)) != list(map(fold, text[at:end])) or (at and is_word(text[at - 1])):
+        return False
+    return not (end < len(text) and is_word(text[end - 1]) and is_word(text[end]))
 
 
 def overlaps(chars: range, spans: list[tuple[int, int]]) -> bool:
     return any(begin < chars.stop and end > chars.start for begin, end in spans if begin < end and len(chars))
 
 
-def turn_spans(
-    config: RegexClass, text: str, chars: list[range], labels: list[int], ids: list[int], special: set[int]
-) -> list[tuple[int, int]]:
-    spans, piece = [], []
-    for t in range(len(ids) + 1):
-        if t < len(ids) and labels[t] != -100 and ids[t] not in special:
-            piece.append(t)
-        elif piece:
-            begin, end = chars[piece[0]].start, chars[piece[-1]].stop
-            for match in regex.finditer(config.regex, text[begin:end]):
-                spans.append((begin + match.start(config.group), begin + match.end(config.group)))
-            piece = []
-    return spans
-
-
-def between_spans(config: BetweenClass, text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def between_spans(config: BetweenSelector, text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     opening, closing = config.between
     spans, delimiters, at = [], [], 0
     while (begin := text.find(opening, at)) >= 0:

@@ -234,9 +234,9 @@ def test_pickles_with_its_answers() -> None:
 
 def test_a_labeller_of_token_classes_carries_no_text() -> None:
     by_token = build_labeller({"n": TokenRegexClass(token_regex=r"\d")}, byte_level())
-    assert not by_token.needs_text
+    assert not by_token.needs_boundaries
     assert by_token.table.flat.size == 0
-    assert build_labeller({"n": RegexClass(regex=r"\d")}, byte_level()).needs_text
+    assert build_labeller({"n": RegexClass(regex=r"\d")}, byte_level()).needs_boundaries
 
 
 def test_ids_alone_need_no_bytes() -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from dwl_plugin.classes import Labeller, PatternTooSlowError, build_labeller, selectors
 from dwl_plugin.config import RegexClass
+from dwl_plugin.config.classes import AnyClass
 
 BACKTRACKS = [r"(a+)+$", r"(a|aa)+$", r"(.*)*b\1$"]
 
@@ -48,6 +49,16 @@ def test_a_pattern_that_backtracks_is_named(tokenizer: Any, pattern: str) -> Non
 
 
 @pytest.mark.usefixtures("short_limit")
+def test_a_pattern_inside_other_selectors_is_named_with_its_path(tokenizer: Any) -> None:
+    evil = AnyClass(any=({"turn": 5}, {"not": {"all": [{"regex": "b"}, {"regex": BACKTRACKS[0]}]}}))
+    labeller = build_labeller({"evil": evil}, tokenizer)
+    ids = ids_of(tokenizer, "a" * 100_000 + "!")
+    with pytest.raises(PatternTooSlowError) as caught:
+        labeller(ids, ids)
+    assert caught.value.problems[0].path == "dwl.classes.evil.any[1].not.all[1].regex"
+
+
+@pytest.mark.usefixtures("short_limit")
 def test_the_error_survives_the_way_from_a_worker(tokenizer: Any) -> None:
     labeller = build_labeller({"evil": RegexClass(regex=BACKTRACKS[0])}, tokenizer)
     ids = ids_of(tokenizer, "a" * 1_000 + "!")
@@ -73,7 +84,8 @@ def shorten_limit(_: int) -> None:
 
 @pytest.mark.slow
 def test_a_spawned_worker_labels_alike_and_names_the_pattern(tokenizer: Any) -> None:
-    labeller = build_labeller({"evil": RegexClass(regex=r"(a|aa)+$")}, tokenizer)
+    evil = {"regex": r"(a|aa)+$"}
+    labeller = build_labeller({"evil": AnyClass(any=(evil, {"words": ["bb"]}))}, tokenizer)
     fine, slow = ids_of(tokenizer, "bb aaa"), ids_of(tokenizer, "a" * 100 + "!")
     loader = DataLoader(
         [fine, slow],  # type: ignore[arg-type]
@@ -84,5 +96,5 @@ def test_a_spawned_worker_labels_alike_and_names_the_pattern(tokenizer: Any) -> 
     )
     batches = iter(loader)
     assert next(batches).tolist() == labeller(fine, fine).tolist()
-    with pytest.raises(PatternTooSlowError, match=r"dwl\.classes\.evil\.regex.*too slow"):
+    with pytest.raises(PatternTooSlowError, match=r"dwl\.classes\.evil\.any\[0\]\.regex.*too slow"):
         next(batches)

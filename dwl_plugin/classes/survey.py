@@ -1,0 +1,111 @@
+"""What the classes find in some samples, and what is wrong where they find nothing.
+
+Suffixes: C classes with `rest`, K classes without it, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dwl_plugin.classes.labeller import Labeller, as_ints
+from dwl_plugin.config import IGNORE_INDEX, ClassConfig
+from dwl_plugin.config.selectors import BetweenSelector, RegexSelector, RoleSelector, TokenRegexSelector
+from dwl_plugin.errors import Problem
+
+__all__ = ["ClassSurvey", "empty_class_problems", "survey"]
+
+
+@dataclass(frozen=True)
+class ClassSurvey:
+    """What the classes found in some samples.
+
+    Args:
+        names: classes in priority order, then `rest`.
+        tokens: targets of each class; where classes overlap, in each of their classes.
+        matches: targets that each selector matches before priority; for `rest`, its tokens.
+        rows_without: rows without a token of the class.
+        rows: rows looked at.
+        rows_with_targets: rows with a target.
+        targets: targets looked at.
+    """
+
+    names: tuple[str, ...]
+    tokens: tuple[int, ...]
+    matches: tuple[int, ...]
+    rows_without: tuple[int, ...]
+    rows: int
+    rows_with_targets: int
+    targets: int
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """(C + 2,) as `class_weights` takes them: tokens of each class, targets, samples with a target."""
+        return (*self.tokens, self.targets, self.rows_with_targets)
+
+
+def survey(labeller: Labeller, samples: Iterable[Mapping[str, Any]]) -> ClassSurvey:
+    """Count the classes in samples, each a mapping with `input_ids`, `labels` and perhaps `position_ids` of (T,)."""
+    count = len(labeller.names)
+    tokens_C, matches_C, without_C = np.zeros((3, count), np.int64)
+    rows = rows_with_targets = targets = 0
+    for sample in samples:
+        members_KT = labeller.members(sample["input_ids"], sample["labels"], sample.get("position_ids"))
+        claimed_KT = members_KT & (np.cumsum(members_KT, axis=0) == 1)
+        in_sample = int(np.count_nonzero(as_ints(sample["labels"]) != IGNORE_INDEX))
+        in_rest = in_sample - int(claimed_KT.sum())
+        in_class_C = np.append((claimed_KT if labeller.overlap == "first" else members_KT).sum(1), in_rest)
+        tokens_C += in_class_C
+        matches_C += np.append(members_KT.sum(1), in_rest)
+        without_C += in_class_C == 0
+        targets += in_sample
+        rows += 1
+        rows_with_targets += in_sample > 0
+    return ClassSurvey(
+        names=labeller.names,
+        tokens=tuple(tokens_C.tolist()),
+        matches=tuple(matches_C.tolist()),
+        rows_without=tuple(without_C.tolist()),
+        rows=rows,
+        rows_with_targets=rows_with_targets,
+        targets=targets,
+    )
+
+
+def empty_class_problems(found: ClassSurvey, classes: Mapping[str, ClassConfig]) -> list[Problem]:
+    """One problem for each class without a token that does not say `allow_empty: true`."""
+    if found.rows and not found.targets:
+        message = f"there is nothing to classify: no target token in the {found.rows:,} rows looked at"
+        hint = "every label is -100; look at the dataset's type and at `train_on_inputs`"
+        return [Problem("dwl.classes", message, hint=hint)]
+    return [
+        Problem(f"dwl.classes.{name}", _emptiness(found, matches), hint=_where_to_look(config, matches))
+        for (name, config), tokens, matches in zip(classes.items(), found.tokens, found.matches, strict=False)
+        if tokens == 0 and not config.allow_empty
+    ]
+
+
+def _emptiness(found: ClassSurvey, matches: int) -> str:
+    looked = f"looked at {found.targets:,} target tokens in {found.rows:,} rows"
+    if matches:
+        return f"has no token: classes above it take all {matches:,} that it matches ({looked})"
+    return f"matches nothing ({looked})"
+
+
+def _where_to_look(config: ClassConfig, matches: int) -> str:
+    if matches:
+        return "the first class that matches wins; move this class up, or write `allow_empty: true`"
+    if isinstance(config, BetweenSelector):
+        where = "only targets between the delimiters count, and a chat template may drop what is between them."
+    elif isinstance(config, RegexSelector):
+        where = "a pattern sees the targets of one turn, without special tokens; `^` and `$` are its ends."
+    elif isinstance(config, TokenRegexSelector):
+        where = "the pattern must match all of one token's text; for text over several tokens use `regex`."
+    elif isinstance(config, RoleSelector):
+        where = "roles are known by the headers of the tokenizer's chat template; was the data made with another one?"
+    else:
+        where = "only targets are classified; are these tokens masked in the labels?"
+    return f"{where} If the class may be empty, write `allow_empty: true`"
