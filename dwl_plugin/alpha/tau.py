@@ -18,7 +18,7 @@ class RunLength:
 
     def step(self, position: int | str, path: str) -> float:
         """`position` (`200`, `10%`, `2ep`) in optimizer steps; `path` is its place in the YAML, for the error."""
-        if isinstance(position, int):
+        if isinstance(position, int) or position.isdecimal():
             return float(position)
         if position.endswith("%"):
             if self.total_steps is None:

@@ -1,0 +1,53 @@
+"""DFT's exponent and floor over the run: from NLL to DFT, say. The curves are those of α; the numbers are no point on a simplex."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from dwl_plugin.alpha.schedule import Curve, ScheduleContext, Vector, curve_of
+from dwl_plugin.alpha.tau import RunLength
+from dwl_plugin.config import Block, DFTConfig, TokenLossConfig
+from dwl_plugin.config.token_loss import SCHEDULED
+
+__all__ = ["token_losses_of"]
+
+
+def token_losses_of(block: Block, length: RunLength) -> Callable[[int], tuple[TokenLossConfig, ...]] | None:
+    """τ -> what each class pays at that step, over `Block.class_names`; None where no `dft` has a schedule.
+
+    Raises `ConfigError` for positions that this run's length cannot place, and for those that turn out to be in the wrong order.
+    """
+    losses = block.token_losses
+    own = [spec.dft for spec in block.class_configs.values()] + [None]
+    paths = [
+        "dft" if dft is None else f"dwl.classes.{name}.dft" for name, dft in zip(block.class_names, own, strict=True)
+    ]
+    curves = [_curve(loss, length, path) for loss, path in zip(losses, paths, strict=True)]
+    if not any(curves):
+        return None
+
+    def at(tau: int) -> tuple[TokenLossConfig, ...]:
+        return tuple(
+            loss if curve is None else loss.model_copy(update=dict(zip(SCHEDULED, curve(tau), strict=True)))
+            for loss, curve in zip(losses, curves, strict=True)
+        )
+
+    return at
+
+
+def _curve(loss: TokenLossConfig, length: RunLength, path: str) -> Curve | None:
+    """τ -> `SCHEDULED`. A number that a vector leaves out is the one outside the schedule."""
+    if not isinstance(loss, DFTConfig) or loss.schedule is None:
+        return None
+    first = tuple(float(getattr(loss, name)) for name in SCHEDULED)
+
+    def vector(numbers: Mapping[str, float]) -> Vector:
+        return tuple(numbers.get(name, value) for name, value in zip(SCHEDULED, first, strict=True))
+
+    return curve_of(loss.schedule, ScheduleContext(f"{path}.schedule", length, first, vector), _in_range)
+
+
+def _in_range(vector: Vector) -> bool:
+    exponent, min_weight = vector
+    return 0.0 <= exponent < math.inf and 0.0 <= min_weight <= 1.0
