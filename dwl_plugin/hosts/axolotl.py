@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
-from dwl_plugin.classes.labeller import ClassSurvey, Labeller, build_labeller, empty_class_problems, survey
+from dwl_plugin.classes import ClassSurvey, Labeller, labeller_of
 from dwl_plugin.config import Block
+from dwl_plugin.config.overrides import overridden, overrides_of
 from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.hosts.axolotl_args import block_of, fused_losses_asked_for
-from dwl_plugin.hosts.trainer import Session, join, leave
+from dwl_plugin.hosts.checkpoints import choose_checkpoint
+from dwl_plugin.hosts.command_line import dropped_options
+from dwl_plugin.hosts.looking import look_at, picked_rows
+from dwl_plugin.hosts.trainer import Session, join, leave, less_is_better, say
+from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl
 
 __all__ = ["DWLPlugin"]
-
-SURVEY_ROWS = 512
-"""Rows of the training set that are labelled before the model is loaded, to see that every class exists."""
 
 
 class DWLPlugin(BasePlugin):
@@ -35,29 +39,46 @@ class DWLPlugin(BasePlugin):
         from axolotl.utils.schemas.config import AxolotlInputConfig
 
         self._forget()
+        overrides = overrides_of(os.environ)
+        for key, value in overridden(cfg, overrides).items() if overrides else ():
+            cfg[key] = value
+        if overrides and os.environ.get("RANK", "0") == "0":
+            say("\n".join(map(str, overrides)))
+        dropped = list(dropped_options(sys.argv[1:], cfg))
+        if dropped:
+            raise ConfigError(dropped)
         self._taken_over = fused_losses_asked_for(cfg)
-        if cfg.get("loss") is not None and "loss" in AxolotlInputConfig.model_fields:
+        if cfg.get("loss") is None:
+            return
+        problems = list(axolotl_problems())
+        if problems:
+            raise ConfigError(problems)
+        newer = newer_axolotl()
+        if newer is not None and os.environ.get("RANK", "0") == "0":
+            say(newer)
+        if "loss" in AxolotlInputConfig.model_fields:
             raise ConfigError([
                 Problem("loss", "this version of Axolotl has a `loss` key of its own; install a dwl_plugin that knows it")
             ])  # fmt: skip
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
         """Less nll is better. The host would take every metric that does not end in `loss` for one to maximise."""
-        metric = (cfg.get("metric_for_best_model") or "").removeprefix("eval_")
-        ours = cfg.get("loss") is not None and (metric == "nll" or metric.startswith("dwl/nll/"))
+        ours = cfg.get("loss") is not None and less_is_better(cfg.get("metric_for_best_model"))
         return {"greater_is_better": False} if ours and cfg.get("greater_is_better") is None else {}
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
-        """The host's own datasets, looked at before a model is loaded."""
+        """The host's own datasets, and the checkpoint to go on from, looked at before a model is loaded."""
         block = block_of(cfg)
-        if block is None or preprocess or not block.class_configs or _loaded_elsewhere(self):
+        if block is not None and not preprocess and (line := choose_checkpoint(cfg)):
+            say(line)
+        if block is None or preprocess or not block.labels_tokens or _loaded_elsewhere(self):
             return None
         from axolotl.cli.args import TrainerCliArgs
         from axolotl.common.datasets import load_datasets
         from axolotl.loaders import load_tokenizer
         from transformers.hf_argparser import HfArgumentParser
 
-        self._labeller = build_labeller(block.class_configs, load_tokenizer(cfg))
+        self._labeller = labeller_of(block, load_tokenizer(cfg))
         cli_args, _ = HfArgumentParser(TrainerCliArgs).parse_args_into_dataclasses(return_remaining_strings=True)
         meta = load_datasets(cfg=cfg, cli_args=cli_args)
         self._look_at(meta.train_dataset, block, seed=cfg.seed)
@@ -67,8 +88,8 @@ class DWLPlugin(BasePlugin):
         block = block_of(cfg)
         if block is None:
             return []
-        if self._labeller is None and block.class_configs:
-            self._labeller = build_labeller(block.class_configs, trainer.processing_class)
+        if self._labeller is None and block.labels_tokens:
+            self._labeller = labeller_of(block, trainer.processing_class)
             self._look_at(trainer.train_dataset, block, seed=cfg.seed)
         session, hook = join(trainer, block, self._labeller, self._survey, self._taken_over)
         self._joined = (session, trainer)
@@ -80,13 +101,7 @@ class DWLPlugin(BasePlugin):
     def _look_at(self, dataset: Any, block: Block, seed: int | None) -> None:
         """Label a seeded sample of the rows; a class that is nowhere in it is an error."""
         assert self._labeller is not None
-        rows = _sample(dataset, SURVEY_ROWS, seed or 0)
-        if not rows:
-            return
-        self._survey = survey(self._labeller, rows)
-        problems = empty_class_problems(self._survey, block.class_configs)
-        if problems:
-            raise ConfigError(problems)
+        self._survey = look_at(self._labeller, _sample(dataset, seed or 0), block.class_configs)
 
     def _forget(self) -> None:
         if self._joined is not None:
@@ -94,15 +109,11 @@ class DWLPlugin(BasePlugin):
         self._labeller = self._survey = self._joined = None
 
 
-def _sample(dataset: Any, rows: int, seed: int) -> list[dict[str, Any]]:
-    """Up to `rows` rows with `input_ids` and `labels`; a stream, or rows that get labels later, give none."""
+def _sample(dataset: Any, seed: int) -> list[dict[str, Any]]:
+    """Rows with `input_ids` and `labels`; a stream, or rows that get labels later, give none."""
     if not hasattr(dataset, "select") or not {"input_ids", "labels"} <= set(dataset.column_names or ()):
         return []
-    import numpy as np
-
-    count = len(dataset)
-    picked = np.random.default_rng(seed).permutation(count)[:rows]
-    return list(dataset.select_columns(["input_ids", "labels"]).select(sorted(picked.tolist())))
+    return list(dataset.select_columns(["input_ids", "labels"]).select(picked_rows(len(dataset), seed)))
 
 
 def _loaded_elsewhere(plugin: BasePlugin) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
 from dwl_plugin.config import Block, DFTConfig, DWLConfig, LossName, parse
 from dwl_plugin.errors import ConfigError
-from dwl_plugin.hosts.refusals import refused
+from dwl_plugin.hosts.refusals import refused, without_base_model
 
 __all__ = ["FUSED_LOSSES", "DWLPluginArgs", "block_of", "fused_losses_asked_for"]
 
@@ -17,6 +18,7 @@ FUSED_LOSSES = (
     "liger_fused_linear_cross_entropy",
     "liger_cross_entropy",
     "chunked_cross_entropy",
+    "flash_attn_cross_entropy",
 )
 """Keys of the host that patch the very step we replace, for the whole process and before the model is loaded."""
 
@@ -36,12 +38,14 @@ class DWLPluginArgs(BaseModel):
             return data
         problems = []
         try:
-            block = parse(data)
+            block = parse(data, folder=_folder(data))
         except ConfigError as error:
             block, problems = None, list(error.problems)
         loss = data.get("loss")
         if loss is not None:
             problems += refused(data, loss)
+        if block is not None and not data.get("adapter"):
+            problems += without_base_model(block)
         if problems:
             raise ConfigError(problems)
         if block is None:
@@ -69,6 +73,12 @@ def fused_losses_asked_for(cfg: Any) -> list[str]:
 def block_of(cfg: Any) -> Block | None:
     """Our block of a validated Axolotl config."""
     return parse({key: _plain(cfg.get(key)) for key in ("loss", "dft", "dwl")})
+
+
+def _folder(data: dict[str, Any]) -> Path | None:
+    """Where the config lies; the host tells it for a config that it read from a file."""
+    path = data.get("axolotl_config_path")
+    return None if path is None else Path(path).parent
 
 
 def _plain(value: Any) -> Any:

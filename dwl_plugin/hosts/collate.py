@@ -6,9 +6,10 @@ cannot come apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from dwl_plugin.classes.labeller import Labeller
@@ -16,7 +17,7 @@ from dwl_plugin.classes.labeller import Labeller
 __all__ = ["CLASS_IDS", "LabellingCollator"]
 
 CLASS_IDS = "dwl_class_ids"
-"""Key of the (B, T) integer tensor in a batch: class index at each target, −100 elsewhere."""
+"""Key of the (B, T) integer tensor in a batch: class id at each target, −100 elsewhere."""
 
 Collate = Callable[[Any], Any]
 
@@ -32,18 +33,30 @@ class LabellingCollator:
     def __call__(self, features: Any) -> Any:
         if not _has_labels(features):
             return self._label_after(self.collate(features))
-        twin = _map_samples(features, self._with_class_ids)  # before the collator, which may overwrite what it is given
+        twin = self._with_class_ids(features)  # before the collator, which may overwrite what it is given
         batch = self.collate(_map_samples(features, dict))
-        batch[CLASS_IDS] = self.collate(twin)["labels"]
+        classes = self.collate(twin)
+        key = "shift_labels" if "shift_labels" in classes else "labels"
+        if torch.equal(classes[key], batch[key]):  # the collator makes labels of its own
+            return self._label_after(batch)
+        batch[CLASS_IDS] = classes[key]
         return batch
 
-    def _with_class_ids(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        labels = sample["labels"]
-        class_ids = self.labeller(sample["input_ids"], labels)
-        return {**sample, "labels": class_ids.tolist() if isinstance(labels, list) else class_ids}
+    def _with_class_ids(self, features: Any) -> Any:
+        """Copies of the samples with class ids for labels, all of them found in one pass."""
+        rows = [(sample["input_ids"], sample["labels"], _positions(sample)) for sample in _samples(features)]
+        found = iter(self.labeller.label_samples(rows))
+
+        def relabelled(sample: Mapping[str, Any]) -> dict[str, Any]:
+            class_ids = next(found)
+            return {**sample, "labels": class_ids.tolist() if isinstance(sample["labels"], list) else class_ids}
+
+        return _map_samples(features, relabelled)
 
     def _label_after(self, batch: Any) -> Any:
         """The labels are made by the collator itself, so the classes are found in what it made."""
+        if "labels" not in batch:  # rows to predict on
+            return batch
         class_ids = self.labeller.label_batch(
             batch["input_ids"],
             batch["labels"],
@@ -55,6 +68,13 @@ class LabellingCollator:
         return batch
 
 
+def _positions(sample: Mapping[str, Any]) -> Any:
+    """Positions in a row that holds several samples, packed before it came to the loader; None: nothing says so."""
+    if "seq_lengths" in sample:
+        return np.concatenate([np.arange(length) for length in sample["seq_lengths"]])
+    return sample.get("position_ids")
+
+
 def _has_labels(features: Any) -> bool:
     first = features[0] if isinstance(features, (list, tuple)) and features else None
     while isinstance(first, (list, tuple)) and first:
@@ -62,6 +82,15 @@ def _has_labels(features: Any) -> bool:
     return isinstance(first, Mapping) and "labels" in first and "input_ids" in first
 
 
-def _map_samples(features: Any, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Any:
+def _samples(features: Any) -> Iterator[Mapping[str, Any]]:
     """Features are samples, or, packed, lists of samples."""
+    for item in features:
+        if isinstance(item, Mapping):
+            yield item
+        else:
+            yield from _samples(item)
+
+
+def _map_samples(features: Any, change: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Any:
+    """`features` with every sample changed, in the same order."""
     return [change(item) if isinstance(item, Mapping) else _map_samples(item, change) for item in features]

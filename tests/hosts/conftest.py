@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.hosts import harness
+from tests.hosts.ranks import Ranks
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +36,18 @@ def configure(model_folder: Path, data_file: Path, tmp_path: Path) -> Callable[.
 
 
 @pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """`torch_compile`, for one, stays switched on in the environment for every later run of the process."""
+    before = dict(os.environ)
+    yield
+    for name in {*os.environ, *before} - {"PYTEST_CURRENT_TEST"}:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+
+
+@pytest.fixture(autouse=True)
 def _only_our_plugin() -> Iterator[None]:
     """Axolotl keeps every plugin that any config of the process has named; a test leaves none behind."""
     from axolotl.integrations.base import PluginManager
@@ -47,20 +61,20 @@ def _only_our_plugin() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _axolotl() -> None:
-    """Import the host once, keep its heap out of the collections that every run asks for, and let it prepare these few rows
-    in this process: a pool that imports everything again takes longer than the test."""
-    import gc
+    harness.import_host()
 
-    import axolotl.core.builders
-    import axolotl.train  # noqa: F401
-    from datasets import Dataset
 
-    for name in ("save_to_disk", "map", "filter"):
-        method = getattr(Dataset, name)
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two more processes that import the host take longer than a person waits."""
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
 
-        def alone(*args: Any, _method: Any = method, num_proc: Any = None, **kwargs: Any) -> Any:
-            return _method(*args, **kwargs)
 
-        setattr(Dataset, name, alone)
-    gc.collect()
-    gc.freeze()
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Two processes of one gloo group, see `ranks.py`."""
+    pair = Ranks(2)
+    yield pair
+    pair.stop()

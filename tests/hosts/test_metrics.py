@@ -113,3 +113,14 @@ def test_classes_are_measured_under_the_other_losses(configure: Configure, loss:
     measured = train(configure(loss=loss, dwl={"classes": classes}, max_steps=2))
     assert measured.logged("loss") == plain.logged("loss")
     assert len(measured.logged("dwl/nll/number")) == 2
+
+
+def test_dft_moves_from_nll_and_its_exponent_is_logged(configure: Configure, tmp_path: Path) -> None:
+    """The same steps as NLL while the exponent is 0, and a smaller loss than nll from where it is not."""
+    dft = {"exponent": 0, "schedule": {"type": "step", "to": {"exponent": 1}, "at": 2}}
+    moved = train(configure(loss="dft", dft=dft, max_steps=4))
+    plain = train(configure(loss="nll", max_steps=4, out=tmp_path / "nll"))
+    assert moved.logged("dwl/exponent/rest") == [0.0, 0.0, 1.0, 1.0]
+    assert moved.logged("loss")[:2] == plain.logged("loss")[:2]
+    assert moved.logged("nll")[2] == plain.logged("nll")[2]
+    assert moved.logged("loss")[2] < 0.9 * plain.logged("loss")[2]

@@ -90,8 +90,10 @@ def naive(wrong: str) -> Callable[..., TokenLoss]:
         nll = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
         p = torch.exp(-nll)
         p = p if wrong == "undetached" else p.detach()
-        token_weight = 1.0 if wrong == "weight dropped" else options["token_weight"]
-        return TokenLoss((token_weight * p ** options["exponent"] * nll).sum(), nll.detach())
+        factors = [p**term.objective.exponent for term in options["terms"]]
+        weights = [1.0 if wrong == "weight dropped" else term.weight for term in options["terms"]]
+        loss = sum((weight * factor * nll).sum() for weight, factor in zip(weights, factors, strict=True))
+        return TokenLoss(loss, nll.detach(), tuple(factor.detach() for factor in factors))
 
     return core
 
@@ -110,13 +112,17 @@ def count_one_micro_batch(patch: pytest.MonkeyPatch, _: str) -> None:
 
 
 def shift_classes(patch: pytest.MonkeyPatch, _: str) -> None:
-    right = labeller.Labeller.__call__
+    right = labeller.Labeller.label_samples
 
-    def wrong(self: Any, input_ids: Any, labels: Any) -> Any:
-        classes, is_target = right(self, input_ids, labels), np.asarray(labels) != -100
-        return np.where(is_target, np.where(np.roll(classes, 1) < 0, len(self.names) - 1, np.roll(classes, 1)), -100)
+    def off_by_one(classes: Any, labels: Any, rest: int) -> Any:
+        moved = np.roll(classes, 1)
+        return np.where(np.asarray(labels) != -100, np.where(moved < 0, rest, moved), -100)
 
-    patch.setattr(labeller.Labeller, "__call__", wrong)
+    def wrong(self: Any, samples: Any) -> Any:
+        found = zip(right(self, samples), samples, strict=True)
+        return [off_by_one(classes, labels, len(self.names) - 1) for classes, (_, labels, _) in found]
+
+    patch.setattr(labeller.Labeller, "label_samples", wrong)
 
 
 MUTANTS = {

@@ -12,7 +12,7 @@ import pytest
 from dwl_plugin.config import parse
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.hosts.refusals import REFUSALS
-from tests.hosts.harness import train
+from tests.hosts.harness import AXOLOTL, train
 
 Configure = Callable[..., dict[str, Any]]
 
@@ -84,6 +84,9 @@ REFUSED = {
     "ebft": {"x": 1},
     "hatchery": {"x": 1},
     "llmcompressor": {"x": 1},
+    "diffusion_lm": {"x": 1},
+    "diffusion_decision": {"x": 1},
+    "do_bench_eval": True,
 }
 
 
@@ -94,7 +97,8 @@ def test_keys_that_change_the_objective_are_refused_with_both_names(configure: C
 
 
 def test_every_refusal_is_tried() -> None:
-    assert {refusal.key for refusal in REFUSALS} - {"plugins"} == set(REFUSED)
+    """Those with a name of their own depend on more than the key: `test_options.py`."""
+    assert {refusal.key for refusal in REFUSALS if not refusal.name} == set(REFUSED)
 
 
 @pytest.mark.parametrize("name", ["kd.KDPlugin", "diffusion.DiffusionPlugin", "llm_compressor.LLMCompressorPlugin"])
@@ -117,7 +121,18 @@ def load(settings: dict[str, Any]) -> Any:
     return load_cfg(DictDefault(settings))
 
 
-@pytest.mark.parametrize("plugins", [None, ["dwl_plugin.DWLPlugin"], ["dwl_plugin:DWLPlugin"]])
+@pytest.mark.parametrize(
+    "plugins",
+    [
+        ["dwl_plugin.DWLPlugin"],
+        *(
+            pytest.param(
+                way, marks=pytest.mark.skipif(AXOLOTL < (0, 21), reason="Axolotl 0.21 is the first to find plugins")
+            )
+            for way in (None, ["dwl_plugin:DWLPlugin"])
+        ),
+    ],
+)
 def test_the_plugin_is_loaded_once_with_or_without_its_line(configure: Configure, plugins: list[str] | None) -> None:
     from axolotl.integrations.base import PluginManager
 
@@ -157,3 +172,11 @@ def test_a_loss_that_somebody_else_computed_stops_the_run(configure: Configure) 
 
     with pytest.raises(LossNotTakenError, match="did not compute"):
         train(configure(loss="dft", max_steps=1), before=steal)
+
+
+def test_keyframes_written_as_numbers_survive_the_hosts_sorted_dump(configure: Configure) -> None:
+    frames = {200: {"rest": 1}, "50%": {"rest": 1}}
+    cfg = load(configure(loss="dwl", dwl={"schedule": {"type": "keyframes", "at": frames}}))
+    written = json.loads(json.dumps(cfg.to_dict(), sort_keys=True, default=str))
+    assert list(cfg.dwl.schedule.at) == ["200", "50%"]
+    assert parse(written) == parse({"loss": "dwl", "dwl": {"schedule": {"type": "keyframes", "at": frames}}})

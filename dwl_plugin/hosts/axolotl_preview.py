@@ -1,0 +1,468 @@
+"""A config as Axolotl would train it, without training: validated, its tokenizer, the first rows of its data.
+
+Nothing is written into the config's folders and no weights are read. The rows go through Axolotl's own dataset code, of which
+only the choice of rows is ours: the order of the run is worked out on row numbers, and the rows at its head are tokenised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import io
+import itertools
+import logging
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dwl_plugin.config.overrides import SWEEP_FILE, VARIABLE
+from dwl_plugin.errors import ConfigError, DWLError, Problem
+
+__all__ = [
+    "NotSeenError",
+    "Rows",
+    "host_schema",
+    "known_keys",
+    "load_cfg",
+    "load_model",
+    "load_rows",
+    "load_tokenizer",
+    "plugin_is_active",
+    "quiet",
+    "unknown_keys",
+]
+
+Sample = dict[str, Any]
+"""`input_ids`, `labels` and perhaps `position_ids`, each a list of T."""
+
+_GPU = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_89"}
+"""Assumed where there is no GPU, so that a GPU's config can be looked at on a laptop."""
+
+_CPU_ONLY = {
+    "bf16": False,
+    "fp16": False,
+    "tf32": False,
+    "attn_implementation": "sdpa",
+    "lora_mlp_kernel": False,
+    "lora_qkv_kernel": False,
+    "lora_o_kernel": False,
+    "lora_embedding_kernel": False,
+}
+"""What a model needs to run where there is no GPU."""
+
+
+class NotSeenError(DWLError):
+    """Something of the run could not be looked at; the message says what and why."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The head of the training data.
+
+    Args:
+        samples: in the order of the run.
+        packs: for each row of a packed batch, the indices of its samples, packed among themselves where the run packs them with
+            all the others; None where a row is a sample.
+        total: rows of the training set before any is dropped; None for a stream.
+        looked_at: rows that were tokenised.
+        too_long: of those, dropped for their length.
+        masked: of those, dropped because every label was -100.
+        notes: what differs from the run.
+    """
+
+    samples: list[Sample]
+    packs: list[list[int]] | None = None
+    total: int | None = None
+    looked_at: int = 0
+    too_long: int = 0
+    masked: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The host's logs, bars and warnings, kept from the terminal."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+@contextlib.contextmanager
+def _without_overrides() -> Iterator[None]:
+    """The caller has set in `raw` what the environment overrides; where our keys were left out, they stay out."""
+    kept = {name: os.environ.pop(name) for name in (VARIABLE, SWEEP_FILE) if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def load_cfg(raw: Mapping[str, Any], path: Path, *, to_run: bool = False) -> tuple[Any, list[str]]:
+    """The validated config, and what was changed in it. `to_run`: it is about to run here, so a CPU gets a CPU's settings.
+
+    Raises:
+        ConfigError: what Axolotl says against it, or we do.
+        NotSeenError: the model's own config could not be read.
+    """
+    with quiet(), _without_overrides():
+        import torch
+        from axolotl.cli.config import gpu_capabilities, plugin_set_cfg, prepare_plugins
+        from axolotl.utils.config import normalize_cfg_datasets, normalize_config, validate_config
+        from axolotl.utils.dict import DictDefault
+
+        cfg, notes = DictDefault(copy.deepcopy(dict(raw))), []
+        cfg.axolotl_config_path = str(path)
+        cfg.output_dir = tempfile.mkdtemp(prefix="dwl-")  # Axolotl writes there while it only looks
+        capabilities, versions = gpu_capabilities()
+        if not torch.cuda.is_available():
+            if to_run:
+                cfg.update(_CPU_ONLY)
+                notes.append("no GPU here: the model runs in fp32, with sdpa attention")
+            else:
+                capabilities = _GPU
+                notes.append("no GPU here: the config was validated as for one NVIDIA GPU with bf16 (sm_89)")
+        elif str(cfg.attn_implementation or "").startswith("flash_attention") and not _flash_attention():
+            cfg.attn_implementation = "sdpa"  # otherwise Axolotl downloads a compiled kernel in its place
+            notes.append("flash-attn is not installed here: the config was looked at with `attn_implementation: sdpa`")
+        problems = _said_by_axolotl(lambda: prepare_plugins(cfg), "plugins")
+        if not problems:
+            validated: list[Any] = []
+            problems = _said_by_axolotl(
+                lambda: validated.append(validate_config(cfg, capabilities=capabilities, env_capabilities=versions)), ""
+            )
+        if problems:
+            raise ConfigError(problems)
+        cfg = validated[0]
+        try:
+            normalize_config(cfg)
+        except (OSError, ConnectionError) as error:
+            raise NotSeenError(f"base_model {cfg.base_model}: {_first_line(error)}") from error
+        except ValueError as error:
+            raise ConfigError([Problem("base_model", _first_line(error), cfg.base_model)]) from error
+        normalize_cfg_datasets(cfg)
+        plugin_set_cfg(cfg)
+    return cfg, notes
+
+
+def unknown_keys(raw: Mapping[str, Any]) -> list[str]:
+    """Top-level keys that Axolotl drops without a word."""
+    from axolotl.integrations.config import merge_input_args
+
+    schema = merge_input_args()[0]
+    known = set(schema.model_fields)
+    for info in schema.model_fields.values():
+        alias = info.validation_alias or info.alias
+        known |= {str(choice) for choice in getattr(alias, "choices", [alias]) if choice}
+    return [key for key in raw if key not in known]
+
+
+def known_keys() -> list[str]:
+    """Every top-level key that Axolotl and its plugins know."""
+    from axolotl.integrations.config import merge_input_args
+
+    return list(merge_input_args()[0].model_fields)
+
+
+def host_schema() -> dict[str, Any]:
+    """The JSON Schema of Axolotl's own keys."""
+    with quiet():
+        from axolotl.utils.schemas.config import AxolotlInputConfig
+        from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+        from pydantic_core import PydanticSerializationError
+
+        class Tolerant(GenerateJsonSchema):
+            """A few of the host's fields are Python objects, which no YAML can write: anything goes there."""
+
+            def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> JsonSchemaValue:
+                return {}
+
+            def literal_schema(self, schema: Any) -> JsonSchemaValue:
+                try:
+                    return super().literal_schema(schema)
+                except PydanticSerializationError:
+                    return {}
+
+            def enum_schema(self, schema: Any) -> JsonSchemaValue:
+                try:
+                    return super().enum_schema(schema)
+                except PydanticSerializationError:
+                    return {}
+
+        schema: dict[str, Any] = AxolotlInputConfig.model_json_schema(schema_generator=Tolerant)
+    return schema
+
+
+def plugin_is_active(raw: Mapping[str, Any]) -> bool:
+    """Whether Axolotl would load our plugin for this config: by its `plugins:` line, or because it is installed."""
+    with quiet():
+        from axolotl.integrations import base
+
+        names = [str(name) for name in raw.get("plugins") or ()]
+        installed: tuple[str, ...] = getattr(
+            base, "get_builtin_plugins", tuple
+        )()  # Axolotl 0.21 finds installed plugins by itself
+    return any("dwl_plugin" in name for name in (*names, *installed))
+
+
+def load_tokenizer(cfg: Any) -> Any:
+    """Axolotl's tokenizer, with the chat template and the tokens that the config adds."""
+    with quiet():
+        from axolotl.loaders import load_tokenizer as load
+
+        try:
+            return load(cfg)
+        except (OSError, ConnectionError) as error:
+            raise NotSeenError(f"tokenizer {cfg.tokenizer_config}: {_first_line(error)}") from error
+        except (ValueError, AttributeError) as error:
+            raise ConfigError([Problem("tokenizer", _first_line(error))]) from error
+
+
+def load_rows(cfg: Any, tokenizer: Any, count: int) -> Rows:
+    """The first `count` rows that training sees, tokenised, masked, cut and dropped as in the run.
+
+    Raises:
+        NotSeenError: the data cannot be reached, or has no tokens before a batch is made.
+        ConfigError: Axolotl refuses the data.
+    """
+    with quiet():
+        from axolotl.integrations.base import BasePlugin, PluginManager
+
+        for name, plugin in PluginManager.get_instance().plugins.items():
+            if type(plugin).load_datasets is not BasePlugin.load_datasets and "dwl_plugin" not in name:
+                raise NotSeenError(f"datasets: they are made by the plugin {name} when the run starts")
+        try:
+            if cfg.streaming or cfg.pretraining_dataset:
+                return _stream(cfg, tokenizer, count)
+            return _table(cfg, tokenizer, count)
+        except DWLError:
+            raise
+        except (OSError, ConnectionError) as error:
+            raise NotSeenError(f"datasets: {_first_line(error)}") from error
+        except Exception as error:  # whatever a dataset and its template can raise
+            reason = f"{_first_line(error)}"
+            if _about_the_network(error):
+                raise NotSeenError(f"datasets: {reason}") from error
+            raise ConfigError([Problem("datasets", f"Axolotl cannot read them: {reason}")]) from error
+
+
+def load_model(cfg: Any, tokenizer: Any) -> Any:
+    """The model as training begins with it: quantised, with its adapter, in evaluation mode."""
+    with quiet():
+        from axolotl.loaders import ModelLoader
+
+        try:
+            model, _ = ModelLoader(cfg, tokenizer).load()
+        except (OSError, ConnectionError) as error:
+            raise NotSeenError(f"base_model {cfg.base_model}: {_first_line(error)}") from error
+    return model.eval()
+
+
+def _table(cfg: Any, tokenizer: Any, count: int) -> Rows:
+    """Rows of datasets that can be indexed."""
+    from axolotl.utils.data import sft
+    from axolotl.utils.data.shared import generate_dataset_hash_from_config, load_preprocessed_dataset
+
+    cfg = copy.deepcopy(cfg)
+    cfg.dataset_num_proc, cfg.dataset_keep_in_memory = None, True
+    digest = generate_dataset_hash_from_config(cfg, cfg.datasets, tokenizer.name_or_path)
+    prepared = load_preprocessed_dataset(cfg, digest)
+    if prepared is not None:
+        total = _training_rows(len(prepared), cfg)
+        head = prepared.select(range(min(count, total)))
+        note = f"the rows are those prepared earlier under {cfg.dataset_prepared_path}, as the run would take them"
+        return _packed(Rows(_samples(head), total=total, looked_at=len(head), notes=[note]), cfg)
+
+    sources = _raw_datasets(cfg, tokenizer)
+    order = _order_of_the_run([len(dataset) for dataset, _ in sources], cfg)
+    total = _training_rows(len(order), cfg)
+    picked = [(row["source"], row["row"]) for row in order.select(range(min(count, total)))]
+    tokenised: list[Any] = []
+    places: dict[tuple[int, int], int] = {}
+    for number, (dataset, tokenise) in enumerate(sources):
+        rows = [row for source, row in picked if source == number]
+        if not rows:
+            continue
+        done, _ = tokenise(dataset=dataset.select(rows).flatten_indices(keep_in_memory=True))
+        if "input_ids" not in done.column_names:
+            raise NotSeenError("datasets: the tokens and labels of this kind of data are made only when a batch is")
+        if len(done) == len(rows):
+            before = sum(len(dataset) for dataset in tokenised)
+            places |= {(number, row): before + i for i, row in enumerate(rows)}
+        tokenised.append(done)
+    from datasets import concatenate_datasets
+
+    merged = concatenate_datasets(tokenised)
+    if len(places) == len(merged):
+        merged = merged.select([places[place] for place in picked])
+    merged = merged.flatten_indices(keep_in_memory=True)
+    short = sft.handle_long_seq_in_dataset(merged, cfg.sequence_len, cfg)
+    kept = short
+    if cfg.sample_packing:
+        kept, _ = sft.process_datasets_for_packing(cfg, short, None)
+    rows_ = Rows(
+        _samples(kept),
+        total=total,
+        looked_at=len(merged),
+        too_long=len(merged) - len(short),
+        masked=len(short) - len(kept),
+    )
+    return _packed(rows_, cfg)
+
+
+def _raw_datasets(cfg: Any, tokenizer: Any) -> list[tuple[Any, Any]]:
+    """Each dataset before it is tokenised, and what tokenises it."""
+    from axolotl.utils.data import sft
+    from axolotl.utils.data.shared import datasets_with_name_generator
+
+    sources: list[tuple[Any, Any]] = []
+    tokenise = sft.get_dataset_wrapper
+
+    def keep(*, dataset: Any, **how: Any) -> tuple[Any, None]:
+        sources.append((dataset, functools.partial(tokenise, **how)))
+        return dataset, None
+
+    sft.get_dataset_wrapper = keep
+    try:
+        for config in datasets_with_name_generator(cfg.datasets):
+            sft._load_and_process_single_dataset(
+                dataset_config=config, cfg=cfg, tokenizer=tokenizer, split="train", seed=cfg.seed
+            )
+    finally:
+        sft.get_dataset_wrapper = tokenise
+    return sources
+
+
+def _order_of_the_run(lengths: list[int], cfg: Any) -> Any:
+    """(source, row) in the order in which the host merges and shuffles, found on row numbers alone."""
+    from axolotl.utils.data import sft
+    from axolotl.utils.data.shared import merge_datasets
+    from datasets import Dataset
+
+    numbers = [
+        Dataset.from_dict({"source": [number] * length, "row": list(range(length))})
+        for number, length in enumerate(lengths)
+    ]
+    return sft._apply_dataset_sharding(merge_datasets(numbers, cfg), cfg)
+
+
+def _training_rows(rows: int, cfg: Any) -> int:
+    """Those left when the validation set is cut off the end."""
+    held_out = cfg.val_set_size or 0
+    return max(rows - (math.ceil(rows * held_out) if 0 < held_out < 1 else int(held_out)), 1)
+
+
+def _samples(dataset: Any) -> list[Sample]:
+    columns = [
+        name for name in ("input_ids", "labels", "position_ids", "attention_mask") if name in dataset.column_names
+    ]
+    if "labels" not in columns:
+        raise NotSeenError("datasets: the labels of this kind of data are made only when a batch is")
+    return [dict(row) for row in dataset.select_columns(columns).with_format(None)]
+
+
+def _packed(rows: Rows, cfg: Any) -> Rows:
+    """`rows` with the packs that Axolotl's own sampler makes of them."""
+    if not cfg.sample_packing or not rows.samples:
+        return rows
+    import numpy as np
+    from axolotl.utils.samplers import MultipackBatchSampler
+    from torch.utils.data import SequentialSampler
+
+    real = bool(cfg.multipack_real_batches)
+    sampler = MultipackBatchSampler(
+        SequentialSampler(range(len(rows.samples))),
+        batch_size=cfg.micro_batch_size if real else 1,
+        batch_max_len=cfg.sequence_len if real else cfg.sequence_len * cfg.micro_batch_size,
+        lengths=np.array([len(sample["input_ids"]) for sample in rows.samples]),
+        bin_size=cfg.sample_packing_bin_size or 200,
+        sequential=bool(cfg.sample_packing_sequentially),
+        group_size=cfg.sample_packing_group_size or 100_000,
+        num_processes=1,
+        drop_last=False,
+    )
+    packs = [sorted(map(int, pack)) for batch in sampler.generate_batches() for pack in batch]
+    return dataclasses.replace(rows, packs=sorted(packs))
+
+
+def _stream(cfg: Any, tokenizer: Any, count: int) -> Rows:
+    """Rows of a stream; each may hold several samples, told apart by `position_ids`."""
+    from axolotl.utils.data import sft
+
+    cfg = copy.deepcopy(cfg)
+    cfg.streaming_multipack_buffer_size = min(cfg.streaming_multipack_buffer_size or count, max(count, 64))
+    cfg.val_set_size = 0
+    dataset = sft._prepare_streaming_dataset(cfg, tokenizer, None)[0]
+    samples = []
+    for row in itertools.islice(dataset, count):
+        if "input_ids" not in row:
+            raise NotSeenError("datasets: the tokens and labels of this kind of data are made only when a batch is")
+        flat = {key: _flat(row[key]) for key in ("input_ids", "labels", "position_ids", "attention_mask") if key in row}
+        flat.setdefault("labels", list(flat["input_ids"]))  # pretraining: the collator makes them of the ids
+        samples.append(flat)
+    return Rows(samples, looked_at=len(samples))
+
+
+def _flat(values: Any) -> list[int]:
+    return [int(value) for value in (values.reshape(-1).tolist() if hasattr(values, "reshape") else values)]
+
+
+def _said_by_axolotl(act: Any, where: str) -> list[Problem]:
+    """What `act` complains of, as problems of ours."""
+    from pydantic import ValidationError
+
+    try:
+        act()
+    except ConfigError as error:
+        return list(error.problems)
+    except ValidationError as error:
+        return [_problem(item) for item in error.errors()]
+    except (ImportError, ModuleNotFoundError) as error:
+        return [Problem(where or "axolotl", f"cannot be loaded: {_first_line(error)}")]
+    except Exception as error:  # a validator may raise anything
+        return [Problem(where or "axolotl", _first_line(error))]
+    return []
+
+
+def _problem(item: Any) -> Problem:
+    path = ".".join(str(part) for part in item["loc"]) or "axolotl"
+    message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return Problem(path, f"Axolotl: {message}", item["input"]) if item["loc"] else Problem(path, message)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) < 300 else lines[0][:299] + "…"
+
+
+def _about_the_network(error: BaseException) -> bool:
+    known = (
+        "offline",
+        "connection",
+        "max retries",
+        "couldn't reach",
+        "could not be loaded",
+        "doesn't exist on the hub",
+    )
+    return any(word in str(error).lower() for word in known)
+
+
+def _flash_attention() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("flash_attn") is not None or find_spec("flash_attn_interface") is not None

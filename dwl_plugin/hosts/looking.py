@@ -1,0 +1,39 @@
+"""A look at the training data before the first step: a class that is nowhere in it stops the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from dwl_plugin.classes import ClassSurvey, Labeller, empty_class_problems, survey
+from dwl_plugin.config import ClassConfig
+from dwl_plugin.errors import ConfigError
+
+__all__ = ["look_at", "picked_rows"]
+
+SURVEY_ROWS = 512
+"""Rows of the training set that are labelled to see that every class exists."""
+
+
+def picked_rows(count: int, seed: int) -> list[int]:
+    """Up to `SURVEY_ROWS` different row numbers below `count`, in order; a seed gives the same ones everywhere."""
+    return sorted(np.random.default_rng(seed).permutation(count)[:SURVEY_ROWS].tolist())
+
+
+def look_at(
+    labeller: Labeller, samples: Iterable[Mapping[str, Any]], classes: Mapping[str, ClassConfig]
+) -> ClassSurvey | None:
+    """What the classes find in `samples`; None where there are none.
+
+    Raises:
+        ConfigError: every class without a token that does not say `allow_empty: true`.
+    """
+    found = survey(labeller, samples)
+    if not found.rows:
+        return None
+    problems = empty_class_problems(found, classes)
+    if problems:
+        raise ConfigError(problems)
+    return found

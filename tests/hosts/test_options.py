@@ -1,0 +1,125 @@
+"""Every option of Axolotl is tested with us, refused, taken over, or named as one that cannot matter, with the reason."""
+
+from __future__ import annotations
+
+import ast
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dwl_plugin.config import parse
+from dwl_plugin.hosts.axolotl_args import FUSED_LOSSES
+from dwl_plugin.hosts.refusals import REFUSALS, refusal_table, refused
+
+HERE = Path(__file__).parent
+README = HERE.parents[1] / "README.md"
+OURS = {"loss", "dft", "dwl"}
+FROM_OTHER_HOSTS = {"label_smoothing", "label_smoothing_factor"}
+"""Refused, and no option of Axolotl's: TrainingArguments that reach the trainer some other way."""
+
+
+def listed() -> dict[str, list[str]]:
+    """option -> where it is listed, the tables of the code included."""
+    table: dict[str, Any] = yaml.safe_load((HERE / "axolotl_options.yml").read_text(encoding="utf-8"))
+    groups = {"tested": table["tested"], **{group["why"]: group["options"] for group in table["irrelevant"]}}
+    places: dict[str, list[str]] = {}
+    for place, options in groups.items():
+        for option in options:
+            places.setdefault(option, []).append(place)
+    for option in FUSED_LOSSES:
+        places.setdefault(option, []).append("taken over")
+    for option in {refusal.key for refusal in REFUSALS if not refusal.name} - FROM_OTHER_HOSTS:
+        places.setdefault(option, []).append("refused")
+    return places
+
+
+def schema() -> set[str]:
+    """The options of the installed Axolotl, those of its integrations included."""
+    import axolotl.integrations
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    options = set(AxolotlInputConfig.model_fields)
+    for folder in Path(axolotl.integrations.__path__[0]).iterdir():
+        if (folder / "args.py").is_file():
+            options |= {
+                option for name, fields in args_models(folder).items() if name.endswith("Args") for option in fields
+            }
+    return options - OURS
+
+
+def args_models(folder: Path) -> dict[str, list[str]]:
+    """class -> its fields, read and not imported: an integration may need a package that is not here."""
+    tree = ast.parse((folder / "args.py").read_text(encoding="utf-8"))
+    return {
+        node.name: [
+            item.target.id
+            for item in node.body
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+        ]
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+of_this_version = pytest.mark.skipif(not version("axolotl").startswith("0.21."), reason="the list is of Axolotl 0.21")
+
+
+@of_this_version
+def test_every_option_is_listed_once() -> None:
+    places = listed()
+    new = sorted(schema() - set(places))
+    assert not new, f"look these up in Axolotl's source, and list them in axolotl_options.yml or refuse them: {new}"
+    twice = {option: where for option, where in places.items() if len(where) > 1}
+    assert not twice
+
+
+@of_this_version
+def test_no_option_is_listed_that_this_version_lacks() -> None:
+    assert sorted(set(listed()) - schema()) == []
+
+
+@of_this_version
+def test_an_option_that_nobody_has_looked_at_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    fields = {**AxolotlInputConfig.model_fields, "loss_of_the_future": None}
+    monkeypatch.setattr(AxolotlInputConfig, "__pydantic_fields__", fields)
+    assert schema() - set(listed()) == {"loss_of_the_future"}
+
+
+def test_the_table_in_the_readme_is_the_one_in_the_code() -> None:
+    text = README.read_text(encoding="utf-8")
+    _, _, after = text.partition("<!-- refusals: made by dwl_plugin.hosts.refusals.refusal_table() -->\n")
+    table, end, _ = after.partition("\n<!-- end of refusals -->")
+    assert end
+    assert table == refusal_table()
+
+
+COMBINATIONS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"deepspeed": "zero2.json"}, []),
+    ({"context_parallel_size": 2}, []),
+    ({"deepspeed": "zero2.json", "context_parallel_size": 2}, ["deepspeed"]),
+    ({"deepspeed": "zero2.json", "context_parallel": {"size": 2}}, ["deepspeed"]),
+    ({"context_parallel": {"size": 2}}, []),
+    ({"context_parallel": {"size": 2, "load_balance": "distflash"}}, ["context_parallel"]),
+    ({"context_parallel": {"size": 2, "shard_in_collator": False}}, ["context_parallel"]),
+    ({"streaming": True}, []),
+    ({"streaming": True, "context_parallel_size": 2}, ["streaming"]),
+    ({"streaming": True, "sequence_parallel_degree": 2, "accelerator_config": {"dispatch_batches": False}}, []),
+    ({"pretraining_dataset": [{"path": "x"}], "context_parallel_size": 2}, ["pretraining_dataset"]),
+    ({"plugins": ["axolotl.integrations.diffusion_decision.DiffusionDecisionPlugin"]}, ["plugins"]),
+    ({"plugins": ["axolotl.integrations.liger.LigerPlugin"]}, []),
+]
+
+
+@pytest.mark.parametrize(("cfg", "paths"), COMBINATIONS)
+def test_combinations_are_refused_and_their_parts_are_not(cfg: dict[str, Any], paths: list[str]) -> None:
+    assert [problem.path for problem in refused(cfg, "dwl")] == paths
+
+
+def test_a_refused_key_is_named_beside_the_other_problems() -> None:
+    assert parse({"loss": "dft"}) is not None
+    assert [problem.path for problem in refused({"rl": "dpo", "do_bench_eval": True}, "dft")] == ["rl", "do_bench_eval"]
