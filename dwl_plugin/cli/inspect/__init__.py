@@ -1,0 +1,39 @@
+"""`dwl inspect`: the rows that a config trains on, coloured by class, in the terminal and as a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from dwl_plugin.cli.check import class_table, print_findings, progress
+from dwl_plugin.cli.examination import examine
+from dwl_plugin.cli.inspect.shown import shown_rows
+from dwl_plugin.cli.inspect.terminal import print_rows
+from dwl_plugin.errors import DWLError
+
+__all__ = ["inspect"]
+
+
+def inspect(config: Path, samples: int, html: Path | None, *, trust: bool) -> int:
+    """The whole command; the exit status."""
+    console = Console(highlight=False)
+    with progress(Console(stderr=True)) as say:
+        seen = examine(config, samples, trust=trust, say=say)
+    print_findings(console, seen)
+    if seen.rows is None or not seen.rows.samples:
+        return seen.status
+    rows = shown_rows(seen)
+    if html is None:
+        print_rows(console, seen, rows)
+        if seen.survey is not None:
+            console.print(class_table(seen))
+        return seen.status
+    from dwl_plugin.cli.inspect.page import render_page
+
+    try:
+        html.write_text(render_page(seen, rows), encoding="utf-8")
+    except OSError as error:
+        raise DWLError(f"{html} cannot be written: {error.strerror}.") from error
+    console.print(f"{len(rows)} rows in [bold]{html}[/]; it opens in any browser, without a network", soft_wrap=True)
+    return seen.status

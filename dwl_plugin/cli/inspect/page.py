@@ -1,0 +1,77 @@
+"""The page: one file that asks the network for nothing, and in which a sample's text is never more than text.
+
+The template escapes all it is given. The page's own script and style are named by their hashes in its content security
+policy, so a browser would run no other.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+from importlib.metadata import version
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+
+from dwl_plugin.cli.check import class_figures
+from dwl_plugin.cli.examination import Examination
+from dwl_plugin.cli.inspect.palette import look
+from dwl_plugin.cli.inspect.shown import MASKED, ShownRow, row_notes
+
+__all__ = ["render_page"]
+
+
+def render_page(seen: Examination, rows: Sequence[ShownRow]) -> str:
+    """The whole page as text."""
+    folder = resources.files(__package__)
+    names = seen.class_names
+    style = folder.joinpath("page.css").read_text(encoding="utf-8") + _class_styles(len(names))
+    script = folder.joinpath("page.js").read_text(encoding="utf-8")
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(folder.joinpath("page.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        config=seen.config.name,
+        loss=seen.block.loss if seen.block is not None else None,
+        version=version("axolotl-dwl"),
+        names=names,
+        masked=MASKED,
+        figures=class_figures(seen) if seen.survey is not None else [],
+        weighted=seen.survey is not None and seen.block is not None and seen.block.loss == "dwl" and not seen.problems,
+        survey=seen.survey,
+        rows=rows,
+        packed=any(len(row.samples) > 1 for row in rows),
+        notes=row_notes(seen),
+        model=str(getattr(seen.tokenizer, "name_or_path", "")).rstrip("/").rsplit("/", 1)[-1],
+        visible=_visible,
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+    )
+
+
+def _class_styles(count: int) -> str:
+    """Colour and underline of each class, and how its box in the table takes them away."""
+    rules = []
+    for index in range(count - 1):
+        colour, underline = look(index)
+        red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+        rules.append(
+            f".c{index}{{--hue:{red} {green} {blue};--line:{underline}}}"
+            f"body:has(#k{index}:not(:checked)) .t.c{index}{{background:none;text-decoration:none}}"
+            f"body:has(#k{index}:not(:checked)) .t.c{index}::before{{content:none}}"
+        )
+    return "\n".join(rules)
+
+
+def _visible(text: str) -> Markup:
+    """A token's text with its line ends and tabs to be seen; an empty one still takes room."""
+    marked = escape(text).replace("\n", Markup('<i class="nl"></i>\n')).replace("\t", Markup('<i class="tab"></i>\t'))
+    return marked or Markup('<i class="none"></i>')
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

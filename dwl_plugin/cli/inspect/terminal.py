@@ -1,0 +1,76 @@
+"""Rows in the terminal. Colour is never the only sign: each run of a class begins with the class's number."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.style import Style
+from rich.text import Text
+
+from dwl_plugin.cli.examination import Examination
+from dwl_plugin.cli.inspect.palette import look
+from dwl_plugin.cli.inspect.shown import MASKED, ShownRow, ShownSample, row_notes
+
+__all__ = ["print_rows"]
+
+_RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def print_rows(console: Console, seen: Examination, rows: Sequence[ShownRow]) -> None:
+    """A legend, then each row under a rule."""
+    names = seen.class_names
+    console.print(_legend(names))
+    for note in row_notes(seen):
+        console.print(Text(note, "dim"), soft_wrap=True)
+    for number, row in enumerate(rows, 1):
+        console.print(Rule(Text(f"row {number} of {len(rows)}, {row.tokens:,} tokens"), align="left", style="bold"))
+        for index, sample in enumerate(row.samples, 1):
+            if len(row.samples) > 1:
+                title = f"sample {index} of {len(row.samples)} in this row, {sample.targets:,} targets"
+                console.print(Rule(Text(title), align="left", characters="╌", style="dim"))
+            console.print(_coloured(sample, len(names) - 1), soft_wrap=True)
+
+
+def _legend(names: Sequence[str]) -> Text:
+    legend = Text()
+    for index, name in enumerate(names[:-1]):
+        legend.append(f"{_raised(index)}{name}", _style(index)).append("  ")
+    return legend.append(f"{names[-1]}  ").append("not trained on", "dim")
+
+
+def _coloured(sample: ShownSample, rest: int) -> Text:
+    text, before = Text(), MASKED
+    for token in sample.tokens:
+        index = token.class_index
+        if index not in (before, rest, MASKED):
+            text.append(_raised(index), _style(index) + Style(bold=True))
+        style = Style(dim=True) if index == MASKED else Style() if index == rest else _style(index)
+        text.append(_printable(token.text), style)
+        before = index
+    return text
+
+
+def _style(index: int) -> Style:
+    colour, underline = look(index)
+    dark = colour in ("#0072b2", "#009e73", "#d55e00")
+    return Style(
+        bgcolor=colour,
+        color="white" if dark else "black",
+        underline=underline == "double",
+        italic=underline == "dashed",
+    )
+
+
+def _raised(index: int) -> str:
+    return str(index + 1).translate(_RAISED)
+
+
+def _printable(text: str) -> str:
+    """Without the control characters by which a sample could drive the terminal."""
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf") else f"‹{ord(char):02x}›"
+        for char in text
+    )

@@ -1,0 +1,126 @@
+"""`dwl packs`: which packs there are, what one says, whether a pack file keeps its own promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import regex
+from rich.console import Console
+from rich.markup import escape
+from rich.syntax import Syntax
+from rich.table import Table
+
+from dwl_plugin.classes.pack_cases import CaseResult, run_case, untouched_classes
+from dwl_plugin.config.pack_files import PackReference, read_pack, shipped_packs
+from dwl_plugin.config.packs import Pack, PackCase, Shelf, parse_pack
+from dwl_plugin.errors import ConfigError, DWLError, Problem
+
+__all__ = ["list_packs", "markdown_table", "read", "show_pack", "test_pack", "write_table"]
+
+_TABLE = regex.compile(r"(?s)(?<=<!-- packs -->\n).*?(?=<!-- /packs -->)")
+
+
+def read(name: str) -> Pack:
+    """A pack by its name, file or address on the Hub; a path is relative to the working directory."""
+    return Shelf([Path()]).pack(_reference(name), "pack")
+
+
+def _reference(name: str) -> PackReference:
+    reference = PackReference.of(name)
+    if reference is None or reference.member is not None:
+        allowed = f"{', '.join(shipped_packs())}, a file that ends in .yml or .yaml, hf://user/repo@<commit>/file.yml"
+        raise ConfigError([Problem("pack", "not a pack", name, allowed)])
+    return reference
+
+
+def list_packs(console: Console) -> None:
+    """A table of the packs of this package."""
+    table = Table(show_lines=True)
+    for column in ("pack", "classes → suggested α", "what they are"):
+        table.add_column(column, no_wrap=column == "pack")
+    for name in shipped_packs():
+        pack = read(name)
+        table.add_row(f"[bold]{name}[/]", "\n".join(_weights(pack)), escape(pack.description))
+    console.print(table)
+
+
+def _weights(pack: Pack) -> Iterator[str]:
+    for name in (*pack.classes, "rest"):
+        yield name if pack.alpha is None else f"{name} → {pack.alpha[name]:g}"
+
+
+def show_pack(console: Console, name: str) -> None:
+    """The text of a pack file up to its cases: the patterns as they were written, with their comments."""
+    source = read_pack(_reference(name), [Path()], "pack")
+    pack = parse_pack(source)
+    console.print(
+        Syntax(source.text.partition("\ntests:")[0].strip(), "yaml", background_color="default", word_wrap=True)
+    )
+    console.print(f"\n{len(pack.tests)} cases; `dwl packs test {name}` runs them.", highlight=False, markup=False)
+
+
+def test_pack(console: Console, name: str) -> bool:
+    """Run the cases of a pack and print what differs; True if all pass."""
+    pack = read(name)
+    failed = 0
+    for number, case in enumerate(pack.tests):
+        try:
+            result = run_case(pack, case)
+        except DWLError as error:
+            console.print(f"[red]tests[{number}][/] {escape(str(error))}", highlight=False)
+            failed += 1
+            continue
+        if not result.passed:
+            failed += 1
+            console.print(f"[red]tests[{number}][/] {escape(_excerpt(case))}", highlight=False)
+            console.print(_differences(result))
+    untouched = untouched_classes(pack)
+    if untouched:
+        console.print(f"[yellow]No case has a span of: {', '.join(untouched)}[/]", highlight=False)
+    count = len(pack.tests)
+    verdict = f"[red]{failed} of {count} cases fail[/]" if failed else f"[green]{count} cases pass[/]"
+    console.print(f"{escape(name)}: {verdict if count else '[yellow]has no cases[/]'}", soft_wrap=True)
+    return failed == 0
+
+
+def _excerpt(case: PackCase, width: int = 100) -> str:
+    text = repr("".join(turn.text for turn in case.sample))
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _differences(result: CaseResult) -> Table:
+    table = Table()
+    for column in ("class", "expected", "found"):
+        table.add_column(column, overflow="fold")
+    for name, expected in result.expected.items():
+        if result.found[name] != expected:
+            table.add_row(name, _spans(expected), _spans(result.found[name]))
+    return table
+
+
+def _spans(spans: Sequence[str]) -> str:
+    return escape("\n".join(map(repr, spans))) if spans else "[dim]none[/]"
+
+
+def markdown_table() -> str:
+    """The README's table of packs."""
+    lines = ["| pack | members, with the suggested α | |", "|---|---|---|"]
+    for name in shipped_packs():
+        pack = read(name)
+        weights = pack.alpha or {}
+        members = ", ".join(f"`{member}` {weights[member]:g}" for member in pack.classes)
+        lines.append(
+            f"| `{name}` | {members}; `rest` {weights['rest']:g} | {pack.description.replace('|', chr(92) + '|')} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write_table(file: Path) -> bool:
+    """Put the table between `<!-- packs -->` and `<!-- /packs -->` of a file; True if that changed it."""
+    before = file.read_text(encoding="utf-8")
+    if _TABLE.search(before) is None:
+        raise DWLError(f"[dwl] {file} has no lines <!-- packs --> and <!-- /packs -->")
+    after = _TABLE.sub(lambda _: markdown_table(), before)
+    file.write_text(after, encoding="utf-8")
+    return after != before

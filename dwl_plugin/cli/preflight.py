@@ -1,0 +1,214 @@
+"""`dwl preflight`: how probable the base model finds the tokens it would be trained on, before it is.
+
+Sources: "Beyond Log Likelihood" (arXiv 2510.00526): under L = (1 − p^a)/a the base model's mean p on the training targets
+tells which exponent a does better, 0 (NLL) or 1 (DFT). "On the Generalization of SFT" (arXiv 2508.05629): DFT itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from dwl_plugin.cli.check import as_dict, print_findings, progress
+from dwl_plugin.cli.examination import Examination, examine
+from dwl_plugin.config import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["BINS", "ClassProbabilities", "advice", "measure", "preflight", "summarise"]
+
+BINS = 10
+"""Of the histogram, of equal width between 0 and 1."""
+
+_SOURCE = "Beyond Log Likelihood, arXiv 2510.00526"
+_STRONG, _MIDDLE_FROM, _WEAK = 0.7, 0.35, 0.1
+_BARS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class ClassProbabilities:
+    """p of the targets of one class under the base model; all numbers are NaN or empty where there is no token."""
+
+    name: str
+    tokens: int
+    mean: float
+    median: float
+    nll: float
+    histogram: tuple[int, ...]
+
+
+def preflight(config: Path, samples: int, *, trust: bool, as_json: bool) -> int:
+    """The whole command; the exit status."""
+    console, errors = Console(highlight=False), Console(stderr=True)
+    with progress(errors) as say:
+        seen = examine(config, samples, trust=trust, to_run=True, say=say)
+    if seen.status or seen.rows is None:
+        print(json.dumps(as_dict(seen), indent=2, ensure_ascii=False)) if as_json else print_findings(console, seen)
+        return seen.status
+    with progress(errors) as say:
+        say("The model")
+        from dwl_plugin.hosts import axolotl_preview as host
+
+        try:
+            model = host.load_model(seen.cfg, seen.tokenizer)
+        except host.NotSeenError as error:
+            seen.unseen.append(str(error))
+            print(json.dumps(as_dict(seen), indent=2, ensure_ascii=False)) if as_json else print_findings(console, seen)
+            return seen.status
+    found = summarise(seen.class_names, *_with_bar(seen, model, errors))
+    verdict = advice(found[-1].mean)
+    if as_json:
+        print(json.dumps(_as_dict(seen, found, verdict), indent=2, ensure_ascii=False))
+        return 0
+    console.print(_table(found, len(seen.rows.samples)))
+    console.print(Text(verdict), soft_wrap=True)
+    for line in [*_by_class(found), *seen.notes]:
+        console.print(Text(f"  · {line}"), soft_wrap=True)
+    return 0
+
+
+def measure(
+    model: Any, seen: Examination, step: Callable[[], None] = lambda: None
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """−log p in nats of every target, (N,), and its classes, (C, N): one sample after the other, without gradients and without
+    full logits. A label at the head of a row is no target: nothing predicts it."""
+    import torch
+
+    from dwl_plugin.hosts.axolotl_preview import quiet
+    from dwl_plugin.loss.seam import LossSpec, LossStep, Seam
+
+    assert seen.rows is not None
+    nlls: list[NDArray[np.float64]] = []
+    members: list[NDArray[np.bool_]] = []
+    device = model.get_input_embeddings().weight.device
+    seam = Seam(model, lambda line: None)
+
+    def keep(tokens: Any) -> None:
+        nlls.append(tokens.nll_N[tokens.members.is_target].double().cpu().numpy())
+
+    try:
+        for sample in seen.rows.samples:
+            keys = ("input_ids", "labels", *(["position_ids"] if _restarts(sample) else []))
+            given = {key: torch.tensor([sample[key]], device=device) for key in keys}
+            predicted_T = np.asarray(sample["labels"]) != IGNORE_INDEX
+            predicted_T[0] = False
+            if predicted_T.any():
+                with torch.no_grad(), quiet(), seam.armed(LossStep(LossSpec(), labels=given["labels"], on_tokens=keep)):
+                    model(**given)
+                members.append(seen.members(sample)[:, predicted_T])
+            step()
+    finally:
+        seam.detach()
+    if not nlls:
+        return np.zeros(0), np.zeros((len(seen.class_names), 0), np.bool_)
+    return np.concatenate(nlls), np.concatenate(members, 1)
+
+
+def summarise(
+    names: tuple[str, ...], nll_N: NDArray[np.float64], members_CN: NDArray[np.bool_]
+) -> list[ClassProbabilities]:
+    """One entry per class and, last, one for all targets. The mean is of p, not of its logarithm."""
+    groups = [(name, nll_N[members_N]) for name, members_N in zip(names, members_CN, strict=True)]
+    return [_probabilities(name, nll) for name, nll in [*groups, ("all", nll_N)]]
+
+
+def advice(mean_p: float) -> str:
+    """What the exponent family's experiments say of a base model that finds its targets this probable."""
+    known = f"({_SOURCE}: with a mean p of 0.75 and more DFT won by far, at about 0.5 the two tied, at 0.1 and less NLL won.)"
+    if math.isnan(mean_p):
+        return "There is no target to measure."
+    if mean_p >= _STRONG:
+        say = "The model is strong here: expect `loss: dft` to beat plain cross-entropy."
+    elif mean_p >= _MIDDLE_FROM:
+        say = "The model is in the middle: expect `loss: dft` and plain cross-entropy to come out about even."
+    elif mean_p > _WEAK:
+        say = "The model is below the middle: expect `loss: nll` to do as well as `loss: dft`, or better."
+    else:
+        say = "The model hardly knows this: expect `loss: nll` to win; under `loss: dft` it would learn little."
+    return f"Mean p {mean_p:.3f}. {say} {known}"
+
+
+def _probabilities(name: str, nll: NDArray[np.float64]) -> ClassProbabilities:
+    if not len(nll):
+        return ClassProbabilities(name, 0, math.nan, math.nan, math.nan, (0,) * BINS)
+    p = np.exp(-nll)
+    histogram = np.histogram(p, bins=BINS, range=(0.0, 1.0))[0]
+    return ClassProbabilities(
+        name, len(p), float(p.mean()), float(np.median(p)), float(nll.mean()), tuple(histogram.tolist())
+    )
+
+
+def _restarts(sample: dict[str, Any]) -> bool:
+    """Several samples in a row, told apart by positions."""
+    return "position_ids" in sample and sample["position_ids"].count(0) > 1
+
+
+def _with_bar(seen: Examination, model: Any, console: Console) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    assert seen.rows is not None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("Measuring p", total=len(seen.rows.samples))
+        return measure(model, seen, lambda: bar.advance(task))
+
+
+def _table(found: list[ClassProbabilities], rows: int) -> Table:
+    title = f"p of {found[-1].tokens:,} target tokens in {rows:,} rows, under the model as training begins"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("class")
+    for name in ("tokens", "mean p", "median p", "nll"):
+        table.add_column(name, justify="right")
+    table.add_column("p from 0 to 1")
+    for index, row in enumerate(found):
+        if index == len(found) - 1:
+            table.add_section()
+        cells = [_number(row.mean), _number(row.median), _number(row.nll)]
+        table.add_row(row.name, f"{row.tokens:,}", *cells, Text(_bars(row.histogram)))
+    return table
+
+
+def _number(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def _bars(histogram: tuple[int, ...]) -> str:
+    """One character per bin; a bin with a token in it is never blank."""
+    top = max(histogram, default=0)
+    return "".join(_BARS[math.ceil(count / top * (len(_BARS) - 1))] if count else " " for count in histogram)
+
+
+def _by_class(found: list[ClassProbabilities]) -> Iterator[str]:
+    """Classes at the other end than the whole: what a config may say of them alone."""
+    everything = found[-1].mean
+    for row in found[:-1]:
+        if row.tokens and row.mean <= _WEAK < everything:
+            yield f"`{row.name}` has a mean p of {row.mean:.3f}: under dft it hardly learns; give it `token_loss: nll`, or a floor"
+        elif row.tokens and row.mean >= _STRONG > everything:
+            yield f"`{row.name}` has a mean p of {row.mean:.3f}: if any class suits dft, this one does (`token_loss: dft`)"
+
+
+def _as_dict(seen: Examination, found: list[ClassProbabilities], verdict: str) -> dict[str, Any]:
+    def plain(row: ClassProbabilities) -> dict[str, Any]:
+        numbers = {"mean_p": row.mean, "median_p": row.median, "nll": row.nll}
+        known = {key: None if math.isnan(value) else value for key, value in numbers.items()}
+        return {"name": row.name, "tokens": row.tokens, **known, "histogram": list(row.histogram)}
+
+    assert seen.rows is not None
+    return {
+        "config": str(seen.config),
+        "rows": len(seen.rows.samples),
+        "all": plain(found[-1]),
+        "classes": [plain(row) for row in found[:-1]],
+        "advice": verdict,
+        "notes": seen.notes,
+    }

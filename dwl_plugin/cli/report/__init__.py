@@ -1,0 +1,31 @@
+"""`dwl report`: what a run learned class by class, from its trainer's own log; several runs over one another.
+
+In order: `run` (reading), `tables` (the terminal), `page` (the HTML, with `page.html.j2`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from dwl_plugin.cli.files import write_whole
+from dwl_plugin.cli.report.run import read_runs
+from dwl_plugin.cli.report.tables import print_comparison, print_run
+
+__all__ = ["report"]
+
+
+def report(console: Console, folders: Sequence[Path], html: Path | None) -> None:
+    """The whole command. Raises `DWLError` where a folder holds no run of ours or `html` cannot be written."""
+    runs = read_runs(folders)
+    if len(runs) > 1:
+        print_comparison(console, runs)
+    else:
+        print_run(console, runs[0])
+    if html is not None:
+        from dwl_plugin.cli.report.page import page
+
+        write_whole(html, page(runs).encode())
+        console.print(f"Page: {html}", markup=False, highlight=False, soft_wrap=True)

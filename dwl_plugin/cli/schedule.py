@@ -1,0 +1,158 @@
+"""`dwl schedule`: α(τ) of a config before anything is trained, by the same function that the run will use."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from dwl_plugin.alpha.schedule import Alpha, alpha_of
+from dwl_plugin.alpha.tau import RunLength
+from dwl_plugin.cli.files import write_whole
+from dwl_plugin.config import REST, Block, parse
+from dwl_plugin.config.overrides import overridden, overrides_of
+from dwl_plugin.errors import ConfigError, DWLError
+
+__all__ = ["IMAGE_SUFFIXES", "schedule"]
+
+IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
+
+_BAR = 5
+_POINTS = 400
+
+
+def schedule(console: Console, config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None) -> None:
+    """The whole command. Raises `DWLError` where the config is wrong, or a position needs a length that nobody gave."""
+    raw, overrides = _read(config), overrides_of(os.environ)
+    for override in overrides:
+        console.print(str(override), markup=False, soft_wrap=True)
+    block = parse(overridden(raw, overrides), folder=config.parent)
+    if block is None or block.loss != "dwl":
+        raise DWLError(
+            f"{config} has no α: `loss: {'…' if block is None else block.loss}` gives every class the same weight."
+        )
+    length = _length(raw, steps, epoch_steps)
+    try:
+        alpha_at = alpha_of(block, length)
+    except ConfigError as error:
+        raise DWLError(f"{error}{_what_is_needed(length, config)}") from error
+    end = length.total_steps or _last_position(block)
+    if block.controller is not None:
+        kind = block.controller.type
+        if plot is not None:
+            raise DWLError(
+                f"There is no curve to draw before the run: the controller `{kind}` moves α by the losses it will see."
+            )
+        console.print(f"The controller `{kind}` moves α by the losses it will see, so only where α starts is known before the run. "
+                      "`dwl report` shows where it went.", markup=False, soft_wrap=True)  # fmt: skip
+    elif block.schedule is None:
+        console.print("α is constant: the config has no `schedule`.")
+    at = [0] if block.schedule is None else [round(end * k / 10) for k in range(11)]
+    _print_tables(console, block.class_names, alpha_at, at, length.total_steps)
+    if plot is not None:
+        write_whole(plot, _image(block.class_names, alpha_at, end, plot.suffix.lower()))
+        console.print(f"Figure: {plot}", markup=False, soft_wrap=True)
+
+
+def _read(config: Path) -> Mapping[str, Any]:
+    try:
+        raw = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DWLError(f"{config} cannot be read: {error.strerror}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DWLError(f"{config} is not YAML: {error}") from error
+    if not isinstance(raw, Mapping):
+        raise DWLError(f"{config} is not a config: a mapping of keys to values is needed.")
+    return raw
+
+
+def _length(raw: Mapping[str, Any], steps: int | None, epoch_steps: int | None) -> RunLength:
+    """`--steps` goes before `max_steps`. Epochs divide a run only where no `max_steps` cuts it short."""
+    limit = raw.get("max_steps")
+    limit = limit if isinstance(limit, int) and limit > 0 else None
+    total = steps if steps is not None else limit
+    epochs = raw.get("num_epochs", 1)
+    if epoch_steps is None and total is not None and limit is None and isinstance(epochs, (int, float)) and epochs > 0:
+        return RunLength(total, total / epochs)
+    return RunLength(total, epoch_steps)
+
+
+def _what_is_needed(length: RunLength, config: Path) -> str:
+    if length.total_steps is None:
+        return f"\nThe length of the run is not in the YAML; say it: dwl schedule {config} --steps N"
+    if length.steps_per_epoch is None:
+        return f"\nThe length of an epoch is not in the YAML; say it: dwl schedule {config} --epoch-steps N"
+    return ""
+
+
+def _last_position(block: Block) -> int:
+    """A run of unknown length is shown a little past the last step that the schedule names."""
+
+    def named(node: object) -> Iterator[int]:
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                yield from named(value)
+                yield from [int(key)] if str(key).isdecimal() else []
+        elif isinstance(node, int) and not isinstance(node, bool):
+            yield node
+
+    steps = named(None if block.schedule is None else block.schedule.model_dump())
+    return 10 * math.ceil(0.12 * max([1, *steps]))
+
+
+def _print_tables(
+    console: Console, names: Sequence[str], alpha_at: Alpha, at: Sequence[int], total: int | None
+) -> None:
+    """A row a step, downwards in time; a column a class with α and a bar. As many tables as it takes for the width."""
+    alphas = [alpha_at(tau) for tau in at]
+    top = max(max(alpha) for alpha in alphas)
+    for shown in _fitting(names, console.width):
+        table = Table(box=SIMPLE_HEAD, show_edge=False)
+        table.add_column("step", justify="right")
+        if total:
+            table.add_column("", justify="right")
+        for c in shown:
+            table.add_column(names[c], no_wrap=True)
+        for tau, alpha in zip(at, alphas, strict=True):
+            cells = [f"{alpha[c]:.2f} {_bar(alpha[c] / top)}" for c in shown]
+            table.add_row(str(tau), *([f"{round(100 * tau / total)} %"] if total else []), *cells)
+        console.print(table)
+
+
+def _fitting(names: Sequence[str], width: int) -> Iterator[list[int]]:
+    """The classes, as many at a time as fit beside one another."""
+    steps, shown = 16, list[int]()
+    room = width - steps
+    for c, name in enumerate(names):
+        needed = max(len(name), len("0.00 ") + _BAR) + 2
+        if shown and needed > room:
+            yield shown
+            shown, room = [], width - steps
+        shown.append(c)
+        room -= needed
+    yield shown
+
+
+def _bar(share: float) -> str:
+    eighths = round(share * _BAR * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _image(names: Sequence[str], alpha_at: Alpha, end: int, suffix: str) -> bytes:
+    from dwl_plugin.cli import figures
+
+    figures.need_matplotlib()
+    steps = sorted({round(end * k / _POINTS) for k in range(_POINTS + 1)})
+    alphas = [alpha_at(tau) for tau in steps]
+    lines = [
+        figures.Line(name, steps, [alpha[c] for alpha in alphas], figures.style_of(c, plain=name == REST))
+        for c, name in enumerate(names)
+    ]
+    return figures.to_image(figures.draw_labelled(figures.Panel("", lines), "α"), suffix)

@@ -1,0 +1,83 @@
+"""A YAML from anybody: a mapping comes out, or an error that says where and what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dwl_plugin.cli.config_file import read_config
+from dwl_plugin.errors import ConfigError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def complaint(folder: Path, text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read_config(write(folder, text))
+    return str(caught.value.problems[0])
+
+
+def test_a_mapping_comes_out(tmp_path: Path) -> None:
+    assert read_config(write(tmp_path, "loss: dft\ndft: {exponent: 0.5}\n")) == (
+        {"loss": "dft", "dft": {"exponent": 0.5}},
+        [],
+    )
+
+
+def test_a_key_that_stands_twice_is_named_with_its_lines(tmp_path: Path) -> None:
+    raw, odd = read_config(write(tmp_path, "loss: dft\nseed: 1\nloss: nll\n"))
+    assert raw["loss"] == "nll"
+    assert [(problem.path, "lines 1 and 3" in problem.message) for problem in odd] == [("loss", True)]
+
+
+def test_a_key_may_stand_once_in_each_mapping(tmp_path: Path) -> None:
+    assert read_config(write(tmp_path, "a: {x: 1}\nb: {x: 1}\n"))[1] == []
+
+
+def test_merged_mappings_are_not_doubled_keys(tmp_path: Path) -> None:
+    assert read_config(write(tmp_path, "a: &a {x: 1}\nb: {<<: *a, y: 2}\n")) == (
+        {"a": {"x": 1}, "b": {"x": 1, "y": 2}},
+        [],
+    )
+
+
+def test_double_quotes_around_a_pattern_get_a_hint(tmp_path: Path) -> None:
+    said = complaint(tmp_path, 'loss: dwl\nx: "\\d+"\n')
+    assert "line 2" in said
+    assert "single quotes" in said
+
+
+@pytest.mark.parametrize("text", ["!!python/object/apply:os.system ['true']\n", "a: !!python/name:os.system\n"])
+def test_tags_that_name_code_are_refused(tmp_path: Path, text: str) -> None:
+    assert "python" in complaint(tmp_path, text)
+
+
+def test_aliases_that_multiply_are_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    assert "aliases" in complaint(tmp_path, "\n".join(lines))
+
+
+def test_an_alias_of_itself_is_refused(tmp_path: Path) -> None:
+    assert "aliases" in complaint(tmp_path, "a: &a [*a]\n")
+
+
+def test_a_file_larger_than_a_config_is_refused(tmp_path: Path) -> None:
+    assert "larger" in complaint(tmp_path, "# " + "x" * (1 << 20))
+
+
+@pytest.mark.parametrize(("text", "word"), [("", "empty"), ("- a\n- b\n", "list"), ("just words\n", "str")])
+def test_what_is_no_mapping_is_named(tmp_path: Path, text: str, word: str) -> None:
+    assert word in complaint(tmp_path, text)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.yml"
+    path.write_bytes(b"loss: \xff\xfe\n")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        read_config(path)

@@ -1,0 +1,160 @@
+"""`dwl inspect`: what is shown is what is trained, and a sample's text is never more than text."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from dwl_plugin.cli.inspect.palette import look
+from dwl_plugin.cli.inspect.terminal import _printable
+from tests.hosts import harness
+
+Run = Callable[..., Result]
+Write = Callable[..., Path]
+
+HOSTILE = '</script><img src=x onerror="alert(1)"><script>alert(2)</script> {{ 7*7 }} & \'"` 7'
+CLASSES = {"control": {"tokens": ["<|im_end|>"]}, "number": {"regex": r"\d+"}}
+
+
+class Page(HTMLParser):
+    """Elements, and for each token its attributes and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tokens: list[tuple[dict[str, str | None], str]] = []
+        self.scripts: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._open.append(tag)
+        if tag == "span" and "data-id" in dict(attrs):
+            self.tokens.append((dict(attrs), ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1:] == ["script"]:
+            self.scripts.append(data)
+        elif self._open[-1:] == ["span"] and self.tokens and self.elements:
+            attributes, text = self.tokens[-1]
+            self.tokens[-1] = (attributes, text + data)
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture
+def page(dwl: Run, write_config: Write, tmp_path: Path) -> Callable[..., Page]:
+    def make(samples: int = 4, **changes: Any) -> Page:
+        out = tmp_path / "page.html"
+        result = dwl("inspect", write_config(**changes), "--samples", samples, "--html", out)
+        assert result.exit_code == 0, result.output
+        return Page(out.read_text(encoding="utf-8"))
+
+    return make
+
+
+def tokenizer_of(model: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def test_ids_text_and_classes_on_the_page(page: Callable[..., Page], little_model: Path) -> None:
+    shown = page(4, loss="dwl", dwl={"classes": CLASSES}, shuffle_merged_datasets=False)
+    tokenizer = tokenizer_of(little_model)
+    expected = [
+        tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False) for row in harness.rows(4)
+    ]
+    assert [int(attributes["data-id"] or "") for attributes, _ in shown.tokens] == [i for ids in expected for i in ids]
+    for attributes, text in shown.tokens:
+        if attributes["data-class"] == "control":
+            assert text == "<|im_end|>"
+        elif attributes["data-class"] == "number":
+            assert re.search(r"\d", text)
+        elif attributes["data-class"] == "rest":
+            assert not re.search(r"\d", text)
+    first_row = "".join(text for _, text in shown.tokens[: len(expected[0])])
+    assert "What is 2 + 1?" in first_row
+    masked = "".join(text for attributes, text in shown.tokens if not attributes["data-class"])
+    assert "What is 2 + 1?" in masked
+    assert "The answer is" not in masked
+
+
+def test_a_samples_markup_stays_text(page: Callable[..., Page], tmp_path: Path) -> None:
+    turn = [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": HOSTILE}]
+    data = harness.write_rows(tmp_path / "hostile.jsonl", [{"messages": turn}] * 3)
+    shown = page(2, data=data, loss="dwl", dwl={"classes": CLASSES})
+    assert shown.named("img") == []
+    assert len(shown.named("script")) == 1
+    assert "".join(text for _, text in shown.tokens).count(HOSTILE) == 4
+
+
+def test_a_configs_own_name_stays_text(dwl: Run, write_config: Write, tmp_path: Path) -> None:
+    config = write_config(loss="dft").rename(tmp_path / "<img src=x>.yml")
+    out = tmp_path / "page.html"
+    dwl("inspect", config, "--samples", 1, "--html", out)
+    assert Page(out.read_text(encoding="utf-8")).named("img") == []
+
+
+def test_the_page_asks_for_nothing_and_runs_only_its_own_script(page: Callable[..., Page]) -> None:
+    shown = page(1, loss="dwl", dwl={"classes": CLASSES})
+    policy = next(meta["content"] for meta in shown.named("meta") if "http-equiv" in meta) or ""
+    digest = base64.b64encode(hashlib.sha256("".join(shown.scripts).encode()).digest()).decode()
+    assert "default-src 'none'" in policy
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert not [attributes for _, attributes in shown.elements if "src" in attributes or "style" in attributes]
+    assert all((link["href"] or "").startswith("#") for link in shown.named("a"))
+    assert shown.named("link") == []
+
+
+def test_the_samples_of_a_packed_row_are_told_apart(page: Callable[..., Page]) -> None:
+    changes = {"sample_packing": True, "sequence_len": 256, "micro_batch_size": 1}
+    shown = page(12, loss="dwl", dwl={"classes": CLASSES}, **changes)
+    sections = [attributes["id"] for attributes in shown.named("section")]
+    assert len(sections) == 12
+    assert len(shown.named("article")) < 12
+    assert {link["href"] for link in shown.named("a")} <= {f"#{name}" for name in sections}
+
+
+def test_what_a_token_weighs(page: Callable[..., Page]) -> None:
+    shown = page(3, loss="dwl", dwl={"classes": CLASSES, "alpha": {"control": 2, "number": 1, "rest": 1}})
+    weights = {attributes["data-class"]: attributes.get("data-weight") for attributes, _ in shown.tokens}
+    assert weights == {"": None, "control": "0.5", "number": "0.25", "rest": "0.25"}
+
+
+def test_a_token_of_two_classes_weighs_what_both_do_where_classes_are_summed(page: Callable[..., Page]) -> None:
+    classes = {"odd": {"regex": r"\d*[13579]\b"}, "number": {"regex": r"\d+"}}
+    dwl_block = {"classes": classes, "overlap": "sum", "alpha": {"odd": 2, "number": 1, "rest": 1}}
+    shown = page(6, loss="dwl", dwl=dwl_block)
+    weights = {attributes["data-class"]: attributes.get("data-weight") for attributes, _ in shown.tokens}
+    assert weights == {"": None, "odd, also number": "0.75", "number": "0.25", "rest": "0.25"}
+
+
+def test_in_the_terminal_the_number_of_a_class_stands_before_it_without_colour(dwl: Run, write_config: Write) -> None:
+    result = dwl("inspect", write_config(loss="dwl", dwl={"classes": CLASSES}), "--samples", 2)
+    assert result.exit_code == 0, result.output
+    assert "¹control" in result.output
+    assert "¹<|im_end|>" in result.output
+    assert re.search(r"The answer is ?²", result.output)
+
+
+def test_a_sample_cannot_drive_the_terminal() -> None:
+    assert _printable("a\x1b[2Jb\n\tc") == "a‹1b›[2Jb\n\tc"
+
+
+def test_no_two_of_thirty_classes_look_alike() -> None:
+    assert len({look(index) for index in range(30)}) == 30

@@ -1,0 +1,417 @@
+"""`dwl report`: from a trainer's state made by hand to the terminal and the page."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import math
+import os
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from dwl_plugin.cli import figures
+from dwl_plugin.cli.files import write_whole
+from dwl_plugin.cli.main import main
+from dwl_plugin.cli.report.run import Curve, read_runs
+from dwl_plugin.cli.report.tables import compared, rows_of
+from tests.cli.little_runs import DWL, Entry, evaluation, step, write_run, write_state
+
+HISTORY = [
+    evaluation(0, number=3.0, rest=1.0),
+    step(1, number=3.0, rest=1.0, alpha=0.2),
+    step(2, number=2.0, rest=1.0, alpha=0.45),
+    step(3, number=1.0, rest=0.5, alpha=0.7),
+    evaluation(3, number=0.6, rest=1.1),
+    {"step": 3, "train_runtime": 1.0},
+]
+
+
+def dwl(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "100"}).invoke(main, ["report", *map(str, arguments)])
+
+
+def cells_of(result: Result, name: str) -> list[str]:
+    """The cells of the row that begins with `name`, without it."""
+    line = next(line for line in result.output.splitlines() if line.split()[:1] == [name])
+    return re.split(r"\s{2,}", line.strip())[1:]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "exp" / "out", HISTORY)
+
+
+# --- what is read ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_class_is_shown_from_the_start_of_the_run_to_its_end(run: Path) -> None:
+    result = dwl(run)
+    assert result.exit_code == 0, result.output
+    cells = cells_of(result, "number")
+    # share of the loss: 0.25·0.2·3 of 0.25·0.2·3 + 0.75·0.8·1 = 20 %, and 0.25·0.7·1 of … + 0.75·0.3·0.5 = 60.9 %
+    assert cells == ["25.0 %", "20 % → 61 %", "0.20 → 0.70", "3.000 → 0.600", "−80.0 %"]
+    assert "1.500 → 0.975" in result.output  # all: 0.25·3 + 0.75·1 and 0.25·0.6 + 0.75·1.1
+    assert "exp/out: loss: dwl, weighted_mean, 3 optimizer steps" in result.output
+    assert "held-out rows" in result.output
+
+
+def test_classes_keep_the_order_of_the_config(tmp_path: Path) -> None:
+    config = {"loss": "nll", "dwl": {"classes": {"word": {"regex": "a"}, "number": {"regex": "1"}}}}
+    (run,) = read_runs([write_run(tmp_path / "run", HISTORY, config)])
+    assert run.classes == ("word", "number", "rest")
+
+
+def test_without_an_evaluation_the_training_batches_are_shown_and_it_says_so(tmp_path: Path) -> None:
+    ends = {1: 5.0, 2: 3.0, 19: 1.0, 20: 3.0}
+    history = [step(at, number=ends.get(at, 9.0)) for at in range(1, 21)]
+    result = dwl(write_run(tmp_path / "run", history))
+    assert result.exit_code == 0
+    assert "4.000 → 2.000" in result.output  # means of the first and the last tenth: two steps each
+    assert "No evaluation was logged" in result.output
+
+
+def test_a_single_step_is_its_own_start_and_end(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [step(1, number=2.0)])
+    assert "2.000 → 2.000" in dwl(folder, "--html", tmp_path / "page.html").output
+    assert (tmp_path / "page.html").is_file()
+
+
+def test_a_class_that_is_absent_at_times_has_a_gap_and_not_a_zero(tmp_path: Path) -> None:
+    gone = {key: value for key, value in step(2, share=0.0).items() if key not in ("dwl/nll/number", "dwl/p/number")}
+    (run,) = read_runs([write_run(tmp_path / "run", [step(1, number=3.0), gone, step(3, number=1.0)])])
+    values = run.curve("dwl/nll/number").values
+    assert [values[0], values[2]] == [3.0, 1.0]
+    assert math.isnan(values[1])
+    assert rows_of(run)[0].nll == (3.0, 1.0)
+
+
+def test_a_class_that_was_never_seen_has_no_numbers(tmp_path: Path) -> None:
+    history = [{key: value for key, value in entry.items() if "nll/number" not in key} for entry in HISTORY]
+    result = dwl(write_run(tmp_path / "run", history))
+    assert result.exit_code == 0
+    assert cells_of(result, "number")[-2:] == ["–", "–"]
+
+
+def test_what_is_no_number_is_a_gap(tmp_path: Path) -> None:
+    odd = [math.nan, math.inf, None, "3.0", True, [1]]
+    between = [{**step(at), "dwl/nll/number": value} for at, value in enumerate(odd, start=2)]
+    folder = write_run(tmp_path / "run", [step(1, number=3.0), *between, step(9, number=1.0)])
+    (run,) = read_runs([folder])
+    first, *values, last = run.curve("dwl/nll/number").values
+    assert (first, last) == (3.0, 1.0)
+    assert all(map(math.isnan, values))
+    assert dwl(folder, "--html", tmp_path / "page.html").exit_code == 0
+
+
+def test_a_run_without_classes_is_one_row(tmp_path: Path) -> None:
+    history = [{"step": at, "loss": 0.1 / at, "nll": 2.0 / at, "dwl/p": 0.1, "dwl/alpha/rest": 1.0,
+                "dwl/nll/rest": 2.0 / at, "dwl/token_share/rest": 1.0, "dwl/loss_share/rest": 1.0} for at in (1, 2)]  # fmt: skip
+    result = dwl(write_run(tmp_path / "run", history, {"loss": "dft"}), "--html", tmp_path / "page.html")
+    assert result.exit_code == 0
+    assert "2.000 → 1.000" in result.output
+    assert "rest" not in result.output
+    assert "In training: loss 0.100 → 0.050, nll 2.000 → 1.000" in result.output
+
+
+def test_under_nll_classes_have_no_alpha(tmp_path: Path) -> None:
+    entries = [{**step(at), "dwl/alpha/number": 1.0, "dwl/alpha/rest": 1.0} for at in (1, 2)]
+    measured = {"loss": "nll", "dwl": {"classes": DWL["dwl"]["classes"]}}  # type: ignore[index]
+    for config in (measured, None):
+        (run,) = read_runs([write_run(tmp_path / str(config is None), entries, config)])
+        assert not run.weighs_classes
+
+
+# --- which state -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_state_that_was_written_last_is_read(tmp_path: Path) -> None:
+    """A shorter run over the folder of a longer one."""
+    write_state(tmp_path / "checkpoint-9", [step(at, number=9.0) for at in range(1, 10)], age=60)
+    write_state(tmp_path / "checkpoint-2", [step(at, number=2.0) for at in (1, 2)])
+    (run,) = read_runs([tmp_path])
+    assert run.state.parent.name == "checkpoint-2"
+
+
+def test_of_one_run_the_state_that_is_further_along_is_read(tmp_path: Path) -> None:
+    """Copied without their times, the checkpoints of a run are newest in any order."""
+    history = [step(at) for at in range(1, 10)]
+    write_state(tmp_path / "checkpoint-9", history, age=60)
+    write_state(tmp_path / "checkpoint-2", history[:2])
+    (run,) = read_runs([tmp_path])
+    assert run.step == 9
+
+
+def test_a_checkpoint_can_be_named_itself(run: Path) -> None:
+    (read,) = read_runs([run / "checkpoint-3"])
+    assert read.block is not None
+    assert read.step == 3
+
+
+def test_a_state_that_is_being_written_is_passed_over_for_the_one_before(tmp_path: Path) -> None:
+    write_state(tmp_path / "checkpoint-1", [step(1)], age=5)
+    newer = write_state(tmp_path / "checkpoint-2", [step(1), step(2)])
+    newer.write_text(newer.read_text()[:-40])
+    result = dwl(tmp_path)
+    assert result.exit_code == 0
+    assert "1 optimizer steps" in result.output
+    assert re.search(r"checkpoint-2.*cut off", result.output.replace("\n", ""))
+
+
+def test_a_checkpoint_that_the_trainer_removes_meanwhile_is_no_crash(run: Path) -> None:
+    """`save_total_limit` at work: what was listed is not there any more."""
+    (run / "checkpoint-1").mkdir()
+    (run / "checkpoint-1" / "trainer_state.json").symlink_to(run / "gone")
+    assert dwl(run).exit_code == 0
+
+
+def error_of(result: Result) -> str:
+    assert result.exit_code == 1
+    assert result.exception is None or isinstance(result.exception, SystemExit), "a crash"
+    return " ".join(result.output.split())
+
+
+def test_only_broken_states_are_one_error(tmp_path: Path) -> None:
+    write_state(tmp_path, []).write_text('{"log_history": [')
+    assert "cut off" in error_of(dwl(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"log_history": 3}', '"x"'])
+def test_another_json_of_that_name_is_no_state(tmp_path: Path, text: str) -> None:
+    (tmp_path / "trainer_state.json").write_text(text)
+    assert "no `log_history`" in error_of(dwl(tmp_path))
+
+
+def test_a_folder_without_a_state_says_what_writes_one_and_where_one_is(run: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "save_steps" in error_of(dwl(empty))
+    assert f"Did you mean {run}?" in error_of(dwl(run.parent))
+    assert "output_dir" in error_of(dwl(tmp_path / "nowhere"))
+
+
+def test_a_run_of_plain_axolotl_is_told_apart_from_one_that_has_not_begun(tmp_path: Path) -> None:
+    assert "without `loss:`" in error_of(dwl(write_run(tmp_path / "plain", [{"step": 1, "loss": 2.0}], None)))
+    assert "nothing yet" in error_of(dwl(write_run(tmp_path / "fresh", [], None)))
+
+
+def test_a_config_of_another_version_costs_the_names_order_and_not_the_report(run: Path) -> None:
+    (run / "dwl_config.yaml").write_text("loss: [not, ours]\n")
+    result = dwl(run)
+    assert result.exit_code == 0
+    assert "number" in result.output
+    assert "named as they were logged" in " ".join(result.output.split())
+
+
+# --- several runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_compared_class_by_class_against_the_first(run: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "two" / "out", [*HISTORY[:4], evaluation(3, number=0.9, rest=0.55)])
+    result = dwl(run, "--compare", other)
+    assert result.exit_code == 0, result.output
+    assert "exp/out" in result.output
+    assert "two/out" in result.output
+    assert cells_of(result, "number") == ["0.600", "0.900 (+50.0 %)"]
+    assert cells_of(result, "rest") == ["1.100", "0.550 (−50.0 %)"]
+    rows, source, notes = compared(read_runs([run, other]))
+    assert [(row.name, row.best) for row in rows] == [("number", 0), ("rest", 1), (None, 1)]
+    assert (source, notes) == ("the held-out rows", [])
+
+
+def test_what_does_not_compare_is_said(run: Path, tmp_path: Path) -> None:
+    shorter = write_run(tmp_path / "shorter", HISTORY[:3])
+    other_data = write_run(tmp_path / "data", [*HISTORY[:4], evaluation(3, number=1.0, rest=1.0, share=0.5)])
+    _, _, notes = compared(read_runs([run, shorter]))
+    assert any("not come equally far" in note for note in notes)
+    _, _, notes = compared(read_runs([run, other_data]))
+    assert any("different shares" in note for note in notes)
+
+
+def test_a_run_without_evaluation_makes_training_batches_the_measure(run: Path, tmp_path: Path) -> None:
+    bare = write_run(tmp_path / "bare", HISTORY[1:4])
+    rows, source, notes = compared(read_runs([run, bare]))
+    assert source == "the last tenth of the training batches"
+    assert rows[0].nll == (1.0, 1.0)
+    assert any("Not every run has an evaluation" in note for note in notes)
+
+
+def test_a_class_that_one_run_lacks_is_a_dash(run: Path, tmp_path: Path) -> None:
+    swapped = [{key.replace("number", "word"): value for key, value in entry.items()} for entry in HISTORY]
+    other = write_run(tmp_path / "other", swapped, None)
+    result = dwl(run, "--compare", other, "--html", tmp_path / "page.html")
+    assert result.exit_code == 0
+    assert cells_of(result, "word") == ["–", "0.600 (–)"]
+
+
+def test_one_run_and_several_are_asked_for_in_different_words(run: Path) -> None:
+    for arguments in ([run, run.parent], [run, "--compare"], []):
+        assert dwl(*arguments).exit_code == 2
+    assert "named twice" in error_of(dwl(run, "--compare", run))
+
+
+def test_a_baseline_without_alpha_has_no_line_among_the_alphas(run: Path, tmp_path: Path) -> None:
+    measured = {"loss": "nll", "dwl": {"classes": DWL["dwl"]["classes"]}}  # type: ignore[index]
+    history = [{**entry, **{key: 1.0 for key in entry if key.startswith("dwl/alpha/")}} for entry in HISTORY]
+    baseline = write_run(tmp_path / "nll" / "out", history, measured)
+    text = page_of(baseline, "--compare", run, at=tmp_path / "page.html")
+    alphas = re.findall(r"<svg.*?</svg>", text[text.index("α by class") :], flags=re.DOTALL)[0]
+    words = "".join(ElementTree.fromstring(alphas).itertext())
+    assert "exp/out" in words
+    assert "nll/out" not in words
+
+
+# --- the page ----------------------------------------------------------------------------------------------------------------
+
+HOSTILE = "</svg><script>alert(1)</script>\"'&$x^2$"
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for key, value in attrs if key in ("src", "href", "xlink:href", "action")]
+
+
+def page_of(*arguments: object, at: Path) -> str:
+    result = dwl(*arguments, "--html", at)
+    assert result.exit_code == 0, result.output
+    return at.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("page")
+    return page_of(write_run(folder / "run", HISTORY), at=folder / "page.html")
+
+
+def test_the_page_stands_alone(page: str) -> None:
+    tags = Tags()
+    tags.feed(page)
+    assert {"script", "link", "img", "iframe", "object", "image"}.isdisjoint(tags.tags)
+    assert all(link.startswith("#") for link in tags.links)
+    assert not re.findall(r"url\((?!#)|@import", page)
+    assert tags.tags.count("svg") == 4
+    for svg in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL):
+        ElementTree.fromstring(svg)
+
+
+def test_names_from_strangers_are_text_and_nothing_else(tmp_path: Path) -> None:
+    history = [{key.replace("number", HOSTILE): value for key, value in entry.items()} for entry in HISTORY]
+    hostile = write_run(tmp_path / HOSTILE.replace("/", "∕"), history, None)
+    other = write_run(tmp_path / "b", history, None)
+    for arguments in ([hostile], [hostile, "--compare", other]):
+        text = page_of(*arguments, at=tmp_path / "page.html")
+        assert "<script" not in text
+        assert "&lt;script&gt;" in text
+        drawn = [
+            "".join(ElementTree.fromstring(svg).itertext())
+            for svg in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+        ]
+        assert any("$x^2$" in words for words in drawn), "a name was read as a formula"
+
+
+def test_a_name_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    history = [{key.replace("number", "\x1b[31mred[bold]"): value for key, value in entry.items()} for entry in HISTORY]
+    result = dwl(write_run(tmp_path / "run", history, None))
+    assert "\x1b" not in result.output
+    assert "[31mred" in result.output
+
+
+def test_colours_are_the_pages_so_that_dark_and_print_change_them(page: str) -> None:
+    drawn = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
+    assert not re.search("|".join([*figures.PALETTE, figures.INK, figures.GRID]), drawn)
+    assert set(re.findall(r"var\((--\w+)\)", drawn)) <= set(re.findall(r"(--\w+):", page))
+    assert "prefers-color-scheme: dark" in page
+    assert "@media print" in page
+
+
+def test_no_two_lines_look_alike_without_colour() -> None:
+    looks = {(str(style.dash), style.marker) for style in map(figures.style_of, range(35))}
+    assert len(looks) == 35
+
+
+def test_labels_keep_their_distance_and_their_order() -> None:
+    places = figures._apart([0.1, 0.11, 0.12, 0.9, 0.99, 1.0], gap=0.1)
+    assert places == sorted(places)
+    assert all(b - a >= 0.1 - 1e-12 for a, b in itertools.pairwise(places))
+    assert max(places) <= 1.0 + 1e-12
+    assert figures._apart([0.2, 0.8], gap=0.1) == [0.2, 0.8]
+    assert figures._apart([0.0] * 11, gap=0.1) == pytest.approx([k / 10 for k in range(11)])
+    assert figures._apart([0.0, 0.0, 0.9], gap=0.1) == pytest.approx([0.0, 0.1, 0.9])
+
+
+def test_a_long_curve_is_drawn_as_means_of_neighbours_and_keeps_its_gaps() -> None:
+    curve = Curve(tuple(range(1, 9)), (1.0, 3.0, math.nan, 5.0, math.nan, math.nan, 7.0, 9.0))
+    thin = curve.thinned(4)
+    assert thin.steps == (2, 4, 6, 8)
+    assert (thin.values[0], thin.values[1], thin.values[3]) == (2.0, 5.0, 8.0)
+    assert math.isnan(thin.values[2])
+    assert curve.thinned(8) is curve
+
+
+def test_a_long_run_stays_a_small_page(tmp_path: Path) -> None:
+    history: list[Entry] = [step(at, number=1 + 1 / at) for at in range(1, 5001)]
+    assert len(page_of(write_run(tmp_path / "run", history), at=tmp_path / "page.html")) < 300_000
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_old_page_and_says_so(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "page.html"
+    old.write_text("old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device; the file that is there was not touched" in error_of(dwl(run, "--html", old))
+    assert old.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exp", "page.html"]
+
+
+def test_a_folder_that_is_not_there_is_named(run: Path, tmp_path: Path) -> None:
+    assert "No such file or directory" in error_of(dwl(run, "--html", tmp_path / "no" / "page.html"))
+
+
+def test_a_written_file_replaces_whole_and_follows_links(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    write_whole(link, b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+
+
+def test_without_matplotlib_the_table_is_there_and_the_page_names_the_remedy(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    assert dwl(run).exit_code == 0
+    result = dwl(run, "--html", tmp_path / "page.html")
+    assert "pip install 'axolotl-dwl[plots]'" in error_of(result)
+    assert "0.20 → 0.70" in " ".join(result.output.split()), "the table comes first"
+
+
+def test_reading_a_state_needs_nothing_heavy(run: Path) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from pathlib import Path; from rich.console import Console; from dwl_plugin.cli.report import report;"
+        f"report(Console(quiet=True), [Path({json.dumps(str(run))})], None);"
+        "print([name for name in ('torch', 'axolotl', 'transformers', 'matplotlib') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
