@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 IGNORED = -100
+REFERENCE = "ours, nll"
 
 
 @dataclass(frozen=True)
@@ -60,43 +61,18 @@ def tensors(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.
     return hidden, weight, targets
 
 
-def methods(case: Case, device: str) -> dict[str, Loss]:
-    """Name -> mean loss over targets. A method that this machine or these versions lack is left out by name."""
-    from dwl_plugin import linear_cross_entropy
-
-    cap, mean = case.softcap, lambda targets: (targets != IGNORED).sum()
+def builders(case: Case, device: str) -> dict[str, Callable[[], Loss]]:
+    """Name -> how to get its mean loss over targets; a peer is imported when it is built."""
+    cap = case.softcap
     token_weight = torch.linspace(0.5, 1.5, case.tokens, device=device)
     exponents = torch.linspace(0.0, 1.0, case.tokens, device=device)
+
+    def mean(targets: torch.Tensor) -> torch.Tensor:
+        return (targets != IGNORED).sum()
 
     def logits_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         logits = F.linear(hidden, weight)
         return cap * torch.tanh(logits / cap) if cap else logits
-
-    def ours(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return linear_cross_entropy(h, w, t, softcap=cap).loss / mean(t)
-
-    def ours_dft(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return linear_cross_entropy(h, w, t, softcap=cap, exponent=1.0).loss / mean(t)
-
-    def ours_weighted(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        options = {"token_weight": token_weight, "exponent": exponents, "min_weight": 0.01}
-        return linear_cross_entropy(h, w, t, softcap=cap, **options).loss / mean(t)
-
-    def full(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return (F.cross_entropy(logits_of(h, w).float(), t, reduction="none") * token_weight).sum() / mean(t)
-
-    def full_compacted(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        rows = (t != IGNORED).nonzero().squeeze(1)
-        nll = F.cross_entropy(logits_of(h[rows], w).float(), t[rows], reduction="none")
-        return (nll * token_weight[rows]).sum() / rows.numel()
-
-    found: dict[str, Loss] = {
-        "ours, nll": ours,
-        "ours, dft": ours_dft,
-        "ours, weights, exponents, floor": ours_weighted,
-        "full logits, weighted": full,
-        "full logits, targets only": full_compacted,
-    }
 
     def outputs(h: torch.Tensor, w: torch.Tensor) -> Any:
         return type("Outputs", (), {"logits": logits_of(h, w)[None]})()
@@ -104,42 +80,115 @@ def methods(case: Case, device: str) -> dict[str, Loss]:
     def unshifted(t: torch.Tensor) -> torch.Tensor:
         return F.pad(t, (1, 0), value=IGNORED)[None, :-1].clone()  # these losses shift by themselves
 
-    from trl.trainer import sft_trainer
+    def ours(**options: Any) -> Loss:
+        from dwl_plugin import linear_cross_entropy
 
-    found["TRL dft_loss"] = lambda h, w, t: sft_trainer.dft_loss(outputs(h, w), unshifted(t))
-    if hasattr(sft_trainer, "_chunked_cross_entropy_loss"):
-        chunked = sft_trainer._chunked_cross_entropy_loss
-        found["TRL chunked_nll"] = lambda h, w, t: chunked(h, w, 256, shift_labels=t, final_logit_softcapping=cap)[0]
-    try:
+        return lambda h, w, t: linear_cross_entropy(h, w, t, softcap=cap, **options).loss / mean(t)
+
+    def paying(*names: str) -> Loss:
+        """Objectives side by side, each on its share of the tokens."""
+        from dwl_plugin.loss.objectives import EntropyGate, Focal, Objective, Power, Term
+
+        every: dict[str, Objective] = {
+            "nll": Power(), "threshold": Power(1.0, 0.0, 0.7), "focal": Focal(), "eaft": EntropyGate(),
+        }  # fmt: skip
+        turn = torch.arange(case.tokens, device=device) % len(names)
+        return ours(terms=[Term(every[name], (turn == k).float()) for k, name in enumerate(names)])
+
+    def anchored() -> Loss:
+        from dwl_plugin.loss.anchor import Anchor
+
+        base = torch.randn(case.tokens, case.hidden, device=device).to(getattr(torch, case.dtype))
+        return ours(exponent=1.0, anchor=Anchor(torch.full_like(token_weight, 0.05), base))
+
+    def full() -> Loss:
+        return lambda h, w, t: (
+            (F.cross_entropy(logits_of(h, w).float(), t, reduction="none") * token_weight).sum() / mean(t)
+        )
+
+    def full_compacted() -> Loss:
+        def loss(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            rows = (t != IGNORED).nonzero().squeeze(1)
+            nll = F.cross_entropy(logits_of(h[rows], w).float(), t[rows], reduction="none")
+            return (nll * token_weight[rows]).sum() / rows.numel()
+
+        return loss
+
+    def trl_dft() -> Loss:
+        from trl.trainer.sft_trainer import dft_loss
+
+        return lambda h, w, t: dft_loss(outputs(h, w), unshifted(t))
+
+    def trl_chunked() -> Loss:
+        from trl.trainer.sft_trainer import _chunked_cross_entropy_loss
+
+        return lambda h, w, t: _chunked_cross_entropy_loss(h, w, 256, shift_labels=t, final_logit_softcapping=cap)[0]
+
+    def axolotl_dft() -> Loss:
         from axolotl.monkeypatch.loss.dft import dft_loss
+
+        return lambda h, w, t: dft_loss(outputs(h, w), unshifted(t))
+
+    def axolotl_eaft() -> Loss:
         from axolotl.monkeypatch.loss.eaft import eaft_loss
 
-        found["Axolotl dft_loss"] = lambda h, w, t: dft_loss(outputs(h, w), unshifted(t))
-        found["Axolotl eaft_loss"] = lambda h, w, t: eaft_loss(outputs(h, w), unshifted(t))
-    except ImportError:
-        print("left out: Axolotl's losses (not installed)", file=sys.stderr)
-    try:
+        return lambda h, w, t: eaft_loss(outputs(h, w), unshifted(t))
+
+    def apple() -> Loss:
         from cut_cross_entropy import linear_cross_entropy as cce
 
-        impl = "cce" if device == "cuda" else "torch_compile"
-        found["Apple CCE, compiled"] = lambda h, w, t: cce(h, w, t, softcap=cap, impl=impl)
-    except ImportError:
-        print("left out: Apple's cut-cross-entropy (not installed; --group bench)", file=sys.stderr)
-    if hasattr(F, "linear_cross_entropy") and not cap:
+        return lambda h, w, t: cce(h, w, t, softcap=cap, impl="cce" if device == "cuda" else "torch_compile")
+
+    def torchs(chunk: int) -> Loss:
         from torch.nn import LinearCrossEntropyOptions
 
+        def loss(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            rows = (t != IGNORED).nonzero().squeeze(1)
+            options = LinearCrossEntropyOptions(batch_chunk_size=chunk)
+            return F.linear_cross_entropy(h[rows], w, t[rows], options=options)
+
+        return loss
+
+    def liger() -> Loss:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as fused
+
+        return lambda h, w, t: fused(h, w, t, softcap=cap)
+
+    weighted = {"token_weight": token_weight, "exponent": exponents, "min_weight": 0.01}
+    found: dict[str, Callable[[], Loss]] = {
+        "ours, nll": ours,
+        "ours, dft": lambda: ours(exponent=1.0),
+        "ours, weights, exponents, floor": lambda: ours(**weighted),
+        "ours, dft with a threshold": lambda: paying("threshold"),
+        "ours, focal": lambda: paying("focal"),
+        "ours, eaft": lambda: paying("eaft"),
+        "ours, four objectives by class": lambda: paying("nll", "threshold", "focal", "eaft"),
+        "ours, asft without its base's forward": anchored,
+        "full logits, weighted": full,
+        "full logits, targets only": full_compacted,
+        "TRL dft_loss": trl_dft,
+        "TRL chunked_nll": trl_chunked,
+        "Axolotl dft_loss": axolotl_dft,
+        "Axolotl eaft_loss": axolotl_eaft,
+        "Apple CCE, compiled": apple,
+    }
+    if hasattr(F, "linear_cross_entropy") and not cap:
         for chunk in (64, 256, 1024):
-
-            def torchs(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, chunk: int = chunk) -> torch.Tensor:
-                rows = (t != IGNORED).nonzero().squeeze(1)
-                options = LinearCrossEntropyOptions(batch_chunk_size=chunk)
-                return F.linear_cross_entropy(h[rows], w, t[rows], options=options)
-
-            found[f"torch F.linear_cross_entropy, {chunk} rows"] = torchs
+            found[f"torch F.linear_cross_entropy, {chunk} rows"] = lambda chunk=chunk: torchs(chunk)
     if device == "cuda":
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+        found["Liger fused"] = liger
+    return found
 
-        found["Liger fused"] = lambda h, w, t: liger(h, w, t, softcap=cap)
+
+def methods(case: Case, device: str, only: Sequence[str]) -> dict[str, Loss]:
+    """Name -> loss. A method that this machine or these versions lack is left out by name."""
+    found = {}
+    for name, build in builders(case, device).items():
+        if name == REFERENCE or not only or any(part in name for part in only):
+            try:
+                found[name] = build()
+            except ImportError as error:
+                print(f"left out: {name} ({error})", file=sys.stderr)
     return found
 
 
@@ -149,8 +198,8 @@ def step(loss: Loss, tensors_: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) 
     loss(hidden, weight, targets).backward()
 
 
-def seconds(case: Case, names: list[str], reps: int, device: str) -> dict[str, list[float]]:
-    data, every = tensors(case, device), methods(case, device)
+def seconds(case: Case, every: dict[str, Loss], reps: int, device: str) -> dict[str, list[float]]:
+    data, names = tensors(case, device), list(every)
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     taken: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
@@ -167,9 +216,9 @@ def seconds(case: Case, names: list[str], reps: int, device: str) -> dict[str, l
 
 def extra_memory(case: Case, name: str, device: str) -> float:
     """MiB that one call adds at its peak, in this process."""
-    data, loss = tensors(case, device), methods(case, device)[name]
+    data, loss = tensors(case, device), builders(case, device)[name]()
     warm = case if "compiled" in name else Case(16, case.hidden, 512, 0.0, case.dtype, case.trained, case.softcap)
-    step(methods(warm, device)[name], tensors(warm, device))
+    step(builders(warm, device)[name](), tensors(warm, device))
     data[0].grad = data[1].grad = None
     gc.collect()
     if device == "cuda":
@@ -189,13 +238,12 @@ def _resident(key: str) -> float:
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) / 1024
 
 
-def measure(case: Case, reps: int, device: str) -> dict[str, tuple[float, float, float]]:
+def measure(case: Case, reps: int, device: str, only: Sequence[str]) -> dict[str, tuple[float, float, float]]:
     """name -> (seconds, ratio of its time to ours, MiB)."""
-    names = list(methods(case, device))
-    taken = seconds(case, names, reps, device)
-    reference = taken["ours, nll"]
+    taken = seconds(case, methods(case, device, only), reps, device)
+    reference = taken[REFERENCE]
     found = {}
-    for name in names:
+    for name in taken:
         command = [sys.executable, __file__, "--memory-of", name, "--case", json.dumps(asdict(case))]
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         memory = float(child.stdout.split()[-1]) if child.returncode == 0 else float("nan")
@@ -205,7 +253,7 @@ def measure(case: Case, reps: int, device: str) -> dict[str, tuple[float, float,
 
 
 def table(case: Case, found: dict[str, tuple[float, float, float]]) -> str:
-    ours = found["ours, nll"]
+    ours = found[REFERENCE]
     lines = [f"### {case}", "", "| | ms | time, × ours | extra MiB | memory, × ours |", "|---|---:|---:|---:|---:|"]
     for name, (duration, ratio, memory) in found.items():
         lines.append(f"| {name} | {duration * 1e3:,.0f} | {ratio:.2f} | {memory:,.0f} | {memory / ours[2]:.1f} |")
@@ -245,6 +293,7 @@ def main() -> None:
     parser.add_argument("--softcap", type=float, default=None)
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", nargs="*", default=(), help="parts of the methods' names; ours is always there")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -260,7 +309,7 @@ def main() -> None:
             for ignored in options.ignored:
                 for head in options.head:
                     case = Case(tokens, hidden, vocab, ignored, dtype, head == "trained", options.softcap)
-                    results[case] = measure(case, options.reps, options.device)
+                    results[case] = measure(case, options.reps, options.device, options.only)
                     print(table(case, results[case]), flush=True)
     if options.figure:
         figure(results, options.figure)
