@@ -44,7 +44,12 @@ def train(settings: dict[str, Any], before: Callable[[Any], None] | None = None)
             before(trainer)
         trainer.add_callback(_Keep(parameters))
 
-    run = harness.train(settings, prepare)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as on a rank of many: then a lone run's forward passes are the same, bit for bit
+    try:
+        run = harness.train(settings, prepare)
+    finally:
+        torch.set_num_threads(threads)
     return Report(run.history, parameters, dict(run.trainer.state.stateful_callbacks))
 
 
@@ -119,7 +124,6 @@ def _serve(rank: int, size: int, pipe: Connection) -> None:
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
         GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", ACCELERATE_MIXED_PRECISION="no",
     )  # fmt: skip
-    torch.set_num_threads(1)
     harness.import_host()
     import axolotl.utils.trainer
 

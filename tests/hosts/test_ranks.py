@@ -123,7 +123,7 @@ def test_two_ranks_are_held_to_the_same_base_model_as_one(
 ) -> None:
     """The base model's forward runs inside DDP's, without gradients."""
     lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "lora_dropout": 0.0}
-    settings = five_steps(uneven, "class_mean", dft={"anchor": 0.3}, learning_rate=1.0, **lora)
+    settings = five_steps(uneven, "class_mean", dft={"anchor": 0.3}, learning_rate=0.3, **lora)
     one = on_ranks.train(configure(**settings, out=tmp_path / "one", gradient_accumulation_steps=2))
     two, _ = ranks(on_ranks.train, configure(**settings))
     assert one.logged("dwl/kl")[0] == pytest.approx(0.0, abs=1e-6)
