@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,15 @@ import torch.nn.functional as F
 from dwl_plugin import LossSpec, attach, linear_cross_entropy
 from tests.loss.mutants import naive
 from tests.loss.oracle import Case, per_token, relative
-from tests.loss.test_linear_cross_entropy import full_case, options_of, random_case, run
+from tests.loss.test_linear_cross_entropy import (
+    OBJECTIVES,
+    anchored_case,
+    full_case,
+    options_of,
+    random_case,
+    run,
+    terms_case,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -27,9 +37,15 @@ def full_precision() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def on_device(case: Case) -> Case:
-    moved = {f.name: getattr(case, f.name) for f in fields(case)}
-    return replace(case, **{k: v.cuda() for k, v in moved.items() if isinstance(v, torch.Tensor)})
+def on_device(value: Any) -> Any:
+    """`value` with every tensor inside it on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.cuda()
+    if isinstance(value, list | tuple):
+        return type(value)(map(on_device, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: on_device(getattr(value, f.name)) for f in fields(value)})
+    return value
 
 
 def cuda_errors(case: Case, *, trained: bool) -> dict[str, float]:
@@ -46,9 +62,13 @@ def cuda_errors(case: Case, *, trained: bool) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-@pytest.mark.parametrize("make", [random_case, full_case], ids=["plain", "every argument"])
-def test_fp32_equals_the_definition(make: object, trained: bool) -> None:
-    case = make(3, 41, vocab=1009, width=64)  # type: ignore[operator]
+@pytest.mark.parametrize(
+    "make",
+    [random_case, full_case, partial(terms_case, objectives=tuple(OBJECTIVES.values())), anchored_case],
+    ids=["plain", "every argument", "every objective", "anchored"],
+)
+def test_fp32_equals_the_definition(make: Callable[..., Case], trained: bool) -> None:
+    case = make(3, 41, vocab=1009, width=64)
     assert max(cuda_errors(case, trained=trained).values()) <= 2e-6
 
 
