@@ -101,6 +101,22 @@ def builders(case: Case, device: str) -> dict[str, Callable[[], Loss]]:
         base = torch.randn(case.tokens, case.hidden, device=device).to(getattr(torch, case.dtype))
         return ours(exponent=1.0, anchor=Anchor(torch.full_like(token_weight, 0.05), base))
 
+    def matmuls() -> Loss:
+        """The products that no method can do without, in tiles as ours, and nothing else."""
+
+        @torch.no_grad()
+        def multiply(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> None:
+            rows = h[(t != IGNORED).nonzero().squeeze(1)]
+            grad_h, grad_w = torch.zeros_like(rows), torch.empty_like(w) if case.trained else None
+            for start in range(0, len(w), 1024):
+                tile = w[start : start + 1024]
+                logits = rows @ tile.t()
+                grad_h.addmm_(logits, tile)
+                if grad_w is not None:
+                    torch.mm(logits.t(), rows, out=grad_w[start : start + 1024])
+
+        return lambda h, w, t: (multiply(h, w, t), h[:1].sum())[1]
+
     def full() -> Loss:
         return lambda h, w, t: (
             (F.cross_entropy(logits_of(h, w).float(), t, reduction="none") * token_weight).sum() / mean(t)
@@ -164,6 +180,7 @@ def builders(case: Case, device: str) -> dict[str, Callable[[], Loss]]:
         "ours, eaft": lambda: paying("eaft"),
         "ours, four objectives by class": lambda: paying("nll", "threshold", "focal", "eaft"),
         "ours, asft without its base's forward": anchored,
+        "the matmuls alone": matmuls,
         "full logits, weighted": full,
         "full logits, targets only": full_compacted,
         "TRL dft_loss": trl_dft,

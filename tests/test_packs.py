@@ -267,9 +267,9 @@ def test_yaml_that_is_more_than_data_is_refused(text: str, path: str, says: str)
 
 def test_a_billion_laughs_cost_nothing() -> None:
     lines = ["a0: &a0 [lol, lol]"] + [f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60)]
-    began = time.monotonic()
+    began = time.process_time()
     assert "anchors" in refusals("\n".join(lines))["p.yml:1"]
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 def test_sizes_are_limited(tmp_path: Path) -> None:
@@ -287,9 +287,9 @@ def test_sizes_are_limited(tmp_path: Path) -> None:
     "pattern", ["(?:(?:a{1000}){1000}){1000}", "(" * 1500 + ")" * 1500, "a{3000000}", "(?:(?:[ab]{99}){99}c){99}"]
 )
 def test_a_pattern_that_would_fill_the_memory_when_compiled_is_refused(pattern: str) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     assert "dwl.classes.a.regex" in problems_of({"classes": {"a": {"regex": pattern}}})
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize(
