@@ -43,7 +43,7 @@ _LEAST_WIDTH = 256
 _ROWS = {"cpu": 1024, "cuda": 8192}
 # A trained head keeps a block's exponentials for ∂W, and each block reads and writes ∂W: this much, or a quarter of ∂W.
 _KEPT_BYTES = 64 * _MIB
-# On a CPU blocks of few rows multiply slowly: a batch that needs more than two or three gets larger ones, up to this many times.
+# On a CPU blocks of few rows multiply slowly: a batch that needs more than three gets larger ones, up to this many times.
 _STRETCH = {"cpu": 4, "cuda": 1}
 # A row's reference follows its maximum only when it lags by this much: e^20 is far from overflow, and rescaling costs.
 _LAG = 20.0
@@ -232,7 +232,9 @@ def _plan(N: int, V: int, H: int, device: str, kept: bool, operand: torch.dtype,
     most_rows = _ROWS[kind]
     if kept:
         in_budget = max(1, max(_KEPT_BYTES, V * H) // (softmaxes * V * operand.itemsize))
-        most_rows = min(most_rows, max(in_budget, min(N // 2, _STRETCH[kind] * in_budget)))
+        if N > 3 * in_budget:
+            in_budget = max(in_budget, min(N // 2, _STRETCH[kind] * in_budget))
+        most_rows = min(most_rows, in_budget)
     rows = math.ceil(N / math.ceil(N / most_rows))
     tiles = math.ceil(V / max(_LEAST_WIDTH, _TILE_BYTES[kind] // (4 * rows)))
     width = math.ceil(V / tiles)
