@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 from dwl_plugin.errors import ConfigError, Problem
 
@@ -17,15 +18,18 @@ class RunLength:
     steps_per_epoch: float | None
 
     def step(self, position: int | str, path: str) -> float:
-        """`position` (`200`, `10%`, `2ep`) in optimizer steps; `path` is its place in the YAML, for the error."""
+        """`position` (`200`, `10%`, `2ep`) in optimizer steps; `path` is its place in the YAML, for the error.
+
+        Reckoned in fractions: in floats 7% of 100 lies after step 7.
+        """
         if isinstance(position, int) or position.isdecimal():
             return float(position)
         if position.endswith("%"):
             if self.total_steps is None:
                 raise ConfigError([Problem(path, "this run has no known length, so a share of it is no step", position,
                                            hint="write a number of steps, or set `max_steps`")])  # fmt: skip
-            return float(position[:-1]) / 100 * self.total_steps
+            return float(Fraction(position[:-1]) / 100 * self.total_steps)
         if self.steps_per_epoch is None:
             raise ConfigError([Problem(path, "the dataset has no known length, so epochs cannot be counted", position,
                                        hint="write a number of steps")])  # fmt: skip
-        return float(position[:-2]) * self.steps_per_epoch
+        return float(Fraction(position[:-2]) * Fraction(self.steps_per_epoch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Annotated
 
 import regex
@@ -74,7 +75,7 @@ def position(value: object) -> object:
         return int(match["step"])
     if match["unit"] == "%" and float(match["number"]) > 100:
         raise PydanticCustomError("dwl", "past the end of the run: a share is at most `100%`")
-    return f"{float(match['number']):g}{match['unit']}"
+    return f"{Decimal(match['number']).normalize():f}{match['unit']}"
 
 
 _POSITION_SCHEMA = {

@@ -55,6 +55,11 @@ class ScheduleOptions(Strict):
 
     type: str = Field(description="Which schedule.")
 
+    @property
+    def last_position(self) -> tuple[str, int | str] | None:
+        """The option that says where the numbers come to rest, and its value; None where they never do."""
+        return (self.ascending_keys[-1], getattr(self, self.ascending_keys[-1])) if self.ascending_keys else None
+
 
 class ConstantSchedule(ScheduleOptions):
     """No movement: what leaving the schedule out gives, written down."""
@@ -105,6 +110,7 @@ class StepSchedule(ScheduleOptions):
     """One jump: `to` from the position `at` on."""
 
     vector_keys: ClassVar[tuple[str, ...]] = ("to",)
+    ascending_keys: ClassVar[tuple[str, ...]] = ("at",)
 
     type: Literal["step"]
     to: Vector = Field(description="The numbers from `at` on.")
@@ -121,6 +127,11 @@ class KeyframesSchedule(ScheduleOptions):
     interpolation: Literal["hold", "linear", "cosine"] = Field(
         "linear", description="Between two keyframes: hold (jump at each), linear, or cosine."
     )
+
+    @property
+    def last_position(self) -> tuple[str, int | str]:
+        last = list(self.at)[-1]
+        return f"at.{last}", last
 
 
 class WarmupSchedule(ScheduleOptions):

@@ -147,6 +147,23 @@ def test_a_ramp_begins_and_ends_at_exactly_the_numbers_of_the_yaml() -> None:
         assert alpha(20) == alpha(199) == (0.8, 0.0, 0.2)
 
 
+@pytest.mark.parametrize("steps", [1, 7, 50, 100, 150, 1000, 12345])
+def test_every_percent_of_a_run_begins_at_its_own_step(steps: int) -> None:
+    """In floats 7% of 100 is a little more than 7, and a jump there comes a step late."""
+    for percent in range(1, 101):
+        alpha = alpha_of(block(type="step", at=f"{percent}%"), RunLength(steps, None))
+        first = next(tau for tau in range(steps + 1) if alpha(tau) != alpha(0) or tau * 100 >= percent * steps)
+        assert first * 100 >= percent * steps
+        assert alpha(first) != alpha(0), (percent, steps)
+
+
+def test_a_position_keeps_every_digit_that_was_written() -> None:
+    options = block(type="linear", start="12.3456789%", end="1000000.50 ep").schedule
+    assert options is not None
+    assert options.last_position == ("end", "1000000.5ep")
+    assert options.start == "12.3456789%"  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(("schedule", "length", "path", "words"), [
     ({"type": "linear", "start": "10%"}, RunLength(None, 60.0), "start", "no known length"),
     ({"type": "linear", "start": 0, "end": "2ep"}, RunLength(200, None), "end", "epochs"),
