@@ -122,6 +122,7 @@ class Controller:
         """Plain values; `load` of them goes on as if nothing had happened."""
         return {
             "type": self.options.type,
+            "options": self.options.model_dump(mode="json"),
             "classes": list(self.names),
             "alpha": list(self.alpha),
             "signal": None if self.signal is None else list(self.signal),
@@ -134,13 +135,27 @@ class Controller:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Raises `ConfigError` if the state is of another controller or other classes."""
+        """Other options than the state's hold from here on, the floor at once.
+
+        Raises `ConfigError` if the state is of another controller or other classes, or if its numbers would mean something else.
+        """
         theirs, ours = (state["type"], list(state["classes"])), (self.options.type, list(self.names))
         if theirs != ours:
             was, now = (f"`{kind}` over {', '.join(classes)}" for kind, classes in (theirs, ours))
             why = f"the checkpoint was written by {was}; this is {now}"
             raise ConfigError([Problem(PATH, why, hint="resume with the config of the checkpoint, or start a new run")])
+        before, options = state["options"], self.options.model_dump(mode="json")
+        again = "resume with the value of the checkpoint, or start a new run"
+        if before.get("signal") != options.get("signal"):
+            why = f"the checkpoint's controller has learned from `signal: {before.get('signal')}`"
+            raise ConfigError([Problem(f"{PATH}.signal", why, options.get("signal"), hint=again)])
+        if options.get("reference") == "base" != before.get("reference"):
+            why = "can only be measured before the first step, and the checkpoint's run did not"
+            raise ConfigError([Problem(f"{PATH}.reference", why, "base", hint=again)])
         self.alpha = tuple(state["alpha"])
+        if min(self.alpha) < self.options.min_alpha:
+            with np.errstate(divide="ignore"):
+                self.alpha = tuple(self._floored(np.log(np.array(self.alpha))).tolist())
         self.signal = None if state["signal"] is None else tuple(state["signal"])
         self._updates, self._memory = state["updates"], copy.deepcopy(state["memory"])
         self._average_C, self._first_C = _numbers(state["average"]), _numbers(state["first"])

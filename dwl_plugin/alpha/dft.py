@@ -10,7 +10,7 @@ from dwl_plugin.alpha.tau import RunLength
 from dwl_plugin.config import Block, DFTConfig, TokenLossConfig
 from dwl_plugin.config.token_loss import SCHEDULED
 
-__all__ = ["token_losses_of"]
+__all__ = ["token_loss_paths", "token_losses_of"]
 
 
 def token_losses_of(block: Block, length: RunLength) -> Callable[[int], tuple[TokenLossConfig, ...]] | None:
@@ -19,11 +19,7 @@ def token_losses_of(block: Block, length: RunLength) -> Callable[[int], tuple[To
     Raises `ConfigError` for positions that this run's length cannot place, and for those that turn out to be in the wrong order.
     """
     losses = block.token_losses
-    own = [spec.dft for spec in block.class_configs.values()] + [None]
-    paths = [
-        "dft" if dft is None else f"dwl.classes.{name}.dft" for name, dft in zip(block.class_names, own, strict=True)
-    ]
-    curves = [_curve(loss, length, path) for loss, path in zip(losses, paths, strict=True)]
+    curves = [_curve(loss, length, path) for loss, path in zip(losses, token_loss_paths(block), strict=True)]
     if not any(curves):
         return None
 
@@ -34,6 +30,14 @@ def token_losses_of(block: Block, length: RunLength) -> Callable[[int], tuple[To
         )
 
     return at
+
+
+def token_loss_paths(block: Block) -> list[str]:
+    """Where the `dft` of each of `Block.class_names` stands in the YAML."""
+    own = [spec.dft for spec in block.class_configs.values()] + [None]
+    return [
+        "dft" if dft is None else f"dwl.classes.{name}.dft" for name, dft in zip(block.class_names, own, strict=True)
+    ]
 
 
 def _curve(loss: TokenLossConfig, length: RunLength, path: str) -> Curve | None:

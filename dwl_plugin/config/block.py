@@ -85,6 +85,12 @@ class Block(Strict):
         return bool(self.class_configs) or self.reduction == "sequence_mean_token_sum"
 
     @property
+    def moves(self) -> bool:
+        """Whether anything changes over the run, so that its length matters."""
+        scheduled = (loss.schedule for loss in self.token_losses if isinstance(loss, DFTConfig))
+        return any(what is not None for what in (self.schedule, self.controller, *scheduled))
+
+    @property
     def overlap(self) -> Overlap:
         """Whether a token is in one class or in every class that matches."""
         return "first" if self.dwl is None else self.dwl.overlap

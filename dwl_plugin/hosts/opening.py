@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from dwl_plugin.alpha.dft import token_loss_paths, token_losses_of
 from dwl_plugin.alpha.schedule import Alpha, alpha_of
 from dwl_plugin.alpha.tau import RunLength
-from dwl_plugin.config import Block, ControllerOptions, DFTConfig, LossControllerOptions
+from dwl_plugin.config import Block, ControllerOptions, DFTConfig, LossControllerOptions, ScheduleOptions
+from dwl_plugin.config.token_loss import SCHEDULED
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.loss.reduction import class_weights
 
-__all__ = ["ClassWeight", "class_weight_table", "hints", "opening_lines", "other_length_lines"]
+__all__ = ["ClassWeight", "class_weight_table", "hints", "opening_lines", "other_length_lines", "other_options_lines"]
 
 
 def opening_lines(
@@ -95,6 +97,20 @@ def _schedule_hints(
             )
 
 
+def _end_hints(block: Block, length: RunLength) -> Iterator[str]:
+    for path, options in _scheduled(block).items():
+        if options.last_position is None or length.total_steps is None:
+            continue
+        option, position = options.last_position
+        end = length.step(position, f"{path}.{option}")
+        if end > length.total_steps:
+            what = "α" if path == "dwl.schedule" else "dft"
+            yield (
+                f"hint: `{path}.{option}` is step {end:g} and this run ends at step {length.total_steps}, so {what} does not "
+                "get to the end of its schedule"
+            )
+
+
 def _controller(options: ControllerOptions) -> Iterator[str]:
     looks_at = (
         f"by the {options.signal} nll of the classes" if isinstance(options, LossControllerOptions) else "by itself"
@@ -106,7 +122,8 @@ def _controller(options: ControllerOptions) -> Iterator[str]:
 
 def other_length_lines(block: Block, trained_for: RunLength, length: RunLength, tau: int) -> Iterator[str]:
     """A resumed run that is not as long as its checkpoint was trained for: shares and epochs lie elsewhere now."""
-    if trained_for == length or (block.schedule is None and block.controller is None):
+    scheduled = _scheduled(block)
+    if trained_for == length or not (scheduled or block.controller):
         return
     for what, old, new in (
         ("steps", trained_for.total_steps, length.total_steps),
@@ -114,15 +131,42 @@ def other_length_lines(block: Block, trained_for: RunLength, length: RunLength, 
     ):
         if old != new:
             yield f"resumed at step {tau}: the checkpoint was trained for {_known(old)} {what}, this run has {_known(new)}"
-    if block.schedule is None:
-        return
-    try:
-        before, now = alpha_of(block, trained_for)(tau), alpha_of(block, length)(tau)
-    except ConfigError:  # the run before could not place its positions in the way they are written now
-        return
-    if before != now:
-        told = ", ".join(f"{name} {a:.3f} → {b:.3f}" for name, a, b in zip(block.class_names, before, now, strict=True))
-        yield f"positions of the schedule count in this run's length, so α jumps at step {tau}: {told}"
+    for path in scheduled:
+        try:
+            before, now = (_numbers(block, path, run, tau) for run in (trained_for, length))
+        except ConfigError:  # the run before could not place its positions in the way they are written now
+            continue
+        if before != now:
+            told = ", ".join(f"{name} {a:.3f} → {now[name]:.3f}" for name, a in before.items())
+            what = "α jumps" if path == "dwl.schedule" else "its numbers jump"
+            yield f"positions of `{path}` count in this run's length, so {what} at step {tau}: {told}"
+
+
+def _scheduled(block: Block) -> dict[str, ScheduleOptions]:
+    """Every schedule by its path."""
+    found = {"dwl.schedule": block.schedule}
+    for path, loss in zip(token_loss_paths(block), block.token_losses, strict=True):
+        found[f"{path}.schedule"] = loss.schedule if isinstance(loss, DFTConfig) else None
+    return {path: options for path, options in found.items() if options is not None}
+
+
+def _numbers(block: Block, path: str, length: RunLength, tau: int) -> dict[str, float]:
+    """What the schedule at `path` makes of its numbers at τ."""
+    if path == "dwl.schedule":
+        return dict(zip(block.class_names, alpha_of(block, length)(tau), strict=True))
+    at = token_losses_of(block, length)
+    assert at is not None
+    loss = at(tau)[list(token_loss_paths(block)).index(path.removesuffix(".schedule"))]
+    return {name: getattr(loss, name) for name in SCHEDULED}
+
+
+def other_options_lines(options: ControllerOptions, saved: Mapping[str, Any]) -> Iterator[str]:
+    """A resumed run whose controller has other options than its checkpoint's, as `Controller.state` keeps them."""
+    now = options.model_dump(mode="json")
+    changed = [key for key in now.keys() | saved.keys() if now.get(key) != saved.get(key)]
+    if changed:
+        told = ", ".join(f"`{key}` {saved.get(key)} → {now.get(key)}" for key in sorted(changed))
+        yield f"the controller goes on with what it has learned and with other options than its checkpoint's: {told}"
 
 
 def _known(number: float | None) -> str:
@@ -134,6 +178,8 @@ def hints(
 ) -> Iterator[str]:
     """What is likely not meant, in the arguments of `opening_lines`."""
     moves = block.schedule is not None or block.controller is not None
+    if length.total_steps:
+        yield from _end_hints(block, length)
     if block.schedule is not None and length.total_steps:
         alphas = [alpha_at(tau) for tau in sorted({round((length.total_steps - 1) * k / 500) for k in range(501)})]
         yield from _schedule_hints(block, counts, alphas, length.total_steps)

@@ -31,7 +31,15 @@ def base_nll(trainer: Trainer, rows: int, names: tuple[str, ...]) -> dict[str, f
     picked = np.random.default_rng(trainer.args.seed).permutation(len(dataset))[:rows]
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext(), torch.random.fork_rng():
-        loader = trainer.get_eval_dataloader(dataset.select(sorted(picked.tolist())))
+        kept = trainer.__dict__.pop(
+            "_eval_dataloaders", None
+        )  # with persistent workers the host would keep this one for its own
+        try:
+            loader = trainer.get_eval_dataloader(dataset.select(sorted(picked.tolist())))
+        finally:
+            trainer.__dict__.pop("_eval_dataloaders", None)
+            if kept is not None:
+                trainer._eval_dataloaders = kept
         output = trainer.evaluation_loop(loader, _PREFIX, prediction_loss_only=True, metric_key_prefix=_PREFIX)
     trainer.callback_handler.on_predict(trainer.args, trainer.state, trainer.control, {})  # closes the progress bar
     measured = {name: f"{_PREFIX}_dwl/nll/{name}" for name in names}

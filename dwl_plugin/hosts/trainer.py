@@ -30,7 +30,7 @@ from dwl_plugin.hosts.checkpoints import finished_checkpoints
 from dwl_plugin.hosts.closed_loop import ClosedLoop
 from dwl_plugin.hosts.collate import CLASS_IDS, LabellingCollator
 from dwl_plugin.hosts.finite import FirstBadStep
-from dwl_plugin.hosts.opening import opening_lines, other_length_lines
+from dwl_plugin.hosts.opening import opening_lines, other_length_lines, other_options_lines
 from dwl_plugin.hosts.reference import base_nll
 from dwl_plugin.hosts.refusals import without_base_model
 from dwl_plugin.hosts.versions import divided_later
@@ -82,6 +82,7 @@ class Session:
         self.alpha = block.alpha
         self.length = RunLength(None, None)
         self.loop: ClosedLoop | None = None
+        self.base_nll: dict[str, float] | None = None
         self.train_sums, self.eval_sums = ClassSums(self.names), ClassSums(self.names)
         self.step_counts: torch.Tensor | None = None
         self.keeps_logits = False  # an evaluation that hands the logits on
@@ -324,6 +325,9 @@ class StepHook(TrainerCallback):
             trained_for = RunLength(**saved["run"])
             for line in other_length_lines(session.block, trained_for, session.length, state.global_step):
                 say(line)
+            if session.loop is not None:
+                for line in other_options_lines(session.loop.controller.options, saved["controller"]["options"]):
+                    say(line)
 
     def _close_loop(self, saved: dict[str, Any] | None, steps: int) -> None:
         """The controller, as the checkpoint left it or from the start."""
@@ -343,7 +347,9 @@ class StepHook(TrainerCallback):
         if state is not None:
             loop.load(state, trainer.args.process_index)
         if controller.rows_to_measure:
-            controller.compare_with(base_nll(trainer, controller.rows_to_measure, session.names))
+            if session.base_nll is None:  # kept: a run that begins again with smaller batches has taken steps
+                session.base_nll = base_nll(trainer, controller.rows_to_measure, session.names)
+            controller.compare_with(session.base_nll)
         session.loop = loop
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -14,6 +14,7 @@ import pytest
 from dwl_plugin.alpha.controllers import Controller
 from dwl_plugin.alpha.tau import RunLength
 from dwl_plugin.config import parse
+from dwl_plugin.errors import ConfigError
 
 LENGTH = RunLength(total_steps=200, steps_per_epoch=50.0)
 K = 4
@@ -99,16 +100,9 @@ def doremi(L: list[np.ndarray], alpha: np.ndarray) -> np.ndarray:
     return (1 - 1e-4) * a / a.sum() + 1e-4 / K
 
 
-class rlw:  # noqa: N801
+def rlw(L: list[np.ndarray], alpha: np.ndarray) -> np.ndarray:
     """2111.10603: softmax of standard normal noise, drawn anew each time."""
-
-    def __init__(self) -> None:
-        self.draws = 0
-
-    def __call__(self, L: list[np.ndarray], alpha: np.ndarray) -> np.ndarray:
-        z = np.random.default_rng([3, self.draws]).normal(size=K)
-        self.draws += 1
-        return softmax(z)
+    return softmax(np.random.default_rng([3, len(L) - 1]).normal(size=K))
 
 
 EXCESS = {"signal": "excess_over_ref", "reference": dict(zip(NAMES, REFERENCE.tolist(), strict=True))}
@@ -119,7 +113,7 @@ PAPERS: dict[str, tuple[dict[str, Any], Callable[..., np.ndarray]]] = {
     "softadapt, both": ({"type": "softadapt", "normalized": True, "loss_weighted": True, "beta": 2.0}, softadapt_both),
     "group_dro": ({"type": "group_dro", "ema": 0.0}, group_dro),
     "doremi": ({"type": "doremi", "ema": 0.0, "reference": EXCESS["reference"]}, doremi),
-    "rlw": ({"type": "rlw", "seed": 3}, rlw()),
+    "rlw": ({"type": "rlw", "seed": 3}, rlw),
 }
 
 
@@ -250,6 +244,45 @@ def test_a_state_written_as_json_goes_on_bit_for_bit(name: str) -> None:
             rest.append(second.alpha)
         assert np.array_equal(np.array(rest), expected[stop:])
         assert saved == kept, "the state that was handed in was changed"
+
+
+def test_a_raised_floor_holds_from_the_moment_of_loading() -> None:
+    means, tokens = random_windows(count=9)
+    low = controller(type="group_dro", every=1, eta=2.0, min_alpha=0.0)
+    follow(low, means * 5, tokens)
+    assert min(low.alpha) < 0.1
+    raised = controller(type="group_dro", every=1, eta=2.0, min_alpha=0.1, max_change=0.01)
+    raised.load(low.state())
+    path = np.vstack([raised.alpha, follow(raised, means * 5, tokens)])
+    assert path.min() >= 0.1
+    assert np.abs(path.sum(axis=1) - 1).max() < 1e-12
+    assert path[0] == pytest.approx(0.6 * np.array(low.alpha) + 0.1, abs=1e-12)
+
+
+def test_a_lowered_floor_leaves_alpha_as_it_was() -> None:
+    means, tokens = random_windows(count=9)
+    high = controller(type="group_dro", every=1, min_alpha=0.1)
+    follow(high, means, tokens)
+    lowered = controller(type="group_dro", every=1, min_alpha=0.01)
+    lowered.load(high.state())
+    assert lowered.alpha == high.alpha
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "path"),
+    [
+        ({"signal": "raw"}, {"signal": "ratio_to_init"}, "signal"),
+        ({"signal": "ratio_to_init"}, EXCESS, "signal"),
+        (EXCESS, {**EXCESS, "reference": "base"}, "reference"),
+    ],
+)
+def test_a_state_whose_numbers_would_mean_something_else_is_refused(
+    before: dict[str, Any], after: dict[str, Any], path: str
+) -> None:
+    state = controller(type="softmax_loss", **PLAIN, **before).state()
+    with pytest.raises(ConfigError) as caught:
+        controller(type="softmax_loss", **PLAIN, **after).load(state)
+    assert [problem.path for problem in caught.value.problems] == [f"dwl.controller.{path}"]
 
 
 def test_a_measured_reference_is_used_and_kept() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from dwl_plugin.errors import ConfigError
-from tests.hosts import ranks as on_ranks
 from tests.hosts.harness import CLASSES, train
-from tests.hosts.ranks import Ranks
 
 Configure = Callable[..., dict[str, Any]]
 ALPHA = {"reasoning": 1, "number": 5, "control": 2, "rest": 2}
@@ -71,37 +70,66 @@ def test_alpha_is_the_papers_update_of_the_plain_nll_over_whole_windows(configur
     assert np.abs(logged[1:] - np.array(signals)[2:6:2]).max() < 1e-12
 
 
-def test_two_ranks_with_unequal_rows_have_one_alpha(configure: Configure, tmp_path: Path, ranks: Ranks) -> None:
-    settings = {"loss": "dwl", "dwl": dwl(GROUP_DRO), "max_steps": 6, "optimizer": "sgd", "learning_rate": 0.1}
-    one = on_ranks.train(configure(**settings, gradient_accumulation_steps=2))
-    first, second = ranks(on_ranks.train, configure(**settings, out=tmp_path / "two"))
-    alpha = column(first.history, "alpha")
-    assert np.array_equal(alpha, column(second.history, "alpha"))
-    assert np.abs(alpha - column(one.history, "alpha")).max() < 1e-6
-    assert np.abs(np.diff(alpha, axis=0)).max() > 0.01, "nothing moved, so nothing was compared"
+def too_big(done: list[int], trainer: Any) -> None:
+    """The fourth micro-batch does not fit; `done` gets the size of each."""
+    step = trainer.training_step
+
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        done.append(trainer._train_batch_size)
+        if trainer._train_batch_size > 2 and len(done) == 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate everything.")
+        return step(*args, **kwargs)
+
+    trainer.training_step = training_step
 
 
 def test_a_run_that_begins_again_with_smaller_batches_begins_from_nothing(configure: Configure, tmp_path: Path) -> None:
     """The steps before are still in the weights, so they are of size 0 here."""
     settings = {"loss": "dwl", "dwl": dwl(GROUP_DRO), "max_steps": 5, "learning_rate": 0.0}
     done: list[int] = []
-
-    def too_big(trainer: Any) -> None:
-        step = trainer.training_step
-
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            done.append(trainer._train_batch_size)
-            if trainer._train_batch_size > 2 and len(done) == 4:
-                raise RuntimeError("CUDA out of memory. Tried to allocate everything.")
-            return step(*args, **kwargs)
-
-        trainer.training_step = training_step
-
-    again = train(configure(**settings, micro_batch_size=4, auto_find_batch_size=True), before=too_big)
+    again = train(configure(**settings, micro_batch_size=4, auto_find_batch_size=True), before=partial(too_big, done))
     size = again.trainer._train_batch_size
     assert done == [4] * 4 + [size] * 5
     fresh = train(configure(**settings, micro_batch_size=size, out=tmp_path / "fresh"))
     assert np.array_equal(column(again.history, "alpha"), column(fresh.history, "alpha"))
+
+
+def reference_of(settings: dict[str, Any], before: Callable[[Any], None] = lambda trainer: None) -> list[float]:
+    sessions: list[Any] = []
+
+    def keep(trainer: Any) -> None:
+        sessions.append(trainer._dwl)
+        before(trainer)
+
+    train(settings, before=keep)
+    found: list[float] = sessions[0].loop.controller.state()["reference"]
+    return found
+
+
+def test_steps_that_were_taken_before_a_run_begins_again_are_not_in_its_reference(
+    configure: Configure, tmp_path: Path
+) -> None:
+    controller = {"type": "doremi", "reference": "base", "reference_rows": 1000}
+    settings = {"loss": "dwl", "dwl": dwl(controller), "max_steps": 4, "learning_rate": 0.05, "micro_batch_size": 4}
+    done: list[int] = []
+    again = reference_of(configure(**settings, auto_find_batch_size=True), partial(too_big, done))
+    assert len(done) > 4
+    assert again == pytest.approx(reference_of(configure(**settings, out=tmp_path / "fresh")), rel=1e-5)
+
+
+def test_measuring_the_reference_leaves_the_evaluation_its_own_rows(configure: Configure) -> None:
+    """With persistent workers the host keeps the loader of the first evaluation for all that follow."""
+    evaluated: list[int] = []
+
+    class Evaluated(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            evaluated.append(len(kwargs["eval_dataloader"].dataset))
+
+    controller = {"type": "doremi", "reference": "base", "reference_rows": 30}
+    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 1}
+    settings = configure(loss="dwl", dwl=dwl(controller), val_set_size=8, eval_steps=1, max_steps=2, **workers)
+    train(settings, before=lambda trainer: trainer.add_callback(Evaluated()))
+    assert set(evaluated) == {8}
 
 
 def test_the_reference_is_the_base_model_and_the_adapter_comes_back(configure: Configure) -> None:
@@ -167,3 +195,19 @@ def test_another_length_than_the_checkpoint_was_trained_for_is_said(
     assert "[dwl] resumed at step 2: the checkpoint was trained for 4 steps, this run has 8" in said
     assert any("number 0.300 → 0.400" in line for line in said)
     assert column(run.history, "alpha")[2][1] == pytest.approx(0.4)
+
+
+def test_other_options_than_the_checkpoints_are_said_and_hold_at_once(
+    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"loss": "dwl", "max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    first = train(configure(**settings, dwl=dwl({**GROUP_DRO, "every": 1, "eta": 2})))
+    assert column(first.history, "alpha")[2].min() < 0.1
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    other = dwl({**GROUP_DRO, "every": 1, "eta": 0.25, "min_alpha": 0.1})
+    capsys.readouterr()
+    run = train(configure(**settings, dwl=other, out=tmp_path / "other", resume_from_checkpoint=checkpoint))
+    said = [line for line in capsys.readouterr().out.splitlines() if "other options" in line]
+    assert len(said) == 1
+    assert "`eta` 2.0 → 0.25, `min_alpha` 0.02 → 0.1" in said[0]
+    assert column(run.history, "alpha")[-1].min() >= 0.1

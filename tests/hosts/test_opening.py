@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from dwl_plugin.alpha.schedule import alpha_of
+from dwl_plugin.alpha.tau import RunLength
 from dwl_plugin.config import Block, parse
-from dwl_plugin.hosts.opening import class_weight_table
+from dwl_plugin.hosts.opening import class_weight_table, hints, other_length_lines, other_options_lines
 
 COUNTS = (20, 30, 50, 100, 4)
 """Two classes and `rest`, 100 targets, 4 samples."""
@@ -45,3 +47,56 @@ def test_overlapping_classes_share_more_than_all_tokens_and_all_of_the_weight() 
     assert [row.token_share for row in rows] == pytest.approx([0.6, 0.5, 0.1])
     assert [row.one_token for row in rows] == pytest.approx([0.5 * 100 / mass, 0.3 * 100 / mass, 0.2 * 100 / mass])
     assert [row.weight_share for row in rows] == pytest.approx([30 / mass, 15 / mass, 2 / mass])
+
+
+TO = {"a": 1, "b": 1, "rest": 8}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "option", "step"),
+    [
+        ({"type": "linear", "to": TO, "end": 150}, "end", 150),
+        ({"type": "step", "to": TO, "at": 101}, "at", 101),
+        ({"type": "keyframes", "at": {50: TO, "2.5ep": TO}}, "at.2.5ep", 125),
+        ({"type": "warmup", "to": TO, "end": "3ep"}, "end", 150),
+    ],
+)
+def test_a_schedule_that_ends_past_the_run_is_said(schedule: dict[str, Any], option: str, step: int) -> None:
+    def said(total: int) -> list[str]:
+        found, length = block(schedule=schedule), RunLength(total, 50)
+        return [line for line in hints(found, None, alpha_of(found, length), length, None) if "end of its" in line]
+
+    (line,) = said(100)
+    assert line.startswith(f"hint: `dwl.schedule.{option}` is step {step} and this run ends at step 100")
+    assert not said(150)
+
+
+def test_a_dft_schedule_that_ends_past_the_run_is_said_once() -> None:
+    found = parse({"loss": "dwl", "dft": {"schedule": {"type": "linear", "to": {"exponent": 0}, "end": 20}},
+                   "dwl": {"classes": {"a": {"token_ids": [1]}}, "token_loss": "dft"}})  # fmt: skip
+    assert found is not None
+    length = RunLength(10, None)
+    (line,) = hints(found, None, alpha_of(found, length), length, None)
+    assert line.startswith("hint: `dft.schedule.end` is step 20 and this run ends at step 10")
+
+
+def test_a_dft_schedule_of_another_length_is_said() -> None:
+    found = parse({"loss": "dft", "dft": {"exponent": 0, "schedule": {"type": "linear", "to": {"exponent": 1}}}})
+    assert found is not None
+    lines = list(other_length_lines(found, RunLength(10, None), RunLength(20, None), 5))
+    assert lines[0] == "resumed at step 5: the checkpoint was trained for 10 steps, this run has 20"
+    assert "`dft.schedule`" in lines[1]
+    assert "exponent 0.500 → 0.250" in lines[1]
+    assert not list(other_length_lines(found, RunLength(10, None), RunLength(10, None), 5))
+
+
+def test_other_options_of_a_controller_are_said_in_a_line() -> None:
+    before, after = (
+        block(controller={"type": "group_dro", **more}).controller for more in ({}, {"eta": 0.5, "every": 3})
+    )
+    assert before is not None
+    assert after is not None
+    saved = before.model_dump(mode="json")
+    (line,) = other_options_lines(after, saved)
+    assert "`eta` 0.01 → 0.5, `every` 10 → 3" in line
+    assert not list(other_options_lines(before, saved))
