@@ -15,7 +15,7 @@ from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.hosts.axolotl_args import block_of, fused_losses_asked_for
 from dwl_plugin.hosts.checkpoints import choose_checkpoint
 from dwl_plugin.hosts.command_line import dropped_options
-from dwl_plugin.hosts.looking import look_at, picked_rows
+from dwl_plugin.hosts.looking import look_at, picked_rows, require_places
 from dwl_plugin.hosts.trainer import Session, join, leave, less_is_better, say
 from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl
 
@@ -71,17 +71,21 @@ class DWLPlugin(BasePlugin):
         block = block_of(cfg)
         if block is not None and not preprocess and (line := choose_checkpoint(cfg)):
             say(line)
-        if block is None or preprocess or not block.labels_tokens or _loaded_elsewhere(self):
+        if block is None or preprocess or not (block.labels_tokens or block.moves) or _loaded_elsewhere(self):
             return None
         from axolotl.cli.args import TrainerCliArgs
         from axolotl.common.datasets import load_datasets
         from axolotl.loaders import load_tokenizer
         from transformers.hf_argparser import HfArgumentParser
 
-        self._labeller = labeller_of(block, load_tokenizer(cfg))
+        if block.labels_tokens:
+            self._labeller = labeller_of(block, load_tokenizer(cfg))
         cli_args, _ = HfArgumentParser(TrainerCliArgs).parse_args_into_dataclasses(return_remaining_strings=True)
         meta = load_datasets(cfg=cfg, cli_args=cli_args)
-        self._look_at(meta.train_dataset, block, seed=cfg.seed)
+        if block.moves:
+            require_places(block, *_run_length(cfg, meta))
+        if self._labeller is not None:
+            self._look_at(meta.train_dataset, block, seed=cfg.seed)
         return meta
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
@@ -114,6 +118,17 @@ def _sample(dataset: Any, seed: int) -> list[dict[str, Any]]:
     if not hasattr(dataset, "select") or not {"input_ids", "labels"} <= set(dataset.column_names or ()):
         return []
     return list(dataset.select_columns(["input_ids", "labels"]).select(picked_rows(len(dataset), seed)))
+
+
+def _run_length(cfg: Any, meta: Any) -> tuple[int | None, float | None]:
+    """Steps of the run to come, and about how many of them are an epoch; None for what a stream does not tell."""
+    from axolotl.utils.trainer import calculate_total_num_steps
+
+    total = cfg.max_steps or meta.total_num_steps
+    if not hasattr(meta.train_dataset, "select"):
+        return (total if total and total > 0 else None), None
+    uncut = calculate_total_num_steps(cfg, meta.train_dataset, update=False) if cfg.max_steps else total
+    return total, uncut / cfg.num_epochs
 
 
 def _loaded_elsewhere(plugin: BasePlugin) -> bool:

@@ -62,6 +62,44 @@ def test_a_class_that_matches_nothing_stops_the_run_before_the_model(configure: 
     assert "allow_empty" in found["dwl.classes.code"]
 
 
+TO = {"number": 3, "rest": 1}
+UNPLACEABLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "an epoch of a stream": (
+        {"streaming": True},
+        {"controller": {"type": "rlw", "warmup": "1ep"}},
+        "dwl.controller.warmup",
+    ),
+    "an order that the length decides": (
+        {"max_steps": 10},
+        {"schedule": {"type": "keyframes", "at": {"50%": TO, 4: TO}}},
+        "dwl.schedule.at.4",
+    ),
+    "an order that the epoch decides": (
+        {"max_steps": 10},
+        {"schedule": {"type": "linear", "to": TO, "start": "2ep", "end": 9}},
+        "dwl.schedule.end",
+    ),
+}
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("name", UNPLACEABLE)
+def test_positions_that_the_run_cannot_place_stop_it_before_the_model(
+    configure: Configure, data_file: Path, name: str
+) -> None:
+    host, more, path = UNPLACEABLE[name]
+    dwl = {"classes": {"number": {"regex": r"\d+"}}, **more}
+    source = [{"path": str(data_file), "ds_type": "json", "type": "chat_template"}]
+    assert set(problems_of(configure(loss="dwl", dwl=dwl, datasets=source, **host))) == {path}
+
+
+@pytest.mark.usefixtures("no_model")
+def test_positions_of_dft_without_classes_stop_it_before_the_model(configure: Configure) -> None:
+    keyframes = {"type": "keyframes", "at": {"50%": {"exponent": 0}, 1: {"exponent": 1}}}
+    found = problems_of(configure(loss="dft", dft={"schedule": keyframes}, max_steps=8))
+    assert set(found) == {"dft.schedule.at.1"}
+
+
 def test_an_empty_class_may_be_allowed(configure: Configure) -> None:
     run = train(configure(loss="dwl", dwl={"classes": {"code": {"regex": "```", "allow_empty": True}}}, max_steps=1))
     assert run.logged("dwl/token_share/code") == [0.0]
