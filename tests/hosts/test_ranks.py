@@ -131,6 +131,39 @@ def test_two_ranks_are_held_to_the_same_base_model_as_one(
     assert_same(two, one)
 
 
+CONTROLLERS: dict[str, dict[str, Any]] = {
+    "softmax_loss": {"signal": "ratio_to_init", "temperature": 0.1},
+    "dwa": {"temperature": 0.1},
+    "softadapt": {"beta": 5},
+    "group_dro": {"eta": 0.5, "max_change": 0.2},
+    "doremi": {"reference": "base", "reference_rows": 20},
+    "rlw": {},
+}
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_two_ranks_with_unequal_rows_have_the_alpha_of_one(
+    configure: Configure, uneven: Path, ranks: Ranks, tmp_path: Path, name: str
+) -> None:
+    every = 1 if name == "dwa" else 2  # it needs two windows
+    controller = {"type": name, "every": every, "min_alpha": 0.02, **CONTROLLERS[name]}
+    block = {"classes": CLASSES, "alpha": ALPHA, "reduction": "class_mean", "controller": controller}
+    settings = five_steps(uneven, "class_mean", learning_rate=0.3) | {"dwl": block}
+    one = on_ranks.train(configure(**settings, out=tmp_path / "one", gradient_accumulation_steps=2))
+    first, second = ranks(on_ranks.train, configure(**settings))
+    for key in (f"dwl/alpha/{of}" for of in ALPHA):
+        assert first.logged(key) == second.logged(key), key
+        assert first.logged(key) == pytest.approx(one.logged(key), abs=1e-6), key
+        assert len(first.logged(key)) == 5
+    assert len(set(one.logged("dwl/alpha/number"))) > 1, "nothing moved, so nothing was compared"
+
+
+def test_every_controller_runs_on_two_ranks_here() -> None:
+    from dwl_plugin.alpha.controllers import _RULES
+
+    assert set(CONTROLLERS) == set(_RULES)
+
+
 def train_sharded(settings: dict[str, Any]) -> Report:
     """Axolotl refuses FSDP on a CPU, so its model is sharded after it was built, and not wrapped in DDP."""
     import axolotl.train

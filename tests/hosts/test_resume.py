@@ -31,16 +31,19 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "warmup": {"to": MOVED, "hold": "40%", "decay": "60%"},
     "cyclic": {"to": MOVED, "period": 3},
 }
-OFTEN = {"every": 3, "min_alpha": 0.02}
+OFTEN = {"every": 2, "min_alpha": 0.02}
 CONTROLLERS: dict[str, dict[str, Any]] = {
     "softmax_loss": {**OFTEN, "signal": "ratio_to_init"},
-    "dwa": {"every": 2},
+    "dwa": {"every": 2, "temperature": 0.1},
     "softadapt": {**OFTEN, "beta": 5},
     "group_dro": {**OFTEN, "eta": 0.5, "max_change": 0.1},
     "doremi": {**OFTEN, "reference": "base", "reference_rows": 8},
-    "rlw": {},
+    "rlw": {"every": 2},
 }
-KINDS = [("schedule", name) for name in SCHEDULES] + [("controller", name) for name in CONTROLLERS]
+DFT = {"linear": {"to": {"exponent": 1, "min_weight": 0.3}, "end": "75%"}}
+OPTIONS = {"schedule": SCHEDULES, "controller": CONTROLLERS, "dft": DFT}
+KINDS = [(kind, name) for kind, named in OPTIONS.items() for name in named]
+AFTER_THE_FIRST_UPDATE, WITHIN_A_WINDOW = 2, 5
 
 
 def test_every_kind_is_stopped_and_resumed_here() -> None:
@@ -59,10 +62,12 @@ def new_process() -> Iterator[ProcessPoolExecutor]:
 
 
 def settings_of(kind: str, name: str, stop: int) -> dict[str, Any]:
-    options = (SCHEDULES if kind == "schedule" else CONTROLLERS)[name]
-    block = {"classes": CLASSES, "alpha": ALPHA, "reduction": "class_mean", kind: {"type": name, **options}}
+    moving = {"type": name, **OPTIONS[kind][name]}
+    block = {"classes": CLASSES, "alpha": ALPHA, "reduction": "class_mean"}
+    block |= {"token_loss": "dft"} if kind == "dft" else {kind: moving}
+    dft = {"dft": {"exponent": 0.0, "schedule": moving}} if kind == "dft" else {}
     return {
-        "loss": "dwl", "dwl": block, "max_steps": STEPS, "num_epochs": 3, "save_strategy": "steps", "save_steps": stop,
+        "loss": "dwl", "dwl": block, **dft, "max_steps": STEPS, "num_epochs": 3, "save_strategy": "steps", "save_steps": stop,
         "save_total_limit": STEPS, "gradient_accumulation_steps": 2,
     }  # fmt: skip
 
@@ -85,12 +90,19 @@ def assert_goes_on(resumed: Report, whole: Report, stop: int) -> None:
 def test_a_new_process_goes_on_bit_for_bit(
     configure: Configure, tmp_path: Path, new_process: ProcessPoolExecutor, kind: str, name: str
 ) -> None:
-    stop = random.Random(name).randint(1, STEPS - 1)
-    settings = settings_of(kind, name, stop)
+    """At a random step; with a controller, where it has just spoken and while it listens."""
+    stops = (AFTER_THE_FIRST_UPDATE, WITHIN_A_WINDOW)
+    if kind != "controller":
+        stops = (random.Random(name).randint(1, STEPS - 1),)
+    settings = settings_of(kind, name, 1)
     whole = train(configure(**settings))
-    checkpoint = str(tmp_path / "run" / f"checkpoint-{stop}")
-    again = configure(**settings, out=tmp_path / "again", resume_from_checkpoint=checkpoint)
-    assert_goes_on(new_process.submit(train, again).result(), whole, stop)
+    moved = [entry for entry in whole.history if "loss" in entry]
+    key = "dwl/exponent/rest" if kind == "dft" else "dwl/alpha/number"
+    assert (len({entry[key] for entry in moved}) > 1) == (name != "constant"), "nothing moved, so nothing is compared"
+    for stop in stops:
+        checkpoint = str(tmp_path / "run" / f"checkpoint-{stop}")
+        again = configure(**settings, out=tmp_path / f"again-{stop}", resume_from_checkpoint=checkpoint)
+        assert_goes_on(new_process.submit(train, again).result(), whole, stop)
 
 
 @pytest.mark.parametrize(("kind", "name", "packed"), [("schedule", "linear", True), ("controller", "group_dro", False)])
