@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from dwl_plugin.alpha.schedule import Curve, ScheduleContext, Vector, curve_of
 from dwl_plugin.alpha.tau import RunLength
-from dwl_plugin.config import Block, DFTConfig, TokenLossConfig
+from dwl_plugin.config import Block, DFTConfig, ScheduleOptions, TokenLossConfig
 from dwl_plugin.config.token_loss import SCHEDULED
 
-__all__ = ["token_loss_paths", "token_losses_of"]
+__all__ = ["end_hints", "scheduled", "token_loss_paths", "token_losses_of"]
 
 
 def token_losses_of(block: Block, length: RunLength) -> Callable[[int], tuple[TokenLossConfig, ...]] | None:
@@ -38,6 +38,29 @@ def token_loss_paths(block: Block) -> list[str]:
     return [
         "dft" if dft is None else f"dwl.classes.{name}.dft" for name, dft in zip(block.class_names, own, strict=True)
     ]
+
+
+def scheduled(block: Block) -> dict[str, ScheduleOptions]:
+    """Every schedule by its path."""
+    found = {"dwl.schedule": block.schedule}
+    for path, loss in zip(token_loss_paths(block), block.token_losses, strict=True):
+        found[f"{path}.schedule"] = loss.schedule if isinstance(loss, DFTConfig) else None
+    return {path: options for path, options in found.items() if options is not None}
+
+
+def end_hints(block: Block, length: RunLength) -> Iterator[str]:
+    """Schedules that the run stops before the end of."""
+    for path, options in scheduled(block).items():
+        if options.last_position is None or length.total_steps is None:
+            continue
+        option, position = options.last_position
+        end = length.step(position, f"{path}.{option}")
+        if end > length.total_steps:
+            what = "α" if path == "dwl.schedule" else "dft"
+            yield (
+                f"hint: `{path}.{option}` is step {end:g} and this run ends at step {length.total_steps}, so {what} does not "
+                "get to the end of its schedule"
+            )
 
 
 def _curve(loss: TokenLossConfig, length: RunLength, path: str) -> Curve | None:

@@ -1,4 +1,4 @@
-"""`dwl schedule`: α(τ) of a config before anything is trained, by the same function that the run will use."""
+"""`dwl schedule`: α(τ) and the moving numbers of dft before anything is trained, by the same functions that the run will use."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from dwl_plugin.alpha.schedule import Alpha, alpha_of
+from dwl_plugin.alpha.dft import end_hints, scheduled, token_losses_of
+from dwl_plugin.alpha.schedule import Curve, alpha_of
 from dwl_plugin.alpha.tau import RunLength
 from dwl_plugin.cli.files import write_whole
-from dwl_plugin.config import REST, Block, parse
+from dwl_plugin.config import REST, Block, DFTConfig, parse
 from dwl_plugin.config.overrides import overridden, overrides_of
+from dwl_plugin.config.token_loss import SCHEDULED
 from dwl_plugin.errors import ConfigError, DWLError
 
 __all__ = ["IMAGE_SUFFIXES", "schedule"]
@@ -34,31 +36,53 @@ def schedule(console: Console, config: Path, steps: int | None, epoch_steps: int
     for override in overrides:
         console.print(str(override), markup=False, soft_wrap=True)
     block = parse(overridden(raw, overrides), folder=config.parent)
-    if block is None or block.loss != "dwl":
+    length = _length(raw, steps, epoch_steps)
+    try:
+        alpha_at = None if block is None or block.loss != "dwl" else alpha_of(block, length)
+        dft = None if block is None else _dft_curve(block, length)
+    except ConfigError as error:
+        raise DWLError(f"{error}{_what_is_needed(length, config)}") from error
+    if block is None or (alpha_at is None and dft is None):
         raise DWLError(
             f"{config} has no α: `loss: {'…' if block is None else block.loss}` gives every class the same weight."
         )
-    length = _length(raw, steps, epoch_steps)
-    try:
-        alpha_at = alpha_of(block, length)
-    except ConfigError as error:
-        raise DWLError(f"{error}{_what_is_needed(length, config)}") from error
     end = length.total_steps or _last_position(block)
     if block.controller is not None:
         kind = block.controller.type
-        if plot is not None:
+        if plot is not None and dft is None:
             raise DWLError(
                 f"There is no curve to draw before the run: the controller `{kind}` moves α by the losses it will see."
             )
         console.print(f"The controller `{kind}` moves α by the losses it will see, so only where α starts is known before the run. "
                       "`dwl report` shows where it went.", markup=False, soft_wrap=True)  # fmt: skip
-    elif block.schedule is None:
+    elif alpha_at is not None and block.schedule is None:
         console.print("α is constant: the config has no `schedule`.")
-    at = [0] if block.schedule is None else [round(end * k / 10) for k in range(11)]
-    _print_tables(console, block.class_names, alpha_at, at, length.total_steps)
+    every = [round(end * k / 10) for k in range(11)]
+    if alpha_at is not None:
+        at = [0] if block.schedule is None else every
+        _print_tables(console, block.class_names, alpha_at, at, length.total_steps)
+    if dft is not None:
+        _print_tables(console, dft[0], dft[1], every, length.total_steps)
+    for line in end_hints(block, length):
+        console.print(line, markup=False, soft_wrap=True)
     if plot is not None:
-        write_whole(plot, _image(block.class_names, alpha_at, end, plot.suffix.lower()))
+        drawn = [] if alpha_at is None or block.controller is not None else [("α", block.class_names, alpha_at)]
+        drawn += [] if dft is None else [("dft", *dft)]
+        write_whole(plot, _image(drawn, end, plot.suffix.lower()))
         console.print(f"Figure: {plot}", markup=False, soft_wrap=True)
+
+
+def _dft_curve(block: Block, length: RunLength) -> tuple[tuple[str, ...], Curve] | None:
+    """The numbers of dft that a schedule moves: their names, by class where there are several, and τ -> them."""
+    at = token_losses_of(block, length)
+    if at is None:
+        return None
+    moving = [
+        c for c, loss in enumerate(block.token_losses) if isinstance(loss, DFTConfig) and loss.schedule is not None
+    ]
+    several = len(block.class_names) > 1
+    names = tuple(f"{option} {block.class_names[c]}" if several else option for c in moving for option in SCHEDULED)
+    return names, lambda tau: tuple(getattr(at(tau)[c], option) for c in moving for option in SCHEDULED)
 
 
 def _read(config: Path) -> Mapping[str, Any]:
@@ -103,16 +127,16 @@ def _last_position(block: Block) -> int:
         elif isinstance(node, int) and not isinstance(node, bool):
             yield node
 
-    steps = named(None if block.schedule is None else block.schedule.model_dump())
+    steps = named({path: options.model_dump() for path, options in scheduled(block).items()})
     return 10 * math.ceil(0.12 * max([1, *steps]))
 
 
 def _print_tables(
-    console: Console, names: Sequence[str], alpha_at: Alpha, at: Sequence[int], total: int | None
+    console: Console, names: Sequence[str], alpha_at: Curve, at: Sequence[int], total: int | None
 ) -> None:
     """A row a step, downwards in time; a column a class with α and a bar. As many tables as it takes for the width."""
     alphas = [alpha_at(tau) for tau in at]
-    top = max(max(alpha) for alpha in alphas)
+    top = max(max(alpha) for alpha in alphas) or 1.0
     for shown in _fitting(names, console.width):
         table = Table(box=SIMPLE_HEAD, show_edge=False)
         table.add_column("step", justify="right")
@@ -145,14 +169,17 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-def _image(names: Sequence[str], alpha_at: Alpha, end: int, suffix: str) -> bytes:
+def _image(drawn: Sequence[tuple[str, Sequence[str], Curve]], end: int, suffix: str) -> bytes:
     from dwl_plugin.cli import figures
 
     figures.need_matplotlib()
     steps = sorted({round(end * k / _POINTS) for k in range(_POINTS + 1)})
-    alphas = [alpha_at(tau) for tau in steps]
-    lines = [
-        figures.Line(name, steps, [alpha[c] for alpha in alphas], figures.style_of(c, plain=name == REST))
-        for c, name in enumerate(names)
-    ]
-    return figures.to_image(figures.draw_labelled(figures.Panel("", lines), "α"), suffix)
+    lines: list[figures.Line] = []
+    for _, names, curve in drawn:
+        numbers = list(zip(*map(curve, steps), strict=True))
+        lines += [
+            figures.Line(name, steps, values, figures.style_of(len(lines) + c, plain=name == REST))
+            for c, (name, values) in enumerate(zip(names, numbers, strict=True))
+        ]
+    title = ", ".join(what for what, _, _ in drawn)
+    return figures.to_image(figures.draw_labelled(figures.Panel("", lines), title), suffix)

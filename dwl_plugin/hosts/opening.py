@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dwl_plugin.alpha.dft import token_loss_paths, token_losses_of
+from dwl_plugin.alpha.dft import end_hints, scheduled, token_loss_paths, token_losses_of
 from dwl_plugin.alpha.schedule import Alpha, alpha_of
 from dwl_plugin.alpha.tau import RunLength
-from dwl_plugin.config import Block, ControllerOptions, DFTConfig, LossControllerOptions, ScheduleOptions
+from dwl_plugin.config import Block, ControllerOptions, DFTConfig, LossControllerOptions
 from dwl_plugin.config.token_loss import SCHEDULED
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.loss.reduction import class_weights
@@ -97,20 +97,6 @@ def _schedule_hints(
             )
 
 
-def _end_hints(block: Block, length: RunLength) -> Iterator[str]:
-    for path, options in _scheduled(block).items():
-        if options.last_position is None or length.total_steps is None:
-            continue
-        option, position = options.last_position
-        end = length.step(position, f"{path}.{option}")
-        if end > length.total_steps:
-            what = "α" if path == "dwl.schedule" else "dft"
-            yield (
-                f"hint: `{path}.{option}` is step {end:g} and this run ends at step {length.total_steps}, so {what} does not "
-                "get to the end of its schedule"
-            )
-
-
 def _controller(options: ControllerOptions) -> Iterator[str]:
     looks_at = (
         f"by the {options.signal} nll of the classes" if isinstance(options, LossControllerOptions) else "by itself"
@@ -122,8 +108,8 @@ def _controller(options: ControllerOptions) -> Iterator[str]:
 
 def other_length_lines(block: Block, trained_for: RunLength, length: RunLength, tau: int) -> Iterator[str]:
     """A resumed run that is not as long as its checkpoint was trained for: shares and epochs lie elsewhere now."""
-    scheduled = _scheduled(block)
-    if trained_for == length or not (scheduled or block.controller):
+    schedules = scheduled(block)
+    if trained_for == length or not (schedules or block.controller):
         return
     for what, old, new in (
         ("steps", trained_for.total_steps, length.total_steps),
@@ -131,7 +117,7 @@ def other_length_lines(block: Block, trained_for: RunLength, length: RunLength, 
     ):
         if old != new:
             yield f"resumed at step {tau}: the checkpoint was trained for {_known(old)} {what}, this run has {_known(new)}"
-    for path in scheduled:
+    for path in schedules:
         try:
             before, now = (_numbers(block, path, run, tau) for run in (trained_for, length))
         except ConfigError:  # the run before could not place its positions in the way they are written now
@@ -140,14 +126,6 @@ def other_length_lines(block: Block, trained_for: RunLength, length: RunLength, 
             told = ", ".join(f"{name} {a:.3f} → {now[name]:.3f}" for name, a in before.items())
             what = "α jumps" if path == "dwl.schedule" else "its numbers jump"
             yield f"positions of `{path}` count in this run's length, so {what} at step {tau}: {told}"
-
-
-def _scheduled(block: Block) -> dict[str, ScheduleOptions]:
-    """Every schedule by its path."""
-    found = {"dwl.schedule": block.schedule}
-    for path, loss in zip(token_loss_paths(block), block.token_losses, strict=True):
-        found[f"{path}.schedule"] = loss.schedule if isinstance(loss, DFTConfig) else None
-    return {path: options for path, options in found.items() if options is not None}
 
 
 def _numbers(block: Block, path: str, length: RunLength, tau: int) -> dict[str, float]:
@@ -179,7 +157,7 @@ def hints(
     """What is likely not meant, in the arguments of `opening_lines`."""
     moves = block.schedule is not None or block.controller is not None
     if length.total_steps:
-        yield from _end_hints(block, length)
+        yield from end_hints(block, length)
     if block.schedule is not None and length.total_steps:
         alphas = [alpha_at(tau) for tau in sorted({round((length.total_steps - 1) * k / 500) for k in range(501)})]
         yield from _schedule_hints(block, counts, alphas, length.total_steps)

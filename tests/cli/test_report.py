@@ -119,6 +119,22 @@ def test_a_run_without_classes_is_one_row(tmp_path: Path) -> None:
     assert "In training: loss 0.100 → 0.050, nll 2.000 → 1.000" in result.output
 
 
+def test_what_moves_beside_alpha_is_in_the_terminal_and_on_the_page(tmp_path: Path) -> None:
+    history = [
+        step(at) | {"dwl/signal/number": 3.0 - at / 10, "dwl/signal/rest": 1.0, "dwl/exponent/number": at / 10,
+                    "dwl/min_weight/number": 0.25, "dwl/kl/number": 0.0, "dwl/kl/rest": at / 100}
+        for at in (0, 5, 10)
+    ]  # fmt: skip
+    folder, page = write_run(tmp_path / "run", history), tmp_path / "page.html"
+    shown = " ".join(dwl(folder, "--html", page).output.split())
+    assert "Signal: number 3.000 → 2.000, rest 1.000 → 1.000." in shown
+    assert "Exponent of dft: number 0.000 → 1.000." in shown
+    assert "Least weight of dft: number 0.250 → 0.250." in shown
+    assert "KL to the base model: number 0.000 → 0.000, rest 0.000 → 0.100." in shown
+    for title in ("Signal", "Exponent of dft", "Least weight of dft", "KL to the base model"):
+        assert page.read_text().count(f'aria-label="{title}"') == 1
+
+
 def test_under_nll_classes_have_no_alpha(tmp_path: Path) -> None:
     entries = [{**step(at), "dwl/alpha/number": 1.0, "dwl/alpha/rest": 1.0} for at in (1, 2)]
     measured = {"loss": "nll", "dwl": {"classes": DWL["dwl"]["classes"]}}  # type: ignore[index]

@@ -103,6 +103,38 @@ def test_a_config_without_alpha_is_told_so(tmp_path: Path, loss: str | None) -> 
     assert "has no α" in error_of(dwl(path))
 
 
+DFT = {"exponent": 0, "schedule": {"type": "linear", "to": {"exponent": 1, "min_weight": 0.5}}}
+
+
+def test_dft_without_alpha_shows_the_numbers_that_move(tmp_path: Path) -> None:
+    path = tmp_path / "train.yml"
+    path.write_text(yaml.safe_dump({"loss": "dft", "dft": DFT, "max_steps": 100}))
+    result = dwl(path, "--plot", tmp_path / "dft.svg")
+    rows = rows_of(result)
+    assert "exponent" in result.output
+    assert "min_weight" in result.output
+    moving = [(float(row[3]), float(next(cell for cell in row[4:] if cell[0] == "0"))) for row in rows]
+    assert moving == [(pytest.approx(k / 10), pytest.approx(k / 20)) for k in range(11)]
+    assert "min_weight" in (tmp_path / "dft.svg").read_text()
+
+
+def test_dft_of_a_class_is_shown_beside_alpha_by_its_name(tmp_path: Path) -> None:
+    path = config(tmp_path, max_steps=20)
+    raw = yaml.safe_load(path.read_text())
+    raw["dwl"]["classes"]["number"] |= {"token_loss": "dft", "dft": DFT}
+    path.write_text(yaml.safe_dump(raw))
+    result = dwl(path)
+    assert len(rows_of(result)) == 22
+    assert "exponent number" in result.output
+    assert "exponent rest" not in result.output
+
+
+def test_a_schedule_that_the_run_stops_before_is_said(tmp_path: Path) -> None:
+    path = config(tmp_path, {**COSINE, "end": 300}, max_steps=200)
+    assert "`dwl.schedule.end` is step 300 and this run ends at step 200" in dwl(path).output
+    assert "dwl.schedule.end" not in dwl(path, "--steps", 300).output
+
+
 @pytest.mark.parametrize("text", ["a: [", "- 1\n- 2", "", "loss: dwl\ndwl: {classes: {a: {regexp: x}}}", b"\xff\xfe"])
 def test_a_file_that_is_no_config_is_one_clear_error(tmp_path: Path, text: str | bytes) -> None:
     path = tmp_path / "train.yml"

@@ -83,11 +83,15 @@ def _figures_of_one(run: Run) -> Iterator[Drawn]:
     many = len(run.classes) > 1
     if many and run.weighs_classes and run.train:
         lines = [
-            _line(name, run.curve(f"dwl/alpha/{name}"), style_of(at, plain=name == REST), limit=200)
-            for at, name in enumerate(run.classes)
+            _line(name, run.curve(f"dwl/alpha/{name}"), _class_style(run, name), limit=200) for name in run.classes
         ]
         caption = "How much each class counts, step by step. They sum to 1."
         yield _drawn("α over the run", caption, figures.draw_labelled(Panel("", lines), "α"))
+    for what, title in tables.MOVING.items():
+        curves = {name: run.curve(f"dwl/{what}/{name}") for name in run.classes}
+        shown = [_line(name, curve, _class_style(run, name), limit=200) for name, curve in curves.items() if curve]
+        if shown:
+            yield _drawn(title, _CAPTIONS[what], figures.draw_labelled(Panel("", shown), what))
     caption = "The plain cross-entropy in nats per token, whatever α was. A gap: no such token in those steps."
     yield _drawn("nll by class", caption, figures.draw_grid(_train_and_held_out(run), "nll"))
     if many and run.train:
@@ -138,6 +142,13 @@ def _figures_of_many(runs: Sequence[Run]) -> Iterator[Drawn]:
     yield _drawn(_LOSS, caption, figures.draw_grid(panels, "nats per token", from_zero=True))
 
 
+_CAPTIONS = {
+    "signal": "What the controller compares: the running average of nll, as `signal` has it.",
+    "exponent": "A token counts p^exponent times.",
+    "min_weight": "No token counts less.",
+    "kl": "KL(base‖θ) in nats per token, before the anchor's λ.",
+}
+
 _LOSS = "The loss that was trained on, and nll"
 
 
@@ -150,6 +161,10 @@ def _train_and_held_out(run: Run) -> list[Panel]:
             lines.append(_line("held-out rows", run.eval_curve(key), held_out, dots=True))
         panels.append(Panel(title, lines))
     return panels
+
+
+def _class_style(run: Run, name: str) -> Style:
+    return style_of(run.classes.index(name), plain=name == REST)
 
 
 def _nll_keys(classes: Sequence[str]) -> dict[str, str]:

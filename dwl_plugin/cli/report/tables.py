@@ -16,6 +16,12 @@ from dwl_plugin.cli.report.run import Run
 __all__ = ["ComparedRow", "Row", "compared", "facts", "print_comparison", "print_run", "printable", "rows_of"]
 
 NONE = "–"
+MOVING = {
+    "signal": "Signal",
+    "exponent": "Exponent of dft",
+    "min_weight": "Least weight of dft",
+    "kl": "KL to the base model",
+}
 
 Ends = tuple[float, float]
 
@@ -45,6 +51,15 @@ def rows_of(run: Run) -> list[Row]:
         for name in run.classes
     ]
     return [*(rows if len(rows) > 1 else ()), Row(None, 1.0, unknown, unknown, run.nll(None))]
+
+
+def moving(run: Run) -> list[tuple[str, list[tuple[str, Ends]]]]:
+    """(name, start and end by class) of what a run logs only if it has it: a controller's signal, dft's numbers, KL."""
+    found = [
+        (title, [(name, curve.ends) for name in run.classes if (curve := run.curve(f"dwl/{key}/{name}"))])
+        for key, title in MOVING.items()
+    ]
+    return [(title, ends) for title, ends in found if ends]
 
 
 def facts(run: Run) -> list[str]:
@@ -82,6 +97,9 @@ def print_run(console: Console, run: Run) -> None:
     if loss:
         ends, nll = arrow(loss.tenths, "{:.3f}".format), arrow(run.curve("nll").tenths, "{:.3f}".format)
         console.print(f"In training: loss {ends}, nll {nll}.", highlight=False)
+    for title, by_class in moving(run):
+        told = ", ".join(f"{printable(name)} {arrow(pair, '{:.3f}'.format)}" for name, pair in by_class)
+        console.print(f"{title}: {told}.", markup=False, soft_wrap=True)
     console.print(f"Start → end, nll in nats per token of the {source}, whatever α was.", highlight=False)
     _print_notes(console, run)
 
