@@ -273,7 +273,7 @@ def table(case: Case, found: dict[str, tuple[float, float, float]]) -> str:
     ours = found[REFERENCE]
     lines = [f"### {case}", "", "| | ms | time, × ours | extra MiB | memory, × ours |", "|---|---:|---:|---:|---:|"]
     for name, (duration, ratio, memory) in found.items():
-        lines.append(f"| {name} | {duration * 1e3:,.0f} | {ratio:.2f} | {memory:,.0f} | {memory / ours[2]:.1f} |")
+        lines.append(f"| {name} | {duration * 1e3:,.0f} | {ratio:.2f} | {memory:,.1f} | {memory / ours[2]:.2f} |")
     return "\n".join(lines) + "\n"
 
 

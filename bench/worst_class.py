@@ -30,7 +30,8 @@ RULES: dict[str, dict[str, Any] | None] = {
     "rlw": {"type": "rlw"},
     "dwa": {"type": "dwa"},
     "softmax_loss": {"type": "softmax_loss", "temperature": 1.0},
-    "group_dro": {"type": "group_dro", "eta": 0.1},
+    "group_dro": {"type": "group_dro"},
+    "group_dro, eta 0.1": {"type": "group_dro", "eta": 0.1},
 }
 """Whatever is not written here is the default."""
 
@@ -174,7 +175,7 @@ def main() -> None:
             "--steps",
             str(options.steps),
             "--rules",
-            *options.rules,
+            *rules,
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -117,6 +117,7 @@ def test_steps_that_were_taken_before_a_run_begins_again_are_not_in_its_referenc
     assert again == pytest.approx(reference_of(configure(**settings, out=tmp_path / "fresh")), rel=1e-5)
 
 
+@pytest.mark.slow  # worker processes that import the host
 def test_measuring_the_reference_leaves_the_evaluation_its_own_rows(configure: Configure) -> None:
     """With persistent workers the host keeps the loader of the first evaluation for all that follow."""
     evaluated: list[int] = []
@@ -126,9 +127,14 @@ def test_measuring_the_reference_leaves_the_evaluation_its_own_rows(configure: C
             evaluated.append(len(kwargs["eval_dataloader"].dataset))
 
     controller = {"type": "doremi", "reference": "base", "reference_rows": 30}
-    workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 1}
+    workers = {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 1}
     settings = configure(loss="dwl", dwl=dwl(controller), val_set_size=8, eval_steps=1, max_steps=2, **workers)
-    train(settings, before=lambda trainer: trainer.add_callback(Evaluated()))
+
+    def before(trainer: Any) -> None:
+        trainer.args.dataloader_persistent_workers = True  # Axolotl has no key for it
+        trainer.add_callback(Evaluated())
+
+    train(settings, before=before)
     assert set(evaluated) == {8}
 
 
