@@ -17,6 +17,7 @@ from dwl_plugin.classes.roles import role_headers
 from dwl_plugin.classes.selectors import (
     TIME_LIMIT_S,
     Between,
+    Clock,
     InText,
     InVocabulary,
     Position,
@@ -187,11 +188,12 @@ class _Making:
     def _token_regex(self, config: TokenRegexSelector, path: str) -> Selector:
         table, match = self.table, regex.compile(config.token_regex).fullmatch
         path = f"{path}.token_regex"
-        texts = table.texts()
+        clock = Clock()
         try:
-            found = [match(text, timeout=TIME_LIMIT_S, concurrent=False) is not None for text in texts]
-        except TimeoutError:
-            self.problems.append(Problem(path, f"took more than {TIME_LIMIT_S:g} s on one token", config.token_regex))
+            found = [match(text, timeout=clock.left(), concurrent=False) is not None for text in table.texts()]
+        except (TimeoutError, MemoryError):
+            message = f"too slow: the vocabulary takes more than {TIME_LIMIT_S:g} s, or more memory than there is"
+            self.problems.append(Problem(path, message, config.token_regex, hint="the pattern backtracks: simplify it"))
             return self._members([])
         if not any(found) and not self.allow_empty:
             hint = "the pattern must match all of a token's text, and a word's token often begins with a space"

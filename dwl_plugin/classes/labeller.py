@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -68,13 +69,22 @@ class Labeller:
     def label_samples(self, samples: Sequence[tuple[Any, Any, Any]]) -> list[Ints]:
         """The class ids of each (`input_ids`, `labels`, `position_ids`), in one pass: many short samples cost little more
         than a long one. `position_ids` may be None; a sample is taken apart where they do not increase."""
-        pairs = [_pair(input_ids, labels) for input_ids, labels, _ in samples]
-        ends = np.cumsum([0, *(len(ids_T) for ids_T, _ in pairs)])
-        if ends[-1] == 0:
-            return [np.zeros(0, np.int64) for _ in pairs]
-        ids_T, target_T = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-        starts = [_sample_starts(own_T, sample[2]) for (own_T, _), sample in zip(pairs, samples, strict=True)]
-        return np.split(self._classify(ids_T, target_T, np.flatnonzero(np.concatenate(starts))), ends[1:-1])
+        ids_T, ends = _end_to_end([sample[0] for sample in samples])
+        labels_T, label_ends = _end_to_end([sample[1] for sample in samples])
+        if ends != label_ends:
+            for input_ids, labels, _ in samples:
+                _pair(input_ids, labels)  # says which
+        edges = list(pairwise([0, *ends]))
+        if not len(ids_T):
+            return [ids_T for _ in edges]
+        starts_T = np.zeros(len(ids_T), np.bool_)
+        for (begin, end), (_, _, position_ids) in zip(edges, samples, strict=True):
+            if begin < end:
+                starts_T[begin] = True
+                if position_ids is not None:
+                    starts_T[begin:end] = _sample_starts(ids_T[begin:end], position_ids)
+        classes_T = self._classify(ids_T, labels_T != IGNORE_INDEX, np.flatnonzero(starts_T))
+        return [classes_T[begin:end] for begin, end in edges]
 
     def label_batch(
         self, input_ids: Any, labels: Any, position_ids: Any = None, attention_mask: Any = None, *, packed: bool = False
@@ -163,6 +173,15 @@ def _pair(input_ids: Any, labels: Any) -> tuple[Ints, Bools]:
     if ids.shape != target.shape:
         raise DWLError(f"[dwl] input_ids {ids.shape} and labels {target.shape} have to be of one shape")
     return ids, target
+
+
+def _end_to_end(rows: Sequence[Any]) -> tuple[Ints, list[int]]:
+    """Rows joined, and where each ends; lists, which is what a data set gives, are converted at once."""
+    ends = list(accumulate(map(len, rows)))
+    if rows and all(type(row) is list for row in rows):
+        joined: Ints = np.fromiter(chain.from_iterable(rows), np.int64, ends[-1])
+        return joined, ends
+    return np.concatenate([np.zeros(0, np.int64), *map(as_ints, rows)]), ends
 
 
 def as_ints(values: Any) -> Ints:

@@ -58,12 +58,19 @@ class Samples:
     def pieces(self) -> Pieces:
         """The text that patterns see: each turn, split at special tokens."""
         begin_P, end_P, sample_P = self._runs(self.target_T & ~self.table.special[self.ids_T])
-        return Pieces.of(self, begin_P, end_P, np.bincount(sample_P)[sample_P])
+        return Pieces.of(self, begin_P, end_P, sample_P)
 
     @cached_property
     def turns(self) -> tuple[Ints, Ints, Ints]:
         """(P,) each: the first token of each turn, the one after its last, and the number of its sample."""
         return self._runs(self.target_T)
+
+    @cached_property
+    def turn_extents(self) -> tuple[list[int], list[int]]:
+        """Begins and ends in `data` of the turns that have text."""
+        begin_P, end_P = (self.offsets[edge_P] for edge_P in self.turns[:2])
+        some_P = begin_P < end_P
+        return begin_P[some_P].tolist(), end_P[some_P].tolist()
 
     def _runs(self, inside_T: Bools) -> tuple[Ints, Ints, Ints]:
         """Contiguous runs of True, none longer than its sample."""
@@ -96,20 +103,20 @@ class Pieces:
 
     Args:
         texts: the pieces.
-        siblings: how many pieces the sample of each has.
+        sample: the number of each piece's sample.
         first_char: the number of each piece's first character.
         first_token: for each character, the token of its first byte.
         last_token: for each character, the token of its last byte.
     """
 
     texts: list[str]
-    siblings: Ints
+    sample: Ints
     first_char: Ints
     first_token: Ints
     last_token: Ints
 
     @classmethod
-    def of(cls, samples: Samples, begin_P: Ints, end_P: Ints, siblings_P: Ints) -> Pieces:
+    def of(cls, samples: Samples, begin_P: Ints, end_P: Ints, sample_P: Ints) -> Pieces:
         """The pieces of tokens from `begin_P` up to and without `end_P`."""
         data, offsets = samples.data, samples.offsets
         edges = zip(offsets[begin_P].tolist(), offsets[end_P].tolist(), strict=True)
@@ -122,7 +129,7 @@ class Pieces:
         begin_C, end_C = _characters(texts, b"".join(parts), int(chars_P.sum()))
         return cls(
             texts=texts,
-            siblings=siblings_P,
+            sample=sample_P,
             first_char=np.cumsum(chars_P) - chars_P,
             first_token=token_of_byte[begin_C],
             last_token=token_of_byte[end_C - 1],
@@ -131,7 +138,12 @@ class Pieces:
     @cached_property
     def lengths(self) -> Ints:
         """How many characters each has."""
-        return np.diff(self.first_char, append=len(self.first_token))
+        return np.diff(np.append(self.first_char, len(self.first_token)))
+
+    @cached_property
+    def most_siblings(self) -> int:
+        """The most pieces that one sample has."""
+        return int(np.bincount(self.sample).max(initial=0))
 
     @cached_property
     def joined(self) -> str:

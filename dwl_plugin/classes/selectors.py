@@ -10,6 +10,8 @@ Suffixes: V token ids, T tokens, S samples, P pieces or turns, M spans.
 from __future__ import annotations
 
 import re
+import time
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
@@ -30,6 +32,7 @@ __all__ = [
     "AllOf",
     "AnyOf",
     "Between",
+    "Clock",
     "InText",
     "InVocabulary",
     "Not",
@@ -45,8 +48,8 @@ __all__ = [
 ]
 
 TIME_LIMIT_S = 4.0
-"""How long one pattern may search one sample (seconds of CPU time, shared out over its turns but never less than an
-eighth for one). Ordinary patterns need milliseconds."""
+"""How long one pattern may search one sample, or the vocabulary (seconds of CPU time). Ordinary patterns need
+milliseconds."""
 
 
 FAST_STEPS = 3e8
@@ -54,7 +57,7 @@ FAST_STEPS = 3e8
 
 
 class PatternTooSlowError(ConfigError):
-    """A pattern ran past `TIME_LIMIT_S` on a sample."""
+    """A pattern ran past `TIME_LIMIT_S` on a sample, or out of memory."""
 
     def __init__(self, problems: Iterable[Problem] | str) -> None:
         super().__init__(problems)
@@ -83,7 +86,7 @@ class InText:
     """`regex`: tokens that overlap a group of a match; a match without length selects nothing.
 
     Raises:
-        PatternTooSlowError: a sample took longer than `TIME_LIMIT_S`.
+        PatternTooSlowError: a sample took longer than `TIME_LIMIT_S`, or more memory than there is.
     """
 
     path: str = field(compare=False)
@@ -92,7 +95,10 @@ class InText:
 
     def __call__(self, samples: Samples) -> Bools:
         pieces = samples.pieces
-        begin_M, end_M = self._spans(pieces)
+        try:
+            begin_M, end_M = self._spans(pieces)
+        except MemoryError:  # of the engine's own stack
+            raise PatternTooSlowError([self._too_much("it takes more memory than there is", pieces.texts)]) from None
         some_M = end_M > begin_M
         if not some_M.all():
             begin_M, end_M = begin_M[some_M], end_M[some_M]
@@ -111,7 +117,7 @@ class InText:
             if spans is not None:
                 return spans
         longest = int(pieces.lengths.max(initial=0))
-        attempts = None if known is None else known.steps(longest, starts) * (1 if starts else len(pieces.texts))
+        attempts = None if known is None else known.steps(longest, starts) * (1 if starts else pieces.most_siblings)
         timed = attempts is None or attempts > FAST_STEPS
         found_P = self._search_timed(pieces) if timed else self._search(pieces)
         begin_M, end_M = (
@@ -142,32 +148,50 @@ class InText:
 
     def _search_timed(self, pieces: Pieces) -> list[list[tuple[int, int]]]:
         search, group = self.pattern.finditer, self.group
-        seconds_P = np.maximum(TIME_LIMIT_S / pieces.siblings, TIME_LIMIT_S / 8).tolist()
         prefix = "" if self._conduct is None else self._conduct.prefix
         found_P: list[list[tuple[int, int]]] = []
-        text = ""
+        sample, clock = -1, Clock()
         try:
-            for text, seconds in zip(pieces.texts, seconds_P, strict=True):
+            for text, own in zip(pieces.texts, pieces.sample.tolist(), strict=True):
                 if prefix not in text:
                     found_P.append([])
                     continue
-                matches = search(text, None, None, False, False, False, seconds)
+                if own == sample:
+                    left = clock.left()
+                else:
+                    sample, clock, left = own, Clock(), TIME_LIMIT_S
+                matches = search(text, None, None, False, False, False, left)
                 found_P.append([match.span(group) for match in matches])
         except TimeoutError:
-            raise PatternTooSlowError([self._too_slow(text)]) from None
+            why = f"one sample may take {TIME_LIMIT_S:g} s"
+            raise PatternTooSlowError([self._too_much(why, [text])]) from None
         return found_P
 
     @cached_property
     def _conduct(self) -> Conduct | None:
         return conduct(self.pattern.pattern)
 
-    def _too_slow(self, text: str) -> Problem:
+    def _too_much(self, why: str, texts: list[str]) -> Problem:
         return Problem(
             self.path,
-            f"too slow: stopped in a text of {len(text):,} characters; one sample may take {TIME_LIMIT_S:g} s",
+            f"too slow: stopped in a text of {max(map(len, texts), default=0):,} characters; {why}",
             self.pattern.pattern,
             hint="the pattern backtracks: avoid a repetition of a repetition, as in (a+)+, or make it atomic, (?>a+)",
         )
+
+
+class Clock:
+    """What is left of `TIME_LIMIT_S`, by the clock that `regex` reads."""
+
+    def __init__(self) -> None:
+        self.end = time.process_time() + TIME_LIMIT_S
+
+    def left(self) -> float:
+        """Seconds; raises `TimeoutError` where there are none."""
+        left = self.end - time.process_time()
+        if left <= 0:
+            raise TimeoutError
+        return left
 
 
 _NONE: Ints = np.zeros(0, np.int64)
@@ -183,6 +207,8 @@ class Between:
     """`between`: tokens from an opening delimiter to the next closing one, or to the end of the sample.
 
     The delimiters are looked for in all of a sample's text. A token that overlaps one at all belongs to the delimiter.
+    A prompt may only mention one: a masked opening that is never closed, or that another one follows before it is, counts
+    only where a turn begins right after it, whitespace aside, and no longer than that turn.
     """
 
     opening: bytes
@@ -200,15 +226,38 @@ class Between:
     def _spans(self, samples: Samples) -> Iterator[tuple[int, int, int, int]]:
         """Where the delimiters begin and end: opening, text, closing."""
         data = samples.data
+        turn_begins, turn_ends = samples.turn_extents
         for at, sample_end in samples.extents:
+            closing = at
             while (opening := data.find(self.opening, at, sample_end)) >= 0:
                 text = opening + len(self.opening)
-                closing = data.find(self.closing, text, sample_end)
+                if 0 <= closing < text:
+                    closing = data.find(self.closing, text, sample_end)
+                turn = bisect_right(turn_ends, opening)
+                masked = turn == len(turn_ends) or turn_begins[turn] >= text
+                if masked and (closing < 0 or data.find(self.opening, text, closing) >= 0):
+                    leads = turn < len(turn_ends) and turn_begins[turn] <= _spaces_end(data, text, sample_end)
+                    if not leads:
+                        at = text
+                        continue
+                    if not text <= closing < turn_ends[turn]:
+                        at = turn_ends[turn]
+                        yield opening, text, at, at
+                        continue
                 if closing < 0:
                     yield opening, text, sample_end, sample_end
                     break
                 at = closing + len(self.closing)
                 yield opening, text, closing, at
+
+
+_SPACES = re.compile(rb"\s*")
+
+
+def _spaces_end(data: bytes, begin: int, end: int) -> int:
+    match = _SPACES.match(data, begin, end)
+    assert match is not None
+    return match.end()
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class Sample:
                 ]
                 return [overlaps(chars, spans) for chars in self.chars]
             case BetweenSelector():
-                spans, left_out = between_spans(config, self.text)
+                spans, left_out = between_spans(config, self.text, self.turn_extents())
                 return [overlaps(chars, spans) and not overlaps(chars, left_out) for chars in self.chars]
             case TurnSelector():
                 turns = self.turns()
@@ -177,6 +177,10 @@ class Sample:
                 runs.append([])
         return [run for run in runs if run]
 
+    def turn_extents(self) -> list[tuple[int, int]]:
+        ends = [(self.chars[run[0]].start, self.chars[run[-1]].stop) for run in self.turns()]
+        return [(begin, end) for begin, end in ends if begin < end]
+
     def pieces(self) -> list[tuple[int, str]]:
         """Where the text of a run without special tokens begins, and the text."""
         ends = [(self.chars[run[0]].start, self.chars[run[-1]].stop) for run in self.turns(self.special)]
@@ -202,13 +206,25 @@ def overlaps(chars: range, spans: list[tuple[int, int]]) -> bool:
     return any(begin < chars.stop and end > chars.start for begin, end in spans if begin < end and len(chars))
 
 
-def between_spans(config: BetweenSelector, text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+def between_spans(
+    config: BetweenSelector, text: str, turns: list[tuple[int, int]]
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     opening, closing = config.between
     spans, delimiters, at = [], [], 0
     while (begin := text.find(opening, at)) >= 0:
         inner = begin + len(opening)
         end = text.find(closing, inner)
-        at = len(text) if end < 0 else end + len(closing)
+        masked = all(stop <= begin or inner <= start for start, stop in turns)
+        mentioned = masked and (end < 0 or opening in text[inner:end])
+        next_turn = next((turn for turn in turns if turn[0] >= inner), None)
+        leads = next_turn is not None and not text[inner : next_turn[0]].strip(" \t\n\r\v\f")
+        if mentioned and not leads:
+            at = inner
+            continue
+        if mentioned and next_turn is not None and not inner <= end < next_turn[1]:
+            end = at = next_turn[1]
+        else:
+            at = len(text) if end < 0 else end + len(closing)
         spans.append((begin, at))
         delimiters += [(begin, inner), (at if end < 0 else end, at)]
     return spans, [] if config.include_delimiters else delimiters

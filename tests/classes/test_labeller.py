@@ -108,6 +108,25 @@ def test_between_opens_in_the_prompt() -> None:
     assert members("think", label(ids, labels, think=BetweenClass(between=(THINK, UNTHINK)))) == f"abc{UNTHINK}"
 
 
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        ([(f"use {THINK}\n{START}", f"the {THINK}x{UNTHINK}b")], f"{THINK}x{UNTHINK}"),
+        ([(f"use {THINK}\n{START}", "the answer")], ""),
+        ([(f"use {THINK} and {UNTHINK}\n{START}", f"{THINK}x{UNTHINK}b")], f"{THINK}x{UNTHINK}"),
+        ([(f"{THINK}\n", f"a {THINK}b{UNTHINK}c")], f"a {THINK}b{UNTHINK}"),
+        ([(f"{START}{THINK}\n", "cut off"), (f"{END}{START}", "the answer")], "cut off"),
+        ([(f"{START}{THINK}\n", "cut off"), (f"{END}{THINK}\n", f"a{UNTHINK}b")], f"cut offa{UNTHINK}"),
+        ([(f"use {THINK}{START}", "the"), (f"{END}{START}", f"{THINK}a{UNTHINK}b")], f"{THINK}a{UNTHINK}"),
+        ([(START, f"{THINK}cut"), (f"{END}{START}", "off")], f"{THINK}cutoff"),
+    ],
+)
+def test_what_the_prompt_only_mentions_opens_nothing(turns: list[tuple[str, str]], expected: str) -> None:
+    parts = [sample(prompt, answer) for prompt, answer in turns]
+    ids, labels = ([token for part in parts for token in part[which]] for which in (0, 1))
+    assert members("think", label(ids, labels, think=BetweenClass(between=(THINK, UNTHINK)))) == expected
+
+
 @pytest.mark.parametrize(("include", "expected"), [(True, "<b>hello</b>"), (False, "hello")])
 def test_delimiters_of_several_tokens(include: bool, expected: str) -> None:
     # Apart, so that no token is shared by a delimiter and its neighbour.

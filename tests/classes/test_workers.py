@@ -12,8 +12,9 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
 from dwl_plugin.classes import Labeller, PatternTooSlowError, build_labeller, selectors
-from dwl_plugin.config import RegexClass
+from dwl_plugin.config import RegexClass, TokenRegexClass
 from dwl_plugin.config.classes import AnyClass
+from dwl_plugin.errors import ConfigError
 
 BACKTRACKS = [r"(a+)+$", r"(a|aa)+$", r"(.*)*b\1$"]
 
@@ -56,6 +57,49 @@ def test_a_pattern_inside_other_selectors_is_named_with_its_path(tokenizer: Any)
     with pytest.raises(PatternTooSlowError) as caught:
         labeller(ids, ids)
     assert caught.value.problems[0].path == "dwl.classes.evil.any[1].not.all[1].regex"
+
+
+@pytest.mark.usefixtures("short_limit")
+def test_the_limit_is_one_for_all_turns_of_a_sample(tokenizer: Any) -> None:
+    labeller = build_labeller({"evil": RegexClass(regex=r"(a|aa)+$")}, tokenizer)
+    turn = ids_of(tokenizer, "a" * 20 + "!")  # some hundredths of a second each, not stopped alone
+    ids, labels = (turn + turn[-1:]) * 40, ([*turn, -100]) * 40
+    began = time.process_time()
+    with pytest.raises(PatternTooSlowError, match=r"dwl\.classes\.evil\.regex: too slow"):
+        labeller(ids, labels)
+    assert time.process_time() - began < 1
+    positions = [*range(len(turn) + 1)] * 2
+    labeller.label_batch([ids[: len(positions)]], [labels[: len(positions)]], [positions], packed=True)
+
+
+@pytest.mark.slow
+def test_a_pattern_that_runs_out_of_memory_is_named(tokenizer: Any) -> None:
+    ids = ids_of(tokenizer, "a" * 1_000 + "!")
+    with pytest.raises(PatternTooSlowError, match=r"dwl\.classes\.evil\.regex: too slow.*memory"):
+        build_labeller({"evil": RegexClass(regex=r"(?R)?a+$")}, tokenizer)(ids, ids)
+    with pytest.raises(ConfigError, match=r"dwl\.classes\.evil\.token_regex: too slow"):
+        build_labeller({"evil": TokenRegexClass(token_regex=r"(?R)?a+$")}, tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("turns", [1, 40])
+def test_at_the_real_limit_a_long_sample_is_stopped_within_seconds(tokenizer: Any, turns: int) -> None:
+    labeller = build_labeller({"evil": RegexClass(regex=r"(a+)+$")}, tokenizer)
+    turn = ids_of(tokenizer, "a" * (100_000 // turns) + "!")
+    ids, labels = (turn + turn[-1:]) * turns, ([*turn, -100]) * turns
+    began = time.process_time()
+    with pytest.raises(PatternTooSlowError, match=r"dwl\.classes\.evil\.regex: too slow"):
+        labeller(ids, labels)
+    assert time.process_time() - began < selectors.TIME_LIMIT_S + 2
+
+
+@pytest.mark.slow
+def test_at_the_real_limit_a_worker_names_the_pattern(tokenizer: Any) -> None:
+    labeller = build_labeller({"evil": RegexClass(regex=r"(a+)+$")}, tokenizer)
+    rows: Any = [ids_of(tokenizer, "a" * 100_000 + "!")]
+    loader = DataLoader(rows, num_workers=1, collate_fn=Collate(labeller), multiprocessing_context="fork")
+    with pytest.raises(PatternTooSlowError, match=r"dwl\.classes\.evil\.regex.*too slow"):
+        next(iter(loader))
 
 
 @pytest.mark.usefixtures("short_limit")
