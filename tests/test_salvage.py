@@ -76,3 +76,25 @@ def test_nothing_is_changed_in_place() -> None:
     before = repr(raw)
     salvage(raw)
     assert repr(raw) == before
+
+
+def test_a_pack_with_a_typo_hides_nothing_else() -> None:
+    classes = {"bad": {"regex": "("}, "both": {"regex": "a", "words": ["b"]}, "group": {"regex": "x(y)", "group": 7}}
+    raw = block(
+        pack="reasonning",
+        classes=classes,
+        alpha={"group": -1, "both": 1, "bad": 1, "thinking": 2, "rest": 1},
+        schedule={"type": "linear", "to": {"group": -1, "both": 1, "bad": 1, "thinking": 2, "rest": 1}, "oevr": 1},
+        reductoin="class_mean",
+    )
+    _, paths = looked_at(raw)
+    assert paths == {
+        "dwl.pack",
+        "dwl.alpha.group",
+        "dwl.classes.bad.regex",
+        "dwl.classes.both",
+        "dwl.classes.group.group",
+        "dwl.schedule.to.group",
+        "dwl.schedule.oevr",
+        "dwl.reductoin",
+    }

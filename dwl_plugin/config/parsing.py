@@ -9,7 +9,7 @@ from typing import Any
 
 from dwl_plugin.config.alpha import alpha_problems
 from dwl_plugin.config.block import Block, DWLConfig, LossName
-from dwl_plugin.config.classes import class_of, name_problems
+from dwl_plugin.config.classes import ClassConfig, class_of, name_problems
 from dwl_plugin.config.controllers import ControllerOptions, controller_of, controller_problems
 from dwl_plugin.config.packs import Shelf
 from dwl_plugin.config.scalars import MOST_OVERLAPPING, REST
@@ -22,6 +22,9 @@ from dwl_plugin.errors import ConfigError, Problem
 __all__ = ["parse"]
 
 _KEYS = tuple(Block.model_fields)
+_WITHOUT_CLASSES = {"token_loss", "focal", "eaft", "reduction"}
+"""Keys of `dwl` that do something where no class is named."""
+
 _KEYFRAMES = re.compile(r"(dwl|dft|dwl\.classes\.\w+\.dft)\.schedule\.at")
 """Where a key may be a number: a step. It becomes a string here, before the host sorts the keys of what it writes down."""
 
@@ -51,9 +54,15 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     problems = list(_yaml_traps(ours))
     dwl = ours.get("dwl")
     controller = None
+    classes: dict[str, ClassConfig] = {}
+    complete = True
     if isinstance(dwl, Mapping):
         shelf = Shelf(([] if folder is None else [folder]) + [Path()], with_losses=ours["loss"] == "dwl")
-        dwl = shelf.with_pack(dwl)
+        try:
+            dwl = shelf.with_pack(dwl)
+        except ConfigError as error:
+            problems += error.problems
+            dwl, complete = {key: value for key, value in dwl.items() if key != "pack"}, False
         ours["dwl"] = dwl
         # The model of a class, schedule or controller is chosen by its key, here: a typo gives one error, not one per kind.
         chosen = dict(dwl)
@@ -64,7 +73,7 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
                 )
                 for name, spec in dwl["classes"].items()
             }
-            chosen["classes"] = {
+            chosen["classes"] = classes = {
                 str(name): shelf.without_packs(model, f"dwl.classes.{name}", problems)
                 for name, model in built.items()
                 if model is not None
@@ -76,7 +85,8 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
         block = validate(Block, _with_dft_chosen({**ours, "dwl": chosen}, "dft", problems), "", problems)
     else:
         block = validate(Block, _with_dft_chosen(ours, "dft", problems), "", problems)
-    problems += _cross_checks(ours, controller, block if not problems else None)
+    problems += group_problems(classes)
+    problems += _cross_checks(ours, controller, block if not problems else None, complete)
     if problems or block is None:
         raise ConfigError(unique(problems))
     return block
@@ -112,8 +122,13 @@ def _yaml_traps(ours: Mapping[str, Any]) -> Iterator[Problem]:
         yield from walk(value, key)
 
 
-def _cross_checks(ours: Mapping[str, Any], controller: ControllerOptions | None, block: Block | None) -> list[Problem]:
-    """What no single field can see. Runs on the raw mapping too, so that one typo does not hide the other problems."""
+def _cross_checks(
+    ours: Mapping[str, Any], controller: ControllerOptions | None, block: Block | None, complete: bool
+) -> list[Problem]:
+    """What no single field can see. Runs on the raw mapping too, so that one typo does not hide the other problems.
+
+    `complete`: every class is known; without the pack's, a name may be one of its own.
+    """
     problems: list[Problem] = []
     dwl = ours.get("dwl")
     if ours["loss"] == "dwl" and dwl is None:
@@ -126,9 +141,12 @@ def _cross_checks(ours: Mapping[str, Any], controller: ControllerOptions | None,
     assert isinstance(classes, Mapping)
     problems += name_problems(classes)
     names = [*(str(name) for name in classes if name != REST), REST]
-    problems += alpha_problems("dwl.alpha", dwl.get("alpha"), names)
-    for path, proportions in vectors(dwl.get("schedule"), "dwl.schedule"):
-        problems += alpha_problems(path, proportions, names)
+    for path, proportions in [("dwl.alpha", dwl.get("alpha")), *vectors(dwl.get("schedule"), "dwl.schedule")]:
+        also = [] if complete or not isinstance(proportions, Mapping) else proportions
+        problems += alpha_problems(path, proportions, list(dict.fromkeys([*names, *also])))
+    if ours["loss"] == "dwl" and dwl.get("classes") == {} and not dwl.keys() & _WITHOUT_CLASSES:
+        problems.append(Problem("dwl.classes", "has no class in it, so this is plain cross-entropy",
+                                hint="name at least one class"))  # fmt: skip
     problems += order_problems(dwl.get("schedule"), "dwl.schedule")
     if dwl.get("schedule") is not None and dwl.get("controller") is not None:
         problems.append(Problem("dwl.controller", "`dwl.schedule` moves α already; one of the two can",
@@ -137,7 +155,7 @@ def _cross_checks(ours: Mapping[str, Any], controller: ControllerOptions | None,
     for name, spec in classes.items():
         if isinstance(spec, Mapping):
             problems += dft_problems(spec.get("dft"), f"dwl.classes.{name}.dft")
-    if ours["loss"] == "dwl":
+    if ours["loss"] == "dwl" and complete:
         problems += controller_problems(controller, "dwl.controller", dwl.get("alpha"), names)
     if ours["loss"] in ("nll", "dft"):
         for key in ("alpha", "schedule", "controller", "reduction", "token_loss", "focal", "eaft"):
@@ -153,7 +171,6 @@ def _cross_checks(ours: Mapping[str, Any], controller: ControllerOptions | None,
     if block is not None:
         problems += _useless_options(block)
         problems += _too_many_classes(block)
-        problems += group_problems(block.class_configs)
     return problems
 
 
