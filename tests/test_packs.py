@@ -145,7 +145,7 @@ def test_packs_nest_in_selectors() -> None:
 )
 def test_what_is_dumped_parses_to_the_same(whole: str | None, members: list[str], loss: str) -> None:
     classes: dict[str, Any] = {f"own{n}": {"any": [{"pack": name}, {"regex": "x"}]} for n, name in enumerate(members)}
-    dwl = {"classes": classes} if whole is None else {"pack": whole}
+    dwl = ({"classes": classes} if classes else {}) if whole is None else {"pack": whole}
     block = parse({"loss": loss, "dwl": dwl})
     assert block is not None
     assert parse(block.dump()) == block
@@ -216,7 +216,9 @@ def test_a_pack_that_was_fetched_before_is_read_and_its_hash_is_logged(
     block = parsed({"classes": {"a": {"pack": name}, "b": {"not": {"pack": f"{name}.x"}}}})
     assert classes_of(block)["a"]["regex"] == "x"
     digest = "d40b822d5356ef73520cfe74b0729c8062549d6da369d7e84607ad9bb6147880"  # sha256sum of the file
-    assert capsys.readouterr().out == f"[dwl] pack {name}: sha256 {digest}\n"
+    assert capsys.readouterr() == ("", f"[dwl] pack {name}: sha256 {digest}\n")
+    parsed({"classes": {"b": {"pack": f"{name}.x"}}})
+    assert capsys.readouterr() == ("", "")
 
 
 # A pack is data

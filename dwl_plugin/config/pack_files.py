@@ -7,8 +7,10 @@ A pack is named by its name, by a file (`./my_pack.yml`), or by a file on the Hu
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +153,14 @@ def _from_hub(address: str, path: str) -> PackText:
             Problem(path, f"could not be fetched from the Hub: {type(error).__name__}: {first}", address, hint=hint)
         ]) from error  # fmt: skip
     data = _limited(file, address, path)
-    print(f"[dwl] pack {address}: sha256 {hashlib.sha256(data).hexdigest()}", flush=True)
+    _say_hash(address, hashlib.sha256(data).hexdigest())
     return PackText(address, data.decode("utf-8", "replace"))
+
+
+@lru_cache(maxsize=64)
+def _say_hash(address: str, digest: str) -> None:
+    """Once in a process; a config is parsed several times."""
+    print(f"[dwl] pack {address}: sha256 {digest}", file=sys.stderr, flush=True)
 
 
 class _Loader(yaml.SafeLoader):
