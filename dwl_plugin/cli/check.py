@@ -26,7 +26,7 @@ def check(config: Path, samples: int, *, trust: bool, as_json: bool) -> int:
     """The whole command; the exit status."""
     console = Console(highlight=False)
     with progress(Console(stderr=True)) as say:
-        seen = examine(config, samples, trust=trust, say=say)
+        seen = examine(config, samples, trust=trust, spread=True, say=say)
     if as_json:
         print(json.dumps(as_dict(seen), indent=2, ensure_ascii=False))
         return seen.status

@@ -94,6 +94,7 @@ def examine(
     *,
     trust: bool,
     to_run: bool = False,
+    spread: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Examination:
     """Look at a config as far as it goes; `say` is told each stage that takes time.
@@ -103,6 +104,7 @@ def examine(
         samples: rows of the training set to tokenise.
         trust: go on although the config could run code or fetch things.
         to_run: the model is about to be loaded here.
+        spread: take the rows from all over the data, as a run does that looks at it before its first step; else from its head.
     """
     seen = Examination(config)
     try:
@@ -124,7 +126,7 @@ def examine(
     if not _tokenizer(seen):
         return seen
     say(f"The first {samples} rows")
-    _look_at_rows(seen, samples)
+    _look_at_rows(seen, samples, spread)
     _hints(seen)
     return seen
 
@@ -169,7 +171,7 @@ def _host_config(seen: Examination, to_run: bool) -> bool:
             except ConfigError as error:
                 seen.problems += [problem for problem in error.problems if problem not in seen.problems]
                 wrong = {re.split(r"[.\[]", problem.path)[0] for problem in error.problems} & given.keys()
-                if not wrong:  # it is about the whole, so there is nothing to leave out and go on without
+                if not wrong or "base_model" in wrong:  # nothing to leave out and go on without
                     break
                 left_out |= wrong | set(Block.model_fields)
     except host.NotSeenError as error:
@@ -239,12 +241,13 @@ def _labeller(block: Block, tokenizer: Any) -> tuple[Block, Labeller | None, lis
     return block, None, problems
 
 
-def _look_at_rows(seen: Examination, samples: int) -> None:
+def _look_at_rows(seen: Examination, samples: int, spread: bool) -> None:
     from dwl_plugin.classes import empty_class_problems, survey
     from dwl_plugin.hosts import axolotl_preview as host
+    from dwl_plugin.hosts.looking import SURVEY_ROWS
 
     try:
-        seen.rows = host.load_rows(seen.cfg, seen.tokenizer, samples)
+        seen.rows = host.load_rows(seen.cfg, seen.tokenizer, samples, spread=spread)
     except ConfigError as error:
         seen.problems += error.problems
         return
@@ -263,7 +266,11 @@ def _look_at_rows(seen: Examination, samples: int) -> None:
     except ConfigError as error:  # a pattern that backtracks
         seen.problems += error.problems
         return
-    seen.problems += empty_class_problems(seen.survey, seen.block.class_configs)
+    empty = empty_class_problems(seen.survey, seen.block.class_configs)
+    if not seen.survey.targets or seen.rows.looked_at >= min(SURVEY_ROWS, seen.rows.total or SURVEY_ROWS):
+        seen.problems += empty
+    else:  # the run looks at more rows before it stops for that
+        seen.notes += [f"{problem.path} {problem.message}; a run looks at {SURVEY_ROWS} rows" for problem in empty]
 
 
 def run_length(cfg: Any, rows: Rows) -> RunLength:

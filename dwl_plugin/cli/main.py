@@ -8,13 +8,24 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
 __all__ = ["main"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        from dwl_plugin.errors import DWLError
+
+        try:
+            return super().invoke(ctx)
+        except DWLError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Class-weighted fine-tuning losses for Axolotl."""
 
@@ -33,12 +44,8 @@ def main() -> None:
 def quickstart(out: Path, steps: int | None) -> None:
     """Fine-tune a small real model on this machine's CPU and show what every token class learned."""
     from dwl_plugin.cli.quickstart import run
-    from dwl_plugin.errors import DWLError
 
-    try:
-        run(out, steps)
-    except DWLError as error:
-        raise click.ClickException(str(error)) from error
+    run(out, steps)
 
 
 @main.command()
@@ -57,12 +64,8 @@ def report(runs: tuple[Path, ...], html: Path | None, compare: bool) -> None:
     from rich.console import Console
 
     from dwl_plugin.cli.report import report
-    from dwl_plugin.errors import DWLError
 
-    try:
-        report(Console(highlight=False), runs, html)
-    except DWLError as error:
-        raise click.ClickException(str(error)) from error
+    report(Console(highlight=False), runs, html)
 
 
 @main.command()
@@ -80,21 +83,18 @@ def report(runs: tuple[Path, ...], html: Path | None, compare: bool) -> None:
     default=None,
     help="Draw the curves here: .png, .svg or .pdf.",
 )
-def schedule(config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None) -> None:
-    """How α will move over a run of CONFIG, before it runs. Reads only the YAML."""
+@click.option("--trust", is_flag=True, help="Go on although a pack has to be fetched.")
+def schedule(config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None, trust: bool) -> None:
+    """How α will move over a run of CONFIG, before it runs. Reads only the YAML and its packs."""
     from rich.console import Console
 
     from dwl_plugin.cli.schedule import IMAGE_SUFFIXES, schedule
-    from dwl_plugin.errors import DWLError
 
     if plot is not None and plot.suffix.lower() not in IMAGE_SUFFIXES:
         raise click.UsageError(
             f"--plot draws {', '.join(IMAGE_SUFFIXES)}, and not {plot.suffix or 'a file without suffix'!r}."
         )
-    try:
-        schedule(Console(highlight=False), config, steps, epoch_steps, plot)
-    except DWLError as error:
-        raise click.ClickException(str(error)) from error
+    schedule(Console(highlight=False), config, steps, epoch_steps, plot, trust=trust)
 
 
 @main.group()
@@ -115,17 +115,13 @@ def packs_list(markdown: bool, into: Path | None) -> None:
     from rich.console import Console
 
     from dwl_plugin.cli.packs import list_packs, markdown_table, write_table
-    from dwl_plugin.errors import DWLError
 
-    try:
-        if into is not None:
-            click.echo(f"{into}: {'written' if write_table(into) else 'was up to date'}")
-        elif markdown:
-            click.echo(markdown_table(), nl=False)
-        else:
-            list_packs(Console(highlight=False))
-    except DWLError as error:
-        raise click.ClickException(str(error)) from error
+    if into is not None:
+        click.echo(f"{into}: {'written' if write_table(into) else 'was up to date'}")
+    elif markdown:
+        click.echo(markdown_table(), nl=False)
+    else:
+        list_packs(Console(highlight=False))
 
 
 @packs.command("show")
@@ -138,12 +134,8 @@ def packs_show(pack: str) -> None:
     from rich.console import Console
 
     from dwl_plugin.cli.packs import show_pack
-    from dwl_plugin.errors import DWLError
 
-    try:
-        show_pack(Console(), pack)
-    except DWLError as error:
-        raise click.ClickException(str(error)) from error
+    show_pack(Console(), pack)
 
 
 @packs.command("test")
@@ -153,13 +145,9 @@ def packs_test(packs: tuple[str, ...]) -> None:
     from rich.console import Console
 
     from dwl_plugin.cli.packs import test_pack
-    from dwl_plugin.errors import DWLError
 
     console = Console(highlight=False)
-    try:
-        passed = [test_pack(console, pack) for pack in packs]
-    except DWLError as error:
-        raise click.ClickException(str(error)) from error
+    passed = [test_pack(console, pack) for pack in packs]
     if not all(passed):
         raise SystemExit(1)
 
@@ -200,12 +188,8 @@ def check(config: Path, samples: int, trust: bool, as_json: bool) -> None:
 def inspect(config: Path, samples: int, html: Path | None, trust: bool) -> None:
     """The rows that CONFIG trains on, coloured by class: masks, truncation and packing as in the run."""
     from dwl_plugin.cli.inspect import inspect
-    from dwl_plugin.errors import DWLError
 
-    try:
-        sys.exit(inspect(config, samples, html, trust=trust))
-    except DWLError as error:
-        raise click.ClickException(str(error)) from error
+    sys.exit(inspect(config, samples, html, trust=trust))
 
 
 @main.command()

@@ -22,6 +22,7 @@ from rich.text import Text
 from dwl_plugin.cli.check import as_dict, print_findings, progress
 from dwl_plugin.cli.examination import Examination, examine
 from dwl_plugin.config import IGNORE_INDEX
+from dwl_plugin.errors import ConfigError, DWLError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,8 +63,11 @@ def preflight(config: Path, samples: int, *, trust: bool, as_json: bool) -> int:
 
         try:
             model = host.load_model(seen.cfg, seen.tokenizer)
-        except host.NotSeenError as error:
-            seen.unseen.append(str(error))
+        except DWLError as error:
+            if isinstance(error, ConfigError):
+                seen.problems += error.problems
+            else:
+                seen.unseen.append(str(error))
             print(json.dumps(as_dict(seen), indent=2, ensure_ascii=False)) if as_json else print_findings(console, seen)
             return seen.status
     found = summarise(seen.class_names, *_with_bar(seen, model, errors))

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +15,9 @@ from rich.table import Table
 from dwl_plugin.alpha.dft import end_hints, scheduled, token_losses_of
 from dwl_plugin.alpha.schedule import Curve, alpha_of
 from dwl_plugin.alpha.tau import RunLength
+from dwl_plugin.cli.config_file import read_config
 from dwl_plugin.cli.files import write_whole
+from dwl_plugin.cli.trust import dangers
 from dwl_plugin.config import REST, Block, DFTConfig, parse
 from dwl_plugin.config.overrides import overridden, overrides_of
 from dwl_plugin.config.token_loss import SCHEDULED
@@ -30,9 +31,17 @@ _BAR = 5
 _POINTS = 400
 
 
-def schedule(console: Console, config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None) -> None:
+def schedule(
+    console: Console,
+    config: Path,
+    steps: int | None,
+    epoch_steps: int | None,
+    plot: Path | None,
+    *,
+    trust: bool = False,
+) -> None:
     """The whole command. Raises `DWLError` where the config is wrong, or a position needs a length that nobody gave."""
-    raw, overrides = _read(config), overrides_of(os.environ)
+    raw, overrides = _read(config, trust), overrides_of(os.environ)
     for override in overrides:
         console.print(str(override), markup=False, soft_wrap=True)
     block = parse(overridden(raw, overrides), folder=config.parent)
@@ -85,15 +94,14 @@ def _dft_curve(block: Block, length: RunLength) -> tuple[tuple[str, ...], Curve]
     return names, lambda tau: tuple(getattr(at(tau)[c], option) for c in moving for option in SCHEDULED)
 
 
-def _read(config: Path) -> Mapping[str, Any]:
-    try:
-        raw = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DWLError(f"{config} cannot be read: {error.strerror}.") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DWLError(f"{config} is not YAML: {error}") from error
-    if not isinstance(raw, Mapping):
-        raise DWLError(f"{config} is not a config: a mapping of keys to values is needed.")
+def _read(config: Path, trust: bool) -> Mapping[str, Any]:
+    raw, odd = read_config(config)
+    if odd:
+        raise ConfigError(odd)
+    packs = [danger for danger in dangers(raw) if danger.path.startswith("dwl.")]
+    if packs and not trust:
+        listed = "\n".join(f"  {danger}" for danger in packs)
+        raise DWLError(f"{config} fetches:\n{listed}\nNothing was fetched. If you trust it, say so with --trust.")
     return raw
 
 

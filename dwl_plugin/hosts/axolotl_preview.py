@@ -6,6 +6,7 @@ only the choice of rows is ours: the order of the run is worked out on row numbe
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import dataclasses
@@ -15,6 +16,7 @@ import itertools
 import logging
 import math
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,6 +26,7 @@ from typing import Any
 
 from dwl_plugin.config.overrides import SWEEP_FILE, VARIABLE
 from dwl_plugin.errors import ConfigError, DWLError, Problem
+from dwl_plugin.hosts.looking import picked_rows
 
 __all__ = [
     "NotSeenError",
@@ -113,6 +116,14 @@ def _without_overrides() -> Iterator[None]:
         os.environ.update(kept)
 
 
+@functools.cache
+def _scratch() -> str:
+    """A folder that is gone when this process is."""
+    folder = tempfile.mkdtemp(prefix="dwl-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def load_cfg(raw: Mapping[str, Any], path: Path, *, to_run: bool = False) -> tuple[Any, list[str]]:
     """The validated config, and what was changed in it. `to_run`: it is about to run here, so a CPU gets a CPU's settings.
 
@@ -128,7 +139,7 @@ def load_cfg(raw: Mapping[str, Any], path: Path, *, to_run: bool = False) -> tup
 
         cfg, notes = DictDefault(copy.deepcopy(dict(raw))), []
         cfg.axolotl_config_path = str(path)
-        cfg.output_dir = tempfile.mkdtemp(prefix="dwl-")  # Axolotl writes there while it only looks
+        cfg.output_dir = _scratch()  # Axolotl writes there while it only looks
         capabilities, versions = gpu_capabilities()
         if not torch.cuda.is_available():
             if to_run:
@@ -151,10 +162,8 @@ def load_cfg(raw: Mapping[str, Any], path: Path, *, to_run: bool = False) -> tup
         cfg = validated[0]
         try:
             normalize_config(cfg)
-        except (OSError, ConnectionError) as error:
-            raise NotSeenError(f"base_model {cfg.base_model}: {_first_line(error)}") from error
-        except ValueError as error:
-            raise ConfigError([Problem("base_model", _first_line(error), cfg.base_model)]) from error
+        except Exception as error:
+            raise _not_loaded("base_model", cfg.base_model, error) from error
         normalize_cfg_datasets(cfg)
         plugin_set_cfg(cfg)
     return cfg, notes
@@ -221,20 +230,19 @@ def plugin_is_active(raw: Mapping[str, Any]) -> bool:
 
 
 def load_tokenizer(cfg: Any) -> Any:
-    """Axolotl's tokenizer, with the chat template and the tokens that the config adds."""
+    """Axolotl's tokenizer, with the chat template and the tokens that the config adds. Raises as `load_model`."""
     with quiet():
         from axolotl.loaders import load_tokenizer as load
 
         try:
             return load(cfg)
-        except (OSError, ConnectionError) as error:
-            raise NotSeenError(f"tokenizer {cfg.tokenizer_config}: {_first_line(error)}") from error
-        except (ValueError, AttributeError) as error:
-            raise ConfigError([Problem("tokenizer", _first_line(error))]) from error
+        except Exception as error:
+            raise _not_loaded("tokenizer", cfg.tokenizer_config, error) from error
 
 
-def load_rows(cfg: Any, tokenizer: Any, count: int) -> Rows:
-    """The first `count` rows that training sees, tokenised, masked, cut and dropped as in the run.
+def load_rows(cfg: Any, tokenizer: Any, count: int, *, spread: bool = False) -> Rows:
+    """The first `count` rows that training sees, tokenised, masked, cut and dropped as in the run; `spread`: `count` rows from
+    all over the data, picked as a run picks those it looks at before its first step. A stream has only its head.
 
     Raises:
         NotSeenError: the data cannot be reached, or has no tokens before a batch is made.
@@ -249,7 +257,7 @@ def load_rows(cfg: Any, tokenizer: Any, count: int) -> Rows:
         try:
             if cfg.streaming or cfg.pretraining_dataset:
                 return _stream(cfg, tokenizer, count)
-            return _table(cfg, tokenizer, count)
+            return _table(cfg, tokenizer, count, spread)
         except DWLError:
             raise
         except (OSError, ConnectionError) as error:
@@ -262,18 +270,34 @@ def load_rows(cfg: Any, tokenizer: Any, count: int) -> Rows:
 
 
 def load_model(cfg: Any, tokenizer: Any) -> Any:
-    """The model as training begins with it: quantised, with its adapter, in evaluation mode."""
+    """The model as training begins with it: quantised, with its adapter, in evaluation mode.
+
+    Raises:
+        NotSeenError: it lies on the hub, and the hub does not give it.
+        ConfigError: anything else that keeps it from being loaded.
+    """
     with quiet():
         from axolotl.loaders import ModelLoader
 
         try:
             model, _ = ModelLoader(cfg, tokenizer).load()
-        except (OSError, ConnectionError) as error:
-            raise NotSeenError(f"base_model {cfg.base_model}: {_first_line(error)}") from error
+        except Exception as error:
+            raise _not_loaded("base_model", cfg.base_model, error) from error
     return model.eval()
 
 
-def _table(cfg: Any, tokenizer: Any, count: int) -> Rows:
+def _not_loaded(key: str, name: Any, error: Exception) -> DWLError:
+    """What is here and cannot be read, or is named by a path, is the config's mistake; what the hub has may be out of reach."""
+    path, by_path = Path(str(name)).expanduser(), str(name).startswith(("/", "./", "../", "~"))
+    if by_path and not path.exists():
+        return ConfigError([Problem(key, "there is no such folder", name)])
+    if isinstance(error, OSError) and not path.exists():
+        return NotSeenError(f"{key} {name}: {_first_line(error)}")
+    kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+    return ConfigError([Problem(key, f"cannot be loaded: {kind}{_first_line(error)}", name)])
+
+
+def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     """Rows of datasets that can be indexed."""
     from axolotl.utils.data import sft
     from axolotl.utils.data.shared import generate_dataset_hash_from_config, load_preprocessed_dataset
@@ -284,14 +308,14 @@ def _table(cfg: Any, tokenizer: Any, count: int) -> Rows:
     prepared = load_preprocessed_dataset(cfg, digest)
     if prepared is not None:
         total = _training_rows(len(prepared), cfg)
-        head = prepared.select(range(min(count, total)))
+        head = prepared.select(_numbers(total, count, cfg, spread))
         note = f"the rows are those prepared earlier under {cfg.dataset_prepared_path}, as the run would take them"
         return _packed(Rows(_samples(head), total=total, looked_at=len(head), notes=[note]), cfg)
 
     sources = _raw_datasets(cfg, tokenizer)
     order = _order_of_the_run([len(dataset) for dataset, _ in sources], cfg)
     total = _training_rows(len(order), cfg)
-    picked = [(row["source"], row["row"]) for row in order.select(range(min(count, total)))]
+    picked = [(row["source"], row["row"]) for row in order.select(_numbers(total, count, cfg, spread))]
     tokenised: list[Any] = []
     places: dict[tuple[int, int], int] = {}
     for number, (dataset, tokenise) in enumerate(sources):
@@ -323,6 +347,10 @@ def _table(cfg: Any, tokenizer: Any, count: int) -> Rows:
         masked=len(short) - len(kept),
     )
     return _packed(rows_, cfg)
+
+
+def _numbers(total: int, count: int, cfg: Any, spread: bool) -> list[int]:
+    return picked_rows(total, cfg.seed or 0, count) if spread else list(range(min(count, total)))
 
 
 def _raw_datasets(cfg: Any, tokenizer: Any) -> list[tuple[Any, Any]]:

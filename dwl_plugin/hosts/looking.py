@@ -22,9 +22,9 @@ SURVEY_ROWS = 512
 """Rows of the training set that are labelled to see that every class exists."""
 
 
-def picked_rows(count: int, seed: int) -> list[int]:
-    """Up to `SURVEY_ROWS` different row numbers below `count`, in order; a seed gives the same ones everywhere."""
-    return sorted(np.random.default_rng(seed).permutation(count)[:SURVEY_ROWS].tolist())
+def picked_rows(count: int, seed: int, most: int = SURVEY_ROWS) -> list[int]:
+    """Up to `most` different row numbers below `count`, in order; a seed gives the same ones everywhere."""
+    return sorted(np.random.default_rng(seed).permutation(count)[:most].tolist())
 
 
 def require_places(block: Block, total_steps: int | None, steps_per_epoch: float | None) -> None:

@@ -14,6 +14,7 @@ from click.testing import Result
 
 from dwl_plugin.cli import quickstart
 from dwl_plugin.cli.quickstart.problems import generate, write_jsonl
+from dwl_plugin.hosts.looking import picked_rows
 from tests.hosts import harness
 
 Check = Callable[..., Result]
@@ -162,12 +163,80 @@ def test_nothing_is_written_and_no_weights_are_read(
 
 
 def test_only_the_rows_asked_for_are_tokenised(dwl: Check, write_config: Write, tmp_path: Path) -> None:
+    """They come from all over the data, as those that a run looks at."""
     rows = harness.rows(30)
-    rows[-1] = {"messages": None}
+    (left_out,) = set(range(30)) - set(picked_rows(30, seed=5, most=29))
+    rows[left_out] = {"messages": None}
     data = harness.write_rows(tmp_path / "bad.jsonl", rows)
-    config = write_config(data=data, loss="dft", shuffle_merged_datasets=False)
+    config = write_config(data=data, loss="dft", shuffle_merged_datasets=False, seed=5)
     assert dwl("check", config, "--samples", 29).exit_code == 0
     assert paths(dwl("check", config, "--samples", 30, "--json")) == {"datasets"}
+
+
+@pytest.mark.parametrize("command", ["check", "inspect"])
+def test_a_rare_class_is_no_mistake_before_as_many_rows_as_a_run_looks_at_are_seen(
+    dwl: Check, write_config: Write, command: str
+) -> None:
+    rare = write_config(loss="dwl", dwl={"classes": {"rare": {"regex": "no such words"}}})
+    result = dwl(command, rare, "--samples", 8)
+    assert result.exit_code == 0, result.output
+    assert "dwl.classes.rare matches nothing" in result.output or command == "inspect"
+    assert dwl(command, rare, "--samples", 40).exit_code == 1
+
+
+def test_six_mistakes_are_reported_at_once(dwl: Check, write_config: Write) -> None:
+    classes = {
+        "broken": {"regex": r"\d+("},
+        "none": {"all": [{"regex": "a"}, {"regxe": "b"}]},
+        "number": {"regex": r"\d+"},
+    }
+    result = dwl("check", write_config(loss="dwl", dwl={
+        "pack": "reasonning",
+        "classes": classes,
+        "alpha": {"broken": 1, "none": 1, "number": -2, "thinking": 1, "rest": 1},
+        "schedule": {"type": "linear", "to": {"broken": 1, "none": 1, "number": 1, "rest": -1}},
+        "reductoin": "class_mean",
+    }), "--json")  # fmt: skip
+    assert result.exit_code == 1
+    assert paths(result) == {
+        "dwl.pack",
+        "dwl.classes.broken.regex",
+        "dwl.classes.none.all[1]",
+        "dwl.alpha.number",
+        "dwl.schedule.to.rest",
+        "dwl.reductoin",
+    }
+
+
+def test_a_model_that_cannot_be_read_is_one_sentence(
+    dwl: Check, write_config: Write, little_model: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    config = write_config(model=tmp_path / "nowhere", loss="dft")
+    for command in ("check", "preflight"):
+        result = dwl(command, config)
+        assert result.exit_code == 1, result.output
+        assert "1 problem\n  base_model: there is no such folder (got '" in result.output
+    broken = tmp_path / "broken"
+    shutil.copytree(little_model, broken)
+    for file, commands in {"model.safetensors": ["preflight"], "tokenizer.json": ["check", "preflight"]}.items():
+        (broken / file).write_text("{nothing")
+        for command in commands:
+            result = dwl(command, write_config(model=broken, loss="dft"))
+            assert result.exit_code == 1, result.output
+            assert "cannot be loaded" in result.output
+
+
+def test_no_folder_is_left_behind(dwl: Check, write_config: Write) -> None:
+    from dwl_plugin.hosts import axolotl_preview
+
+    config = write_config(loss="dft")
+    folders = []
+    for _ in range(2):
+        raw = yaml.safe_load(config.read_text())
+        folders.append(axolotl_preview.load_cfg(raw, config)[0].output_dir)
+    assert folders[0] == folders[1] == axolotl_preview._scratch()
 
 
 def test_an_unreachable_model_does_not_hide_our_problems(dwl: Check, write_config: Write) -> None:

@@ -184,3 +184,21 @@ def test_it_reads_only_the_yaml_and_imports_nothing_heavy(tmp_path: Path) -> Non
         "print([name for name in ('torch', 'axolotl', 'transformers', 'matplotlib') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_pack_on_the_hub_is_not_fetched_before_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda **where: fetched.append(where["repo_id"]))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda **where: "")
+    path = tmp_path / "config.yml"
+    path.write_text(f"loss: dwl\nmax_steps: 3\ndwl: {{pack: 'hf://user/repo@{'0' * 40}/mine.yml'}}\n", encoding="utf-8")
+    assert "--trust" in error_of(dwl(path))
+    assert fetched == []
+    dwl(path, "--trust")
+    assert fetched[:1] == ["user/repo"]
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yml"
+    path.write_text("loss: dwl\nloss: dft\n", encoding="utf-8")
+    assert "stands twice" in error_of(dwl(path))
