@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from dwl_plugin.config.yaml_text import yaml_errors
 from dwl_plugin.errors import ConfigError, Problem
 
 __all__ = ["read_config"]
@@ -44,12 +45,15 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[Problem]]:
     try:
         loader = _Loader(path.read_text(encoding="utf-8"))
         try:
-            node = loader.get_single_node()
-            if node is None:
-                raise ConfigError([Problem(str(path), "the file is empty")])
-            if _nodes(node, {}) > _MAX_NODES:
-                raise ConfigError([Problem(str(path), "its anchors and aliases multiply without end, or nearly so")])
-            raw = loader.construct_document(node)
+            with yaml_errors():
+                node = loader.get_single_node()
+                if node is None:
+                    raise ConfigError([Problem(str(path), "the file is empty")])
+                if _nodes(node, {}) > _MAX_NODES:
+                    raise ConfigError(
+                        [Problem(str(path), "its anchors and aliases multiply without end, or nearly so")]
+                    )
+                raw = loader.construct_document(node)
         finally:
             loader.dispose()
     except yaml.YAMLError as error:

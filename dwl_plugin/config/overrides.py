@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from dwl_plugin.config.block import Block
+from dwl_plugin.config.yaml_text import load_yaml
 from dwl_plugin.errors import ConfigError, Problem
 
 __all__ = ["SWEEP_FILE", "VARIABLE", "Override", "overridden", "overrides_of", "value_at"]
@@ -111,8 +112,8 @@ def _from_variable(text: str, problems: list[Problem]) -> Iterator[Override]:
             problems.append(Problem(VARIABLE, "not an override", word, allowed="dwl.alpha.number=0.5, or @FILE"))
             continue
         try:
-            yield from _checked([Override(path.strip(), yaml.safe_load(value), VARIABLE)], problems)
-        except yaml.YAMLError as error:
+            yield from _checked([Override(path.strip(), load_yaml(value), VARIABLE)], problems)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             problems.append(Problem(path, f"{VARIABLE}: not YAML: {' '.join(str(error).split())}", value))
 
 
@@ -124,11 +125,11 @@ def _from_sweep(text: str, problems: list[Problem]) -> Iterator[Override]:
 
 def _from_file(path: Path, source: str, problems: list[Problem]) -> list[Override]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         problems.append(Problem(source, f"{path} cannot be read: {error.strerror}"))
         return []
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         problems.append(Problem(source, f"{path} is not YAML: {' '.join(str(error).split())}"))
         return []
     if not isinstance(content, Mapping):

@@ -7,6 +7,7 @@ A pack is named by its name, by a file (`./my_pack.yml`), or by a file on the Hu
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -96,8 +97,8 @@ def read_pack(reference: PackReference, folders: Sequence[Path], path: str) -> P
     if reference.on_hub:
         return _from_hub(reference.pack, path)
     tried = [folder / reference.pack for folder in folders]
-    file = next((candidate for candidate in tried if candidate.is_file()), tried[0])
-    if not file.is_file():
+    file = next((candidate for candidate in tried if os.path.isfile(candidate)), tried[0])
+    if not os.path.isfile(file):  # of a name that no file can have, too
         hint = f"looked for {' and '.join(dict.fromkeys(str(candidate) for candidate in tried))}"
         raise ConfigError([Problem(path, "there is no such file", reference.pack, hint=hint)])
     return PackText(reference.pack, _limited(file, reference.pack, path).decode("utf-8", "replace"))

@@ -27,6 +27,11 @@ _WITHOUT_CLASSES = {"token_loss", "focal", "eaft", "reduction"}
 
 _KEYFRAMES = re.compile(r"(dwl|dft|dwl\.classes\.\w+\.dft)\.schedule\.at")
 """Where a key may be a number: a step. It becomes a string here, before the host sorts the keys of what it writes down."""
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
+MAX_DEPTH = 64
+MAX_VALUES = 200_000
+"""A list of keywords may be long; aliases make billions of values out of ten lines."""
 
 
 def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
@@ -45,6 +50,9 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     ours = {key: raw[key] for key in _KEYS if key in raw and raw[key] is not None}
     if not ours:
         return None
+    unfit = list(_unfit(ours))
+    if unfit:
+        raise ConfigError(unique(unfit))
     if "loss" not in ours:
         which = " and ".join(f"`{key}`" for key in ours)
         raise ConfigError([
@@ -98,6 +106,40 @@ def _with_dft_chosen(holder: object, path: str, problems: list[Problem]) -> Any:
     if not isinstance(holder, Mapping) or not isinstance(dft, Mapping) or dft.get("schedule") is None:
         return holder
     return {**holder, "dft": {**dft, "schedule": schedule_of(dft["schedule"], f"{path}.schedule", problems)}}
+
+
+def _unfit(ours: Mapping[str, Any]) -> Iterator[Problem]:
+    """What the checks themselves could not take. It ends at the first thing that has no end."""
+    left: list[tuple[str, Any, int]] = [(key, value, 1) for key, value in ours.items()]
+    seen = 0
+    while left:
+        path, node, depth = left.pop()
+        seen += 1
+        top = path.partition(".")[0]
+        if depth > MAX_DEPTH:
+            yield Problem(
+                top, f"nested more than {MAX_DEPTH} deep", hint="an alias of YAML (`*`) may stand inside itself"
+            )
+            return
+        if seen > MAX_VALUES:
+            yield Problem(
+                top, f"holds more than {MAX_VALUES:,} values", hint="aliases of YAML (`*`) may have multiplied them"
+            )
+            return
+        inside: list[tuple[Any, Any]] = []
+        if isinstance(node, Mapping):
+            inside = [(f".{key if isinstance(key, str) else '?'}", value) for key, value in node.items()]
+            named = [*node]
+        else:
+            named = [node]
+            if isinstance(node, (list, tuple)):
+                inside = [(f"[{index}]", value) for index, value in enumerate(node)]
+        for scalar in named:
+            if isinstance(scalar, int) and not -(2**63) <= scalar < 2**63:
+                yield Problem(path, "no number here is that large: it has more than 63 bits")
+            elif isinstance(scalar, str) and _HALF_CHARACTER.search(scalar):
+                yield Problem(path, "is no text: it has half of a character (a surrogate) in it", scalar)
+        left += [(path + _HALF_CHARACTER.sub("?", step), value, depth + 1) for step, value in reversed(inside)]
 
 
 def _yaml_traps(ours: Mapping[str, Any]) -> Iterator[Problem]:

@@ -12,6 +12,7 @@ import yaml
 from dwl_plugin.config.block import Block, LossName
 from dwl_plugin.config.parsing import parse
 from dwl_plugin.config.validate import one_of
+from dwl_plugin.config.yaml_text import load_yaml
 from dwl_plugin.errors import ConfigError, Problem
 
 __all__ = ["read_block"]
@@ -34,7 +35,7 @@ def read_block(source: Mapping[str, Any] | str | PathLike[str]) -> Block:
 
 def _load(path: str) -> Mapping[str, Any]:
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = load_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(
             [Problem(path, f"cannot be read: {error.strerror}", hint="a path to a YAML file, or a dict")]

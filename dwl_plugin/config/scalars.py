@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal
+from math import isfinite
 from typing import Annotated
 
 import regex
@@ -73,6 +74,8 @@ def position(value: object) -> object:
         )
     if match["step"] is not None:
         return int(match["step"])
+    if not isfinite(float(match["number"])):
+        raise PydanticCustomError("dwl", "past the end of any run")
     if match["unit"] == "%" and float(match["number"]) > 100:
         raise PydanticCustomError("dwl", "past the end of the run: a share is at most `100%`")
     return f"{Decimal(match['number']).normalize():f}{match['unit']}"

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from dwl_plugin.config.overrides import VARIABLE, value_at
+from dwl_plugin.config.yaml_text import load_yaml
 from dwl_plugin.errors import Problem
 
 __all__ = ["dropped_options"]
@@ -37,6 +38,6 @@ def _same(text: str, value: Any) -> bool:
     if value is None:
         return False
     try:
-        return str(value) == text or bool(yaml.safe_load(text) == value)
+        return str(value) == text or bool(load_yaml(text) == value)
     except yaml.YAMLError:
         return False

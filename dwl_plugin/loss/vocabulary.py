@@ -232,7 +232,7 @@ def _plan(N: int, V: int, H: int, device: str, kept: bool, operand: torch.dtype,
     most_rows = _ROWS[kind]
     if kept:
         in_budget = max(1, max(_KEPT_BYTES, V * H) // (softmaxes * V * operand.itemsize))
-        if N > 3 * in_budget:
+        if 3 * in_budget < N:
             in_budget = max(in_budget, min(N // 2, _STRETCH[kind] * in_budget))
         most_rows = min(most_rows, in_budget)
     rows = math.ceil(N / math.ceil(N / most_rows))

@@ -57,6 +57,11 @@ def test_tags_that_name_code_are_refused(tmp_path: Path, text: str) -> None:
     assert "python" in complaint(tmp_path, text)
 
 
+@pytest.mark.parametrize("text", ["a: 2026-99-99\n", "a: !!int x\n", "[" * 5000], ids=["date", "int", "deep"])
+def test_what_pyyaml_trips_over_is_not_yaml(tmp_path: Path, text: str) -> None:
+    assert "not YAML" in complaint(tmp_path, text)
+
+
 def test_aliases_that_multiply_are_refused(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
