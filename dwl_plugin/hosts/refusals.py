@@ -32,6 +32,12 @@ def _cuts_in_forward(block: Any, _: Config) -> bool:
     )
 
 
+def _classifies(value: Any, _: Config) -> bool:
+    return isinstance(value, str) and any(
+        kind in value for kind in ("SequenceClassification", "TokenClassification", "QuestionAnswering", "RewardModel")
+    )
+
+
 def _in_pieces(cfg: Config) -> bool:
     block = cfg.get("context_parallel")
     sizes = (cfg.get("context_parallel_size"), cfg.get("sequence_parallel_degree"),
@@ -61,6 +67,7 @@ class Refusal:
 
 
 _OWN_LOADER = "its batches come from a data loader of its own, without class ids"
+_LANGUAGE_MODEL = "write `AutoModelForCausalLM`, or delete this line"
 _CUT_LATE = "the sequence is cut up after the collator, and class ids are not cut with it"
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -79,6 +86,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("rl", "preference and reinforcement learning compute their own loss"),
     Refusal("reward_model", "a reward model has no next-token loss"),
     Refusal("process_reward_model", "a process reward model has no next-token loss"),
+    Refusal("model_type", "a classifier predicts no tokens", _LANGUAGE_MODEL, _classifies, "`model_type` of a classifier"),
+    Refusal("type_of_model", "a classifier predicts no tokens", _LANGUAGE_MODEL, _classifies, "`type_of_model` of one"),
     Refusal("diffusion", "a diffusion model has no next-token loss"),
     Refusal("diffusion_lm", "a diffusion model has no next-token loss"),
     Refusal("diffusion_decision", "a diffusion model has no next-token loss"),

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from dwl_plugin.classes import labeller_of
+from dwl_plugin.config import parse
+from dwl_plugin.hosts.collate import CLASS_IDS, LabellingCollator
 from tests.hosts.harness import rows, train
 
 Configure = Callable[..., dict[str, Any]]
@@ -98,3 +101,22 @@ def test_every_layout_is_classified_and_keeps_its_loss(configure: Configure, way
 def test_packed_pretraining_stream(configure: Configure, tmp_path: Path, model_folder: Path) -> None:
     settings = pretraining(tmp_path, model_folder)
     run_both(configure, **settings, sample_packing=True, sequence_len=128, micro_batch_size=1)
+
+
+def test_batches_of_batch_flattening_carry_class_ids(model_folder: Path) -> None:
+    """`batch_flattening: true`, whose attention needs a GPU: its collator puts the rows of a batch into one."""
+    from transformers import AutoTokenizer, DataCollatorWithFlattening
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    block = parse({"loss": "nll", "dwl": {"classes": {"number": {"regex": r"\d+"}}}})
+    assert block is not None
+    labeller = labeller_of(block, tokenizer)
+    assert labeller is not None
+    ids = [tokenizer(text)["input_ids"] for text in ("7 and a word", "one 12")]
+    rows = [{"input_ids": row, "labels": list(row)} for row in ids]
+    batch = LabellingCollator(DataCollatorWithFlattening(return_tensors="pt"), labeller, packed=True)(rows)
+    numbers = [any(letter.isdigit() for letter in tokenizer.decode([token])) for row in ids for token in row]
+    labels = batch["labels"][0].tolist()
+    expected = [-100 if label == -100 else int(not number) for label, number in zip(labels, numbers, strict=True)]
+    assert {0, 1, -100} == set(expected)
+    assert [at % 2**62 if at >= 0 else at for at in batch[CLASS_IDS][0].tolist()] == expected

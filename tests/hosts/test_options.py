@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
+from pydantic import BaseModel
 
 from dwl_plugin.config import parse
 from dwl_plugin.hosts.axolotl_args import FUSED_LOSSES
@@ -21,9 +24,14 @@ FROM_OTHER_HOSTS = {"label_smoothing", "label_smoothing_factor"}
 """Refused, and no option of Axolotl's: TrainingArguments that reach the trainer some other way."""
 
 
+def listed_table() -> dict[str, Any]:
+    table: dict[str, Any] = yaml.safe_load((HERE / "axolotl_options.yml").read_text(encoding="utf-8"))
+    return table
+
+
 def listed() -> dict[str, list[str]]:
     """option -> where it is listed, the tables of the code included."""
-    table: dict[str, Any] = yaml.safe_load((HERE / "axolotl_options.yml").read_text(encoding="utf-8"))
+    table = listed_table()
     groups = {"tested": table["tested"], **{group["why"]: group["options"] for group in table["irrelevant"]}}
     places: dict[str, list[str]] = {}
     for place, options in groups.items():
@@ -37,28 +45,50 @@ def listed() -> dict[str, list[str]]:
 
 
 def schema() -> set[str]:
-    """The options of the installed Axolotl, those of its integrations included."""
+    """The options of the installed Axolotl, those of its integrations included; `Class.field` are options of a block inside one
+    that is tested (of a dataset, say)."""
     import axolotl.integrations
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
+    tested = set(listed_table()["tested"])
     options = set(AxolotlInputConfig.model_fields)
+    for option in tested & options:
+        for block in models_in(AxolotlInputConfig.model_fields[option].annotation):
+            options |= {f"{block.__name__}.{field}" for field in block.model_fields}
     for folder in Path(axolotl.integrations.__path__[0]).iterdir():
-        if (folder / "args.py").is_file():
-            options |= {
-                option for name, fields in args_models(folder).items() if name.endswith("Args") for option in fields
-            }
+        if not (folder / "args.py").is_file():
+            continue
+        models = args_models(folder)
+        for name in input_args(folder) & set(models):
+            options |= set(models[name])
+            for option in tested & set(models[name]):
+                blocks = set(re.findall(r"\w+", models[name][option])) & set(models)
+                options |= {f"{block}.{field}" for block in blocks for field in models[block]}
     return options - OURS
 
 
-def args_models(folder: Path) -> dict[str, list[str]]:
-    """class -> its fields, read and not imported: an integration may need a package that is not here."""
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from models_in(part)
+
+
+def input_args(folder: Path) -> set[str]:
+    """The classes whose fields the plugins of this integration add to the host's schema."""
+    text = "\n".join(file.read_text(encoding="utf-8") for file in folder.glob("*.py"))
+    return set(re.findall(r"def get_input_args.*?return\s*\(?\s*[\"'][\w.]*?(\w+)[\"']", text, re.DOTALL))
+
+
+def args_models(folder: Path) -> dict[str, dict[str, str]]:
+    """class -> its fields and their types, read and not imported: an integration may need a package that is not here."""
     tree = ast.parse((folder / "args.py").read_text(encoding="utf-8"))
     return {
-        node.name: [
-            item.target.id
+        node.name: {
+            item.target.id: ast.unparse(item.annotation)
             for item in node.body
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
-        ]
+        }
         for node in tree.body
         if isinstance(node, ast.ClassDef)
     }
@@ -90,6 +120,14 @@ def test_an_option_that_nobody_has_looked_at_is_noticed(monkeypatch: pytest.Monk
     assert schema() - set(listed()) == {"loss_of_the_future"}
 
 
+def test_a_tested_option_is_in_a_test() -> None:
+    text = "\n".join(file.read_text(encoding="utf-8") for file in HERE.parent.rglob("*.py"))
+    untested = [
+        name for name in listed_table()["tested"] if not re.search(rf"\b{name.partition('.')[2] or name}\b", text)
+    ]
+    assert not untested
+
+
 def test_the_table_in_the_readme_is_the_one_in_the_code() -> None:
     text = README.read_text(encoding="utf-8")
     _, _, after = text.partition("<!-- refusals: made by dwl_plugin.hosts.refusals.refusal_table() -->\n")
@@ -111,6 +149,9 @@ COMBINATIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"streaming": True, "sequence_parallel_degree": 2, "accelerator_config": {"dispatch_batches": False}}, []),
     ({"pretraining_dataset": [{"path": "x"}], "context_parallel_size": 2}, ["pretraining_dataset"]),
     ({"plugins": ["axolotl.integrations.diffusion_decision.DiffusionDecisionPlugin"]}, ["plugins"]),
+    ({"model_type": "AutoModelForSequenceClassification"}, ["model_type"]),
+    ({"type_of_model": "LlamaForTokenClassification", "num_labels": 2}, ["type_of_model"]),
+    ({"model_type": "AutoModelForCausalLM", "type_of_model": "LlavaForConditionalGeneration"}, []),
     ({"plugins": ["axolotl.integrations.liger.LigerPlugin"]}, []),
 ]
 
