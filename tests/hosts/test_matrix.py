@@ -23,7 +23,7 @@ Configure = Callable[..., dict[str, Any]]
 NAMES = ("control", "number", "rest")
 CLASSES = {"control": {"tokens": ["<|im_end|>"], "allow_empty": True}, "number": {"regex": r"\d+"}}
 ALPHA = {"control": 0.1, "number": 0.6, "rest": 0.3}
-ROWS = 40
+ROWS = 48
 """Enough for two steps of two micro-batches of two packed rows."""
 
 
@@ -121,7 +121,9 @@ ADAPTER: dict[str, dict[str, Any]] = {
     "modules_to_save": {**LORA, "lora_modules_to_save": ["embed_tokens", "lm_head"]},
     "qlora": {**LORA, "adapter": "qlora", "load_in_4bit": True},
 }
-EVALUATE = {"val_set_size": 6, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": False}
+EVALUATE = {
+    "val_set_size": 12, "eval_strategy": "steps", "eval_steps": 1, "eval_batch_size": 1, "load_best_model_at_end": False
+}  # fmt: skip
 EXTRA: dict[str, dict[str, Any]] = {
     "nothing": {},
     "added tokens": {"tokens": ["<extra>"]},
@@ -133,6 +135,13 @@ EXTRA: dict[str, dict[str, Any]] = {
     "workers": {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 2},
     "evaluation": EVALUATE,
     "packed evaluation": {**EVALUATE, "eval_sample_packing": True},
+    "unpacked evaluation": {**EVALUATE, "eval_sample_packing": False},
+    "evaluation, samples": {
+        **EVALUATE,
+        "generate_samples": True,
+        "num_generation_samples": 1,
+        "generation_max_new_tokens": 2,
+    },
 }
 REDUCTIONS = ("token_mean", "weighted_mean", "class_mean")
 OBJECTIVE: dict[str, dict[str, Any]] = {
@@ -153,7 +162,7 @@ FACTORS = {
     "objective": tuple(OBJECTIVE),
     "attention": ("sdpa", "eager"),
     "accumulation": ("1", "2"),
-    "checkpointing": ("off", "on"),
+    "checkpointing": ("off", "on", "reentrant"),
     "train_on_inputs": ("no", "yes"),
 }
 
@@ -163,7 +172,7 @@ def allowed(case: Case) -> bool:
     packed, streams = case["layout"].startswith("packed"), case["data"] in ("stream", "pretraining")
     return not (
         (packed and case["attention"] == "eager")  # the mask between packed samples needs sdpa, flex or flash
-        or (case["extra"] == "packed evaluation" and not packed)
+        or (case["extra"] in ("packed evaluation", "unpacked evaluation") and not packed)
         or (streams and "evaluation" in case["extra"])  # nothing to hold out
         or (streams and case["extra"] == "workers")  # one file cannot be read by several
         or (streams and case["layout"] == "packed, two rows")  # a stream is packed into single rows
@@ -189,18 +198,27 @@ def config_of(case: Case, configure: Configure, folder: Path) -> dict[str, Any]:
         **OBJECTIVE[case["objective"]],
         "attn_implementation": case["attention"],
         "gradient_accumulation_steps": int(case["accumulation"]),
-        "gradient_checkpointing": case["checkpointing"] == "on",
+        "gradient_checkpointing": case["checkpointing"] != "off",
         "train_on_inputs": case["train_on_inputs"] == "yes",
         "learning_rate": 1e-3,
         "num_epochs": 4,
         "dataset_prepared_path": str(folder / "prepared"),
     }
     if settings["gradient_checkpointing"]:
-        settings["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+        settings["gradient_checkpointing_kwargs"] = {"use_reentrant": case["checkpointing"] == "reentrant"}
     return configure(**settings)
 
 
 # the oracle
+
+
+Terms = dict[str, list[torch.Tensor]]
+"""class -> nll of each of its tokens."""
+
+
+def joined(terms: list[Terms]) -> dict[str, torch.Tensor]:
+    found = {name: [value for part in terms for value in part[name]] for name in NAMES}
+    return {name: torch.stack(values) for name, values in found.items() if values}
 
 
 @dataclass
@@ -220,10 +238,13 @@ class Watch(harness.TrainerCallback):
     batches: list[dict[str, Any]] = field(default_factory=list)
     random: list[torch.Tensor] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    evaluated: list[dict[str, float]] = field(default_factory=list)
+    """nll per class of each evaluation."""
+    held_out: list[Terms] = field(default_factory=list)
 
     def join(self, trainer: Any) -> None:
         self.trainer = trainer
-        samples, loss = trainer.get_batch_samples, trainer.compute_loss
+        samples, loss, predict = trainer.get_batch_samples, trainer.compute_loss, trainer.prediction_step
 
         def get_batch_samples(*args: Any) -> Any:
             out = samples(*args)
@@ -235,8 +256,19 @@ class Watch(harness.TrainerCallback):
                 self.random.append(torch.get_rng_state())
             return loss(model, inputs, *args, **kwargs)
 
+        def prediction_step(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            out = predict(model, inputs, *args, **kwargs)
+            with torch.no_grad():
+                self.held_out.append(self.terms(model, inputs))
+            return out
+
         trainer.get_batch_samples, trainer.compute_loss = get_batch_samples, compute_loss
+        trainer.prediction_step = prediction_step
         trainer.add_callback(self)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluated.append({name: float(values.mean()) for name, values in joined(self.held_out).items()})
+        self.held_out = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model, after = kwargs["model"], torch.get_rng_state()
@@ -255,21 +287,26 @@ class Watch(harness.TrainerCallback):
         torch.set_rng_state(after)
         self.steps.append(Step(float(loss.detach()), nll, worst))
 
+    def terms(self, model: Any, batch: dict[str, Any]) -> Terms:
+        text_of = self.trainer.processing_class.decode
+        out: Terms = {name: [] for name in NAMES}
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", CLASS_IDS)}
+        log_p = model(**inputs).logits[:, :-1].double().log_softmax(-1)
+        labels = batch["labels"][:, 1:]
+        for row, t in (labels != -100).nonzero().tolist():
+            text = text_of([int(batch["input_ids"][row, t + 1])])
+            name = "control" if text == "<|im_end|>" else "number" if any(c.isdigit() for c in text) else "rest"
+            out[name].append(-log_p[row, t, labels[row, t]])
+        return out
+
     def expected(self, model: Any) -> tuple[torch.Tensor, dict[str, float]]:
         """Loss and nll per class, from log-probabilities of the plain logits and one decoded token at a time."""
-        text_of = self.trainer.processing_class.decode
-        terms: dict[str, list[torch.Tensor]] = {name: [] for name in NAMES}
         exponent = {"nll": 0.0, "dft": 1.0}.get(self.objective, 0.5)
+        found = []
         for batch, state in zip(self.batches, self.random, strict=True):
             torch.set_rng_state(state)
-            inputs = {key: value for key, value in batch.items() if key not in ("labels", CLASS_IDS)}
-            log_p = model(**inputs).logits[:, :-1].double().log_softmax(-1)
-            labels = batch["labels"][:, 1:]
-            for row, t in (labels != -100).nonzero().tolist():
-                text = text_of([int(batch["input_ids"][row, t + 1])])
-                name = "control" if text == "<|im_end|>" else "number" if any(c.isdigit() for c in text) else "rest"
-                terms[name].append(-log_p[row, t, labels[row, t]])
-        nll = {name: torch.stack(values) for name, values in terms.items() if values}
+            found.append(self.terms(model, batch))
+        nll = joined(found)
         paid = {name: (torch.exp(-values.detach()) ** exponent * values).sum() for name, values in nll.items()}
         count = {name: len(values) for name, values in nll.items()}
         total, mass = sum(count.values()), sum(ALPHA[name] * count[name] for name in nll)
@@ -295,6 +332,11 @@ def agrees(settings: dict[str, Any], objective: str) -> harness.Run:
         entry = [entry for entry in run.history if "loss" in entry][at]
         for name, nll in step.nll.items():
             assert entry[f"dwl/nll/{name}"] == pytest.approx(nll, rel=2e-5)
+    entries = [entry for entry in run.history if "eval_nll" in entry]
+    assert len(entries) == len(watch.evaluated)
+    assert bool(entries) == (settings.get("eval_strategy") == "steps")
+    for entry, nll in zip(entries, watch.evaluated, strict=True):
+        assert {name: entry[f"eval_dwl/nll/{name}"] for name in nll} == pytest.approx(nll, rel=2e-5)
     return run
 
 
