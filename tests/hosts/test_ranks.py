@@ -240,6 +240,42 @@ def test_packed_rows_on_two_ranks(configure: Configure, ranks: Ranks, tmp_path: 
         assert torch.equal(parameter, other.parameters[name]), name
 
 
+def dft_step(folder: Path, **how: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and whole gradients of one batch."""
+    from transformers import AutoModelForCausalLM
+
+    import dwl_plugin
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", **how)
+    ids = torch.arange(3, 43).reshape(2, 20)
+    handle = dwl_plugin.attach(model, loss="dft")
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    handle.detach()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {
+        name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()
+    }
+
+
+def dft_step_in_tensor_parallel(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    torch.distributed.init_process_group("gloo")
+    return dft_step(folder, tp_plan="auto")
+
+
+def test_a_head_that_is_cut_up_by_tensor_parallelism_gives_the_gradients_of_a_whole_one(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    harness.make_tokenizer(tmp_path)
+    harness.make_model(tmp_path, tie_word_embeddings=False)
+    loss, whole = dft_step(tmp_path)
+    for its_loss, its_gradients in ranks(dft_step_in_tensor_parallel, tmp_path):
+        assert its_loss == pytest.approx(loss, abs=1e-6)
+        assert its_gradients.keys() == whole.keys()
+        for name, gradient in whole.items():
+            assert (its_gradients[name] - gradient).abs().max() <= 1e-6, name
+
+
 def contiguous_shard(rank: int, size: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """What context parallelism does in the collator: shift the labels, then keep this rank's part of the sequence."""
 
