@@ -81,7 +81,7 @@ def test_a_warm_up_that_the_run_cannot_place_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(("controller", "classes"), [
-    ("type: rlw", "{a: {regex: a}}"), ("type: dwa", "{b: {regex: a}}"), ("type: dwa", "{}"),
+    ("type: rlw", "{a: {regex: a}}"), ("type: dwa", "{b: {regex: a}}"), ("type: dwa", "{a: {regex: a}, b: {regex: b}}"),
 ])  # fmt: skip
 def test_the_state_of_another_controller_or_other_classes_is_refused(controller: str, classes: str) -> None:
     with pytest.raises(ConfigError, match="written by `dwa` over a, rest"):
