@@ -5,7 +5,8 @@ where it could need the limit: where it is not known that a text of this length 
 plainly understood here is unknown, and unknown patterns are timed.
 
 The bound: a matcher tries one way after the other, and goes back into an element only if something behind it can fail.
-An element that is entered so many times, and can be left in so many ways, multiplies what stands behind it.
+An element that is entered so many times, and can be left in so many ways, multiplies what stands behind it. A repetition
+of characters before one that is none of them can be left in one way, its end.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ import re
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TypeAlias
+
+import regex
+
+from dwl_plugin.classes.samples import JOINT
 
 __all__ = ["Conduct", "conduct"]
 
@@ -27,11 +32,12 @@ class _UnknownError(Exception):
 
 @dataclass(frozen=True)
 class _Char:
-    """One character, a set of them, or an anchor, which has no width."""
+    """One character, a set of them, or an anchor, which has no width. `source` is empty where flags may change what it matches."""
 
     cost: int = 1
     width: int = 1
     literal: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,19 +73,23 @@ class Conduct:
 
     Args:
         local: a match depends on its own characters and on whether a `\\w` stands beside them, and on nothing else.
+        stays: nothing in it matches `JOINT`, so no attempt reaches past the piece of text it began in.
         prefix: what every match begins with; may be empty.
         whole: the pattern.
     """
 
     local: bool
+    stays: bool
     prefix: str
     whole: _Choice
     _attempts: dict[int, float] = field(default_factory=dict, compare=False, repr=False)
 
-    def steps(self, length: int, starts: int | None = None) -> float:
-        """At most so many for all matches in a text of `length`, `starts` of them at a prefix, one for each character."""
-        coarse = max(length.bit_length() - 4, 0)
-        rounded = ((length >> coarse) + 1) << coarse
+    def steps(self, length: int, starts: int | None = None, reach: int | None = None) -> float:
+        """At most so many for all matches in a text of `length`, `starts` of them at a prefix, one for each character; an attempt
+        reads `reach` characters at most."""
+        reach = length if reach is None else reach
+        coarse = max(reach.bit_length() - 4, 0)
+        rounded = ((reach >> coarse) + 1) << coarse
         attempt = self._attempts.get(rounded)
         if attempt is None:
             attempt = self._attempts[rounded] = _failing((self.whole,), rounded) + 1
@@ -94,8 +104,8 @@ def conduct(pattern: str) -> Conduct | None:
         if reader.rest():
             return None  # a closing parenthesis too many
         _failing((whole,), 1)
-        return Conduct(reader.local, "" if reader.flags else _prefix(whole), whole)
-    except (_UnknownError, RecursionError):
+        return Conduct(reader.local, reader.stays, "" if reader.flags else _prefix(whole), whole)
+    except (_UnknownError, RecursionError, regex.error):
         return None
 
 
@@ -127,6 +137,8 @@ def _explore_sequence(sequence: _Sequence, n: int, can_fail: bool) -> tuple[floa
     for index, node in enumerate(sequence):
         behind = can_fail or not all(map(_always, sequence[index + 1 :]))
         cost, ways = _explore(node, n, behind)
+        if ways > 1 and _apart(node, sequence[index + 1 : index + 2]):
+            cost, ways = cost + ways, 1  # where it gives characters back, the next one is looked at and is none
         steps, entries = steps + entries * cost, entries * ways
     return steps, entries
 
@@ -148,6 +160,16 @@ def _explore(node: _Node, n: int, can_fail: bool) -> tuple[float, float]:
         raise _UnknownError
     entries = [ways**times for times in range(node.most + 1)]
     return 1 + sum(entries[:-1]) * cost, sum(entries) if can_fail else 1
+
+
+def _apart(node: _Node, following: _Sequence) -> bool:
+    """True for a repetition of characters before one that it cannot match."""
+    if not (isinstance(node, _Repeat) and isinstance(node.body, _Char) and node.body.source and node.body.width):
+        return False
+    return any(
+        isinstance(char, _Char) and char.source and char.literal and not regex.fullmatch(node.body.source, char.literal)
+        for char in following
+    )
 
 
 def _always(node: _Node) -> bool:
@@ -179,8 +201,13 @@ class _Reader:
     """The syntax that is understood: literals, sets, escapes, anchors, groups, lookarounds, repetitions."""
 
     def __init__(self, pattern: str) -> None:
-        self.pattern, self.at, self.local = pattern, 0, True
+        self.pattern, self.at, self.local, self.stays = pattern, 0, True, True
         self.flags = self.take(_FLAGS)
+        self.plain = not self.flags
+
+    def char(self, source: str, literal: str = "", cost: int = 1) -> _Char:
+        self.stays &= bool(literal) or not regex.fullmatch(source, JOINT)
+        return _Char(cost=cost, literal=literal, source=source if self.plain else "")
 
     def rest(self) -> str:
         return self.pattern[self.at :]
@@ -208,11 +235,11 @@ class _Reader:
             self.local &= found[0] in ("\\b", "\\B")
             return _Char(width=0)
         if found := self.take(_ESCAPE):
-            return _Char(literal="" if found[0][1].isalpha() else found[0][1])
+            return self.char(found[0], "" if found[0][1].isalpha() else found[0][1])
         if found := self.take(_SET):
             if _SET_OPERATION.search(found[0]):
                 raise _UnknownError
-            return _Char(cost=len(found[0]))
+            return self.char(found[0], cost=len(found[0]))
         if self.rest().startswith(("(?=", "(?!", "(?<=", "(?<!")):
             self.local = False
             behind = self.rest()[2] == "<"
@@ -223,12 +250,13 @@ class _Reader:
             return _Look(body)
         if found := self.take(_OPENING):
             self.local &= found[0] != "(?>"
+            self.plain &= not found[0].endswith(":") or found[0] == "(?:"
             return self.closed()
         char = self.pattern[self.at]
         if char in "\\()[]{}*+?":
             raise _UnknownError
         self.at += 1
-        return _Char(literal="" if char == "." else char)
+        return self.char(char, "" if char == "." else char)
 
     def closed(self) -> _Choice:
         body = self.alternatives()

@@ -112,11 +112,13 @@ class InText:
             if not found:
                 return _NONE, _NONE
             starts = found * len(known.prefix)  # those that overlap are not counted
-        if known is not None and known.local and known.steps(len(pieces.joined), starts) <= FAST_STEPS:
-            spans = self._spans_in_joined(pieces)
-            if spans is not None:
-                return spans
         longest = int(pieces.lengths.max(initial=0))
+        if known is not None and known.local:
+            length = len(pieces.joined)
+            if known.steps(length, starts, longest if known.stays else length) <= FAST_STEPS:
+                spans = self._spans_in_joined(pieces)
+                if spans is not None:
+                    return spans
         attempts = None if known is None else known.steps(longest, starts) * (1 if starts else pieces.most_siblings)
         timed = attempts is None or attempts > FAST_STEPS
         found_P = self._search_timed(pieces) if timed else self._search(pieces)

@@ -55,6 +55,32 @@ def test_a_pattern_is_read_as_it_is() -> None:
         assert (known.local, known.prefix[: len(prefix)] == prefix, bool(known.prefix)) == (local, True, bool(prefix))
 
 
+@pytest.mark.parametrize(("pattern", "stays"), [
+    (r"\d[\d,]*(?:\.\d+)?", True), (r"\b[A-Z]\w+ \s*x\b", True), (r"(?i)[a-z]+!", True), (r"a.b", False), (r"<[^>]*>", False),
+    (r"a\W", False), (r"a\S+", False), (r"[\D]x", False), (r"\P{L}a", False), (r"a|.", False), (r"\ud800", False),
+])  # fmt: skip
+def test_what_can_match_between_two_pieces_is_known(pattern: str, stays: bool) -> None:
+    known = conduct(pattern)
+    assert known is not None
+    assert known.stays is stays
+
+
+def test_a_repetition_ends_where_the_next_character_is_none_of_it() -> None:
+    def steps(pattern: str) -> float:
+        known = conduct(pattern)
+        assert known is not None
+        return known.steps(1_000)
+
+    assert steps(r"[ab]* [ab]* [ab]* x") < 5 * steps(r"[ab]* x")
+    for pattern in (
+        r"[ab ]* [ab ]* [ab ]* x",
+        r"(?i)[ab]*A[ab]*B[ab]* x",
+        r"(?i:[ab]*A[ab]*B)[ab]* x",
+        r"[ab]*[a][ab]*[b] x",
+    ):
+        assert steps(pattern) > 100 * steps(r"[ab]* x"), pattern
+
+
 PATTERNS = st.recursive(
     st.sampled_from(["a", "b", ".", "[ab]", r"\w", r"\s", r"\b", "^", "$", "[^a]", "x", " "]),
     lambda inner: st.one_of(
