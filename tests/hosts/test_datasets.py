@@ -103,6 +103,107 @@ def test_packed_pretraining_stream(configure: Configure, tmp_path: Path, model_f
     run_both(configure, **settings, sample_packing=True, sequence_len=128, micro_batch_size=1)
 
 
+def segments() -> list[list[tuple[bool, str]]]:
+    """Samples as (trained on, text), which end in digits and begin with others: nothing but its place tells where one ends."""
+    samples = []
+    for i in range(24):
+        a, b = 111 + 37 * i, 5 * i + 2
+        asked, said = (False, f"What is {a} + {b}? "), (True, f"{a} and {b} make {'I see ' * (i % 5)}{a + b}")
+        samples.append([[said], [asked, said], [asked, said, asked, said]][i % 3])
+    return samples
+
+
+def raw(folder: Path, layout: str) -> dict[str, Any]:
+    """The samples as data of the host, with no template around them."""
+    if "pretraining" in layout:
+        path = write(folder / "pre.jsonl", [{"text": "".join(text for _, text in sample)} for sample in segments()])
+        source = {"path": "json", "data_files": [path], "type": "pretrain", "text_column": "text"}
+        return {"datasets": None, "pretraining_dataset": [source], "streaming": True}
+    samples = [{"segments": [{"label": label, "text": text} for label, text in sample]} for sample in segments()]
+    path = write(folder / "io.jsonl", samples)
+    place = {"path": "json", "data_files": [path]} if layout == "packed stream" else {"path": path, "ds_type": "json"}
+    return {"datasets": [{**place, "type": "input_output"}]}
+
+
+OF_CONTEXT = {
+    "start": {"position": {"first": 1}},
+    "edge": {"regex": r"\A\d+|\d+\Z"},
+    "second": {"turn": 2},
+}
+PACKED = {"sample_packing": True, "sequence_len": 128}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "padded to length": {"pad_to_sequence_len": True, "sequence_len": 128},
+    "packed": PACKED,
+    "cut": {"sequence_len": 34, "excess_length_strategy": "truncate"},
+    "stream": {"streaming": True},
+    "packed stream": {"streaming": True, **PACKED, "micro_batch_size": 1},
+    "pretraining": {"sequence_len": 128},
+    "packed pretraining": {**PACKED, "micro_batch_size": 1},
+}
+
+
+def samples_alone(model: Path, layout: str) -> dict[tuple[int, ...], list[int]]:
+    """Token ids of each sample as the host is to make them, and the class ids it has by itself."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    block = parse({"loss": "nll", "dwl": {"classes": OF_CONTEXT}})
+    assert block is not None
+    labeller = labeller_of(block, tokenizer)
+    assert labeller is not None
+    length = LAYOUTS[layout].get("sequence_len")
+    alone = {}
+    for sample in segments():
+        if "pretraining" in layout:
+            ids = tokenizer("".join(text for _, text in sample))["input_ids"]
+            ids += [tokenizer.eos_token_id] * ("packed" in layout)
+            labels = ids
+        else:
+            pieces = [(label, tokenizer(text)["input_ids"]) for label, text in sample]
+            ids = [token for _, piece in pieces for token in piece]
+            labels = [token if label else -100 for label, piece in pieces for token in piece]
+        alone[tuple(ids[:length])] = labeller(ids[:length], labels[:length]).tolist()
+    found = {index for class_ids in alone.values() for index in class_ids}
+    assert found == ({0, 1, 3} if "pretraining" in layout else {0, 1, 2, 3, -100})
+    return alone
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_sample_has_the_class_ids_that_it_has_alone(
+    configure: Configure, tmp_path: Path, model_folder: Path, layout: str
+) -> None:
+    settings = raw(tmp_path, layout) | LAYOUTS[layout]
+    loaders: list[Any] = []
+
+    def keep_loader(trainer: Any) -> None:
+        make = trainer.get_train_dataloader
+
+        def kept() -> Any:
+            loaders.append(make())
+            return loaders[-1]
+
+        trainer.get_train_dataloader = kept
+
+    train(configure(loss="nll", dwl={"classes": OF_CONTEXT}, max_steps=1, **settings), before=keep_loader)
+    alone = samples_alone(model_folder, layout)
+    seen, in_row = [], []
+    for batch in loaders[0]:
+        for ids, class_ids in zip(batch["input_ids"].tolist(), batch[CLASS_IDS].tolist(), strict=True):
+            at, before = 0, len(seen)
+            while sample := next((known for known in alone if tuple(ids[at : at + len(known)]) == known), None):
+                assert class_ids[at : at + len(sample)] == alone[sample]
+                seen.append(sample)
+                at += len(sample)
+            assert set(class_ids[at:]) <= {-100}
+            in_row.append(len(seen) - before)
+    if "packed" in layout:  # the host drops the last batch
+        assert len(set(seen)) == len(seen) > 12
+        assert max(in_row) > 1
+    else:
+        assert sorted(seen) == sorted(alone)
+
+
 def test_batches_of_batch_flattening_carry_class_ids(model_folder: Path) -> None:
     """`batch_flattening: true`, whose attention needs a GPU: its collator puts the rows of a batch into one."""
     from transformers import AutoTokenizer, DataCollatorWithFlattening
