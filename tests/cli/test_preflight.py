@@ -6,24 +6,28 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import Result
 
 from dwl_plugin.cli.preflight import advice, summarise
+from dwl_plugin.hosts import axolotl_preview
 from tests.hosts import harness
 
 Run = Callable[..., Result]
 Write = Callable[..., Path]
 
 
-def p_by_hand(model: Path, count: int) -> tuple[list[float], list[float]]:
-    """p of each target of the first rows, and of those that are the end of the turn, from full logits in fp64."""
+def p_by_hand(model: Path, count: int, network: Any = None) -> tuple[list[float], list[float]]:
+    """p of each target of the first rows, and of those that are the end of the turn, from full logits; of `network`, or of the
+    model's own weights in fp64."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model).double()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    network = AutoModelForCausalLM.from_pretrained(model).double() if network is None else network
     everything, ends = [], []
     for row in harness.rows(count):
         ids = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
@@ -37,6 +41,39 @@ def p_by_hand(model: Path, count: int) -> tuple[list[float], list[float]]:
         everything += p
         ends.append(p[-1])
     return everything, ends
+
+
+QLORA = {"adapter": "qlora", "load_in_4bit": True, "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
+
+
+@pytest.mark.slow
+def test_p_of_a_model_in_four_bits(
+    dwl: Run, write_config: Write, little_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU as well: what is measured is the quantised model, not the one that was saved."""
+    from bitsandbytes.nn import Linear4bit
+
+    loaded, load_model = [], axolotl_preview.load_model
+
+    def keep(cfg: Any, tokenizer: Any) -> Any:
+        loaded.append(load_model(cfg, tokenizer))
+        return loaded[-1]
+
+    monkeypatch.setattr(axolotl_preview, "load_model", keep)
+    block = {"classes": {"end": {"tokens": ["<|im_end|>"]}}}
+    config = write_config(loss="dwl", dwl=block, shuffle_merged_datasets=False, **QLORA)
+    result = dwl("preflight", config, "--samples", 5, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    (model,) = loaded
+    assert (
+        sum(isinstance(module, Linear4bit) for module in model.modules()) == 2 * 7
+    )  # layers, and what each is made of
+    everything, ends = p_by_hand(little_model, 5, model)
+    assert found["all"]["mean_p"] == pytest.approx(np.mean(everything), rel=1e-4)
+    assert found["classes"][0]["mean_p"] == pytest.approx(np.mean(ends), rel=1e-4)
+    saved, _ = p_by_hand(little_model, 5)
+    assert found["all"]["mean_p"] != pytest.approx(np.mean(saved), rel=1e-3)
 
 
 def test_p_is_that_of_the_full_softmax(dwl: Run, write_config: Write, little_model: Path) -> None:
