@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import subprocess
@@ -137,6 +136,22 @@ def rows(dataset: dict[str, Any]) -> list[dict[str, Any]]:
     return out
 
 
+def with_local_data(path: Path, folder: Path) -> dict[str, Any]:
+    """The example on rows in `folder`, in the place of its data set, and writing there."""
+    from tests.hosts import harness
+
+    example = load(path)
+    (dataset,) = example["datasets"]
+    data = harness.write_rows(folder / "rows.jsonl", rows(dataset))
+    local = {key: value for key, value in dataset.items() if key not in ("name", "split")} | {"path": str(data)}
+    return {
+        **example,
+        "datasets": [local],
+        "dataset_prepared_path": str(folder / "prepared"),
+        "output_dir": str(folder / "out"),
+    }
+
+
 @pytest.mark.slow
 @each
 @pytest.mark.filterwarnings("ignore")  # the host's and its libraries', in a whole run
@@ -146,18 +161,10 @@ def test_it_trains_two_steps(path: Path, tmp_path: Path) -> None:
 
     harness.make_tokenizer(tmp_path / "model")
     harness.make_model(tmp_path / "model")
-    example = load(path)
-    (dataset,) = example["datasets"]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows(dataset)), encoding="utf-8")
-    local = {key: value for key, value in dataset.items() if key not in ("name", "split")} | {"path": str(data)}
     run = harness.train({
-        **example,
+        **with_local_data(path, tmp_path),
         **harness.CPU,
         "base_model": str(tmp_path / "model"),
-        "datasets": [local],
-        "dataset_prepared_path": str(tmp_path / "prepared"),
-        "output_dir": str(tmp_path / "out"),
         "optimizer": "adamw_torch",
         "sequence_len": 512,
         "gradient_accumulation_steps": 1,
@@ -171,7 +178,7 @@ def test_it_trains_two_steps(path: Path, tmp_path: Path) -> None:
     assert len(run.logged("loss")) == 2
     assert len(run.logged("nll")) == 2
     assert len(run.logged("eval_nll")) >= 2
-    block = parse(example)
+    block = parse(load(path))
     assert block is not None
     for name in block.class_names:
         assert run.logged(f"dwl/nll/{name}") or block.class_names == ("rest",)

@@ -14,13 +14,14 @@ from click.testing import Result
 
 from dwl_plugin.cli import quickstart
 from dwl_plugin.cli.quickstart.problems import generate, write_jsonl
+from dwl_plugin.config import parse
 from dwl_plugin.hosts.looking import picked_rows
 from tests.hosts import harness
+from tests.test_example_configs import EXAMPLES, each, with_local_data
 
 Check = Callable[..., Result]
 Write = Callable[..., Path]
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "example_configs").glob("*.yml"))
 CLASSES = {"control": {"tokens": ["<|im_end|>"]}, "number": {"regex": r"\d+"}}
 
 
@@ -297,6 +298,23 @@ def test_an_example_whose_model_is_out_of_reach(dwl: Check, path: Path) -> None:
     assert "Not looked at" in result.output
     assert yaml.safe_load(path.read_text())["base_model"] in result.output
     assert "problem" not in result.output.replace("No problem found", "")
+
+
+@each
+def test_an_example_on_local_data(dwl: Check, little_model: Path, tmp_path: Path, path: Path) -> None:
+    """Nothing is wrong with it, and each of its classes is found."""
+    config = tmp_path / path.name
+    settings = with_local_data(path, tmp_path) | {"base_model": str(little_model)}
+    config.write_text(yaml.safe_dump(settings, sort_keys=False))
+    result = dwl("check", config, "--json")
+    assert result.exit_code == 0, result.output
+    found = findings(result)
+    assert (found["problems"], found["not_looked_at"]) == ([], [])
+    block = parse(yaml.safe_load(path.read_text()))
+    assert block is not None
+    tokens = {figure["name"]: figure["tokens"] for figure in found.get("classes", ())}
+    assert tuple(tokens) == (block.class_names if block.labels_tokens else ())
+    assert all(tokens.values()), tokens
 
 
 def test_the_quickstart_example_on_its_own_data(dwl: Check, little_model: Path, tmp_path: Path) -> None:
