@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from click import Command
 from click.testing import CliRunner, Result
 
 from dwl_plugin.cli.main import main
@@ -54,8 +55,8 @@ def dwl(host: None) -> Iterator[Callable[..., Result]]:
     manager = PluginManager.get_instance()
     before = dict(manager.plugins)
 
-    def run(*arguments: object) -> Result:
-        result = CliRunner(env={"COLUMNS": "160"}).invoke(main, [str(argument) for argument in arguments])
+    def run(*arguments: object, command: Command = main) -> Result:
+        result = CliRunner(env={"COLUMNS": "160"}).invoke(command, [str(argument) for argument in arguments])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result

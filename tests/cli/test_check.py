@@ -327,3 +327,19 @@ def test_the_quickstart_example_on_its_own_data(dwl: Check, little_model: Path, 
     assert list(classes) == ["answer", "number", "reasoning", "end_of_turn", "rest"]
     assert classes["end_of_turn"]["tokens"] == found["rows"]
     assert classes["number"]["alpha_end"] == pytest.approx(0.35)
+
+
+@pytest.mark.parametrize(("number", "form"), [(r"\d+", "--samples=9"), (r"(\d+", "--json")], ids=["good", "bad"])
+def test_axolotls_own_command_line(
+    dwl: Check, write_config: Write, monkeypatch: pytest.MonkeyPatch, number: str, form: str
+) -> None:
+    """`axolotl dwl check` is `dwl check`, after Axolotl's banner."""
+    from axolotl.cli import main as host
+
+    for effect in ("print_axolotl_text_art", "load_dotenv", "set_pytorch_cuda_alloc_conf", "set_misc_env"):
+        monkeypatch.setattr(host, effect, lambda: None)
+    config = write_config(loss="dwl", dwl={"classes": {**CLASSES, "number": {"regex": number}}})
+    ours = dwl("check", config, form)
+    theirs = dwl("dwl", "check", config, form, command=host.cli)
+    assert ours.exit_code == (0 if number == r"\d+" else 1)
+    assert (theirs.exit_code, theirs.output) == (ours.exit_code, ours.output)
