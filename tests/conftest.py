@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+
+import pytest
 
 os.environ.update(
     AXOLOTL_DO_NOT_TRACK="1",
@@ -12,3 +15,13 @@ os.environ.update(
     TRANSFORMERS_VERBOSITY="error",
     WANDB_DISABLED="true",
 )
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file of ours gets onto the disk."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)

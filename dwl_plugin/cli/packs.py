@@ -15,6 +15,7 @@ from dwl_plugin.classes.pack_cases import CaseResult, run_case, untouched_classe
 from dwl_plugin.config.pack_files import PackReference, read_pack, shipped_packs
 from dwl_plugin.config.packs import Pack, PackCase, Shelf, parse_pack
 from dwl_plugin.errors import ConfigError, DWLError, Problem
+from dwl_plugin.files import write_whole
 
 __all__ = ["list_packs", "markdown_table", "read", "show_pack", "test_pack", "write_table"]
 
@@ -122,5 +123,5 @@ def write_table(file: Path) -> bool:
     if _TABLE.search(before) is None:
         raise DWLError(f"[dwl] {file} has no lines <!-- packs --> and <!-- /packs -->")
     after = _TABLE.sub(lambda _: markdown_table(), before)
-    file.write_text(after, encoding="utf-8")
+    write_whole(file, after.encode())
     return after != before

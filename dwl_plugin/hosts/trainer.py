@@ -26,6 +26,7 @@ from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block, DFTConfig, TokenLossConfig
 from dwl_plugin.config.token_loss import SCHEDULED
 from dwl_plugin.errors import ConfigError, DWLError, LossNotTakenError, NotFiniteError, Problem
+from dwl_plugin.files import write_whole
 from dwl_plugin.hosts.checkpoints import finished_checkpoints
 from dwl_plugin.hosts.closed_loop import ClosedLoop
 from dwl_plugin.hosts.collate import CLASS_IDS, LabellingCollator
@@ -314,10 +315,7 @@ class StepHook(TrainerCallback):
         self._close_loop(saved, state.global_step)
         session.move(state.global_step)
         if state.is_world_process_zero:
-            folder = Path(args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(session.block.dump(), sort_keys=False, allow_unicode=True)
-            (folder / RESOLVED_CONFIG).write_text(text, encoding="utf-8")
+            _keep_config(session.block, Path(args.output_dir))
         picks = args.metric_for_best_model or "loss" if args.load_best_model_at_end else None
         counts = None if session.survey is None else session.survey.counts
         say("\n".join(opening_lines(session.block, counts, session.alpha_at, session.length, session.replaced, picks)))
@@ -361,6 +359,15 @@ class StepHook(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._session.move(state.global_step)
+
+
+def _keep_config(block: Block, folder: Path) -> None:
+    """For people and `dwl report`. Training does not stop for want of it."""
+    text = yaml.safe_dump(block.dump(), sort_keys=False, allow_unicode=True)
+    try:
+        write_whole(folder / RESOLVED_CONFIG, text.encode())
+    except DWLError as error:
+        say(f"{error} Training goes on, and `dwl report` will not know this run's settings.")
 
 
 def _require_cut_sequences(accelerator: Any, batches: Sequence[Any]) -> None:

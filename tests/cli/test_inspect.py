@@ -110,6 +110,18 @@ def test_a_configs_own_name_stays_text(dwl: Run, write_config: Write, tmp_path: 
     assert Page(out.read_text(encoding="utf-8")).named("img") == []
 
 
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_leaves_the_old_page_and_says_so(dwl: Run, write_config: Write, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    out.write_text("old")
+    result = dwl("inspect", write_config(loss="dft"), "--samples", 1, "--html", out)
+    assert result.exit_code == 1
+    assert (
+        "page.html cannot be written: No space left on device; the file that is there was not touched." in result.output
+    )
+    assert out.read_text() == "old"
+
+
 def test_the_page_asks_for_nothing_and_runs_only_its_own_script(page: Callable[..., Page]) -> None:
     shown = page(1, loss="dwl", dwl={"classes": CLASSES})
     policy = next(meta["content"] for meta in shown.named("meta") if "http-equiv" in meta) or ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import math
@@ -16,10 +15,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dwl_plugin.cli import figures
-from dwl_plugin.cli.files import write_whole
 from dwl_plugin.cli.main import main
 from dwl_plugin.cli.report.run import Curve, read_runs
 from dwl_plugin.cli.report.tables import compared, rows_of
+from dwl_plugin.files import write_whole
 from tests.cli.little_runs import DWL, Entry, evaluation, step, write_run, write_state
 
 HISTORY = [
@@ -383,16 +382,11 @@ def test_a_long_run_stays_a_small_page(tmp_path: Path) -> None:
 # --- writing -----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_leaves_the_old_page_and_says_so(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_leaves_the_old_page_and_says_so(run: Path, tmp_path: Path) -> None:
     old = tmp_path / "page.html"
     old.write_text("old")
 
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
     assert "No space left on device; the file that is there was not touched" in error_of(dwl(run, "--html", old))
     assert old.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exp", "page.html"]
@@ -409,6 +403,16 @@ def test_a_written_file_replaces_whole_and_follows_links(tmp_path: Path) -> None
     write_whole(link, b"new")
     assert link.is_symlink()
     assert target.read_bytes() == b"new"
+
+
+def test_a_pipe_or_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, b"new")
+    assert os.read(reader, 10) == b"new"
+    os.close(reader)
+    assert pipe.is_fifo()
 
 
 def test_without_matplotlib_the_table_is_there_and_the_page_names_the_remedy(

@@ -169,6 +169,22 @@ def test_a_killed_run_resumes_to_the_parameters_of_the_whole_run(
         }
 
 
+# a full disk
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_settings_that_cannot_be_written_down_do_not_stop_a_run(
+    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = harness.train(configure(**settings(max_steps=1, save_strategy="no", save_steps=None)))
+    assert len(run.logged("loss")) == 1
+    assert not [file.name for file in (tmp_path / "run").iterdir() if "dwl_config" in file.name]
+    said = [line for line in capsys.readouterr().out.splitlines() if "cannot be written" in line]
+    assert len(said) == 1
+    assert "[dwl] " in said[0]
+    assert "dwl_config.yaml cannot be written: No space left on device. Training goes on" in said[0]
+
+
 # checkpoints that are cut off
 
 

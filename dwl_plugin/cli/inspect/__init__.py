@@ -10,7 +10,7 @@ from dwl_plugin.cli.check import class_table, print_findings, progress
 from dwl_plugin.cli.examination import examine
 from dwl_plugin.cli.inspect.shown import shown_rows
 from dwl_plugin.cli.inspect.terminal import print_rows
-from dwl_plugin.errors import DWLError
+from dwl_plugin.files import write_whole
 
 __all__ = ["inspect"]
 
@@ -31,9 +31,6 @@ def inspect(config: Path, samples: int, html: Path | None, *, trust: bool) -> in
         return seen.status
     from dwl_plugin.cli.inspect.page import render_page
 
-    try:
-        html.write_text(render_page(seen, rows), encoding="utf-8")
-    except OSError as error:
-        raise DWLError(f"{html} cannot be written: {error.strerror}.") from error
+    write_whole(html, render_page(seen, rows).encode())
     console.print(f"{len(rows)} rows in [bold]{html}[/]; it opens in any browser, without a network", soft_wrap=True)
     return seen.status

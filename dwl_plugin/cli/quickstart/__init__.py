@@ -23,6 +23,7 @@ from dwl_plugin.cli.quickstart.model import prepared_model
 from dwl_plugin.cli.quickstart.problems import generate, write_jsonl
 from dwl_plugin.cli.report import report
 from dwl_plugin.errors import DWLError
+from dwl_plugin.files import write_whole
 
 __all__ = ["ROWS", "SEED", "render", "run", "template"]
 
@@ -107,7 +108,7 @@ def _write_config(config: Path, text: str, console: Console) -> None:
         kept = config.with_name("quickstart.old.yml")
         config.replace(kept)
         console.print(f"Your earlier config is kept as [bold]{_short(kept)}[/]")
-    config.write_text(text, encoding="utf-8")
+    write_whole(config, text.encode())
     console.print(f"Config: [bold]{_short(config)}[/]")
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dwl_plugin.cli.files import write_whole
 from dwl_plugin.cli.report.run import read_runs
 from dwl_plugin.cli.report.tables import print_comparison, print_run
+from dwl_plugin.files import write_whole
 
 __all__ = ["report"]
 

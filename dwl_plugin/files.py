@@ -1,4 +1,4 @@
-"""A file is whole or it is not there: what a command writes appears under its name only when all of it is on the disk."""
+"""A file is whole or it is not there: what we write appears under its name only when all of it is on the disk."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ def write_whole(path: Path, content: bytes) -> None:
     target = Path(os.path.realpath(path))  # a link keeps pointing where it pointed
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe, which nothing may replace
+            path.write_bytes(content)
+            return
         try:
             with open(draft, "xb") as file:
                 file.write(content)
