@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ConfigError", "DWLError", "LossNotTakenError", "NotFiniteError", "Problem", "did_you_mean"]
+__all__ = ["ConfigError", "DWLError", "LossNotTakenError", "NotFiniteError", "Problem", "did_you_mean", "shortened"]
 
 _ABSENT: Any = object()
 
@@ -28,7 +28,7 @@ class Problem:
         return self.value is not _ABSENT
 
     def __str__(self) -> str:
-        received = "" if not self.has_value else f" (got {_shorten(self.value)})"
+        received = "" if not self.has_value else f" (got {shortened(self.value)})"
         lines = [f"{self.path}: {self.message}{received}"]
         if self.allowed:
             lines.append(f"    allowed: {self.allowed}")
@@ -77,7 +77,8 @@ def did_you_mean(word: object, known: Sequence[str]) -> str:
     return f"did you mean `{close[0]}`?" if close else ""
 
 
-def _shorten(value: Any, limit: int = 120) -> str:
+def shortened(value: Any, limit: int = 120) -> str:
+    """`value` as Python writes it, cut to `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

@@ -21,7 +21,7 @@ from dwl_plugin.classes.samples import Samples
 from dwl_plugin.classes.selectors import InVocabulary, Selector
 from dwl_plugin.classes.token_table import Bools, Ints, TokenTable
 from dwl_plugin.config import FIRST_TARGET, IGNORE_INDEX, Overlap
-from dwl_plugin.errors import DWLError
+from dwl_plugin.errors import DWLError, shortened
 
 __all__ = ["IGNORE_INDEX", "Labeller", "as_ints"]
 
@@ -69,11 +69,15 @@ class Labeller:
     def label_samples(self, samples: Sequence[tuple[Any, Any, Any]]) -> list[Ints]:
         """The class ids of each (`input_ids`, `labels`, `position_ids`), in one pass: many short samples cost little more
         than a long one. `position_ids` may be None; a sample is taken apart where they do not increase."""
-        ids_T, ends = _end_to_end([sample[0] for sample in samples])
-        labels_T, label_ends = _end_to_end([sample[1] for sample in samples])
-        if ends != label_ends:
+        try:
+            ids_T, ends = _end_to_end([sample[0] for sample in samples])
+            labels_T, label_ends = _end_to_end([sample[1] for sample in samples])
+            if ends != label_ends:
+                raise ValueError("of different lengths")
+        except _NOT_INTEGERS:
             for input_ids, labels, _ in samples:
                 _pair(input_ids, labels)  # says which
+            raise
         edges = list(pairwise([0, *ends]))
         if not len(ids_T):
             return [ids_T for _ in edges]
@@ -168,11 +172,19 @@ class Labeller:
         return np.where(target_T, classes_T, IGNORE_INDEX)
 
 
+_NOT_INTEGERS = (TypeError, ValueError, OverflowError)
+
+
 def _pair(input_ids: Any, labels: Any) -> tuple[Ints, Bools]:
-    ids, target = as_ints(input_ids), as_ints(labels) != IGNORE_INDEX
-    if ids.shape != target.shape:
-        raise DWLError(f"[dwl] input_ids {ids.shape} and labels {target.shape} have to be of one shape")
-    return ids, target
+    """The ids, and True at the targets. Raises `DWLError` with what the row begins with, which finds it in the data."""
+    try:
+        ids, label = as_ints(input_ids), as_ints(labels)
+        why = f"`input_ids` {ids.shape} and `labels` {label.shape} have to be of one shape"
+        if ids.shape == label.shape:
+            return ids, label != IGNORE_INDEX
+    except _NOT_INTEGERS as error:
+        why = f"`input_ids` and `labels` have to be integers: {error}"
+    raise DWLError(f"[dwl] a row of the data cannot be classified: {why}. Its input_ids are {shortened(input_ids, 60)}")
 
 
 def _end_to_end(rows: Sequence[Any]) -> tuple[Ints, list[int]]:

@@ -19,6 +19,7 @@ from dwl_plugin.config import (
     TokensClass,
 )
 from dwl_plugin.errors import ConfigError, DWLError
+from dwl_plugin.hosts.collate import LabellingCollator
 from tests.classes.little_tokenizers import END, START, THINK, UNTHINK, byte_level, encode, sentencepiece
 
 PROMPT = f"{START}user\nhello 7{END}\n{START}assistant\n"
@@ -219,9 +220,42 @@ def test_no_class_leaves_rest() -> None:
     assert labeller([3, 4], [-100, 4]).tolist() == [-100, 0]
 
 
-def test_shapes_that_differ_are_refused() -> None:
-    with pytest.raises(DWLError, match=r"\(2,\).*\(1,\)"):
-        build_labeller({}, byte_level())([1, 2], [1])
+BAD_ROWS: dict[str, tuple[Any, Any, str]] = {
+    "shapes that differ": ([41, 42], [41], r"\(2,\) and `labels` \(1,\) have to be of one shape.*\[41, 42\]"),
+    "an array and a list": (np.array([41, 42]), [41], r"\(2,\) and `labels` \(1,\).*\[41, 42\]"),
+    "no labels": ([41, 42], None, r"integers: .*None.*\[41, 42\]"),
+    "a label that is none": ([41, 42], [41, None], r"integers: .*None.*\[41, 42\]"),
+    "an id that is text": ([41, "x"], [41, 42], r"integers: .*'x'.*\[41, 'x'\]"),
+    "an id of more than 64 bits": ([41, 2**70], [41, 42], r"integers: .*\[41, 1180591620717411303424\]"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS)
+def test_a_row_that_cannot_be_classified_is_named(bad: str) -> None:
+    ids, labels, message = BAD_ROWS[bad]
+    labeller = build_labeller({"a": RegexClass(regex="a")}, byte_level())
+    good = {"input_ids": [7], "labels": [7]}
+    row = {"input_ids": ids, "labels": labels}
+    for classify in (
+        lambda: labeller(ids, labels),
+        lambda: labeller.label_samples([([7], [7], None), (ids, labels, None)]),
+        lambda: survey(labeller, [good, row]),
+        lambda: LabellingCollator(list, labeller, packed=False)([good, row]),  # in the loader's worker
+    ):
+        with pytest.raises(DWLError, match=f"a row of the data cannot be classified.*{message}"):
+            classify()
+
+
+def test_ids_outside_the_vocabulary_and_bytes_that_are_no_character_leave_the_rest_of_a_row_as_it_is() -> None:
+    labeller = build_labeller({"number": RegexClass(regex=r"\d+"), "hello": RegexClass(regex="hello")}, byte_level())
+    before, after, melon = (encode(byte_level(), text) for text in ("12 ", " hello", "🍉"))
+    whole = labeller(before + after, before + after).tolist()
+    for strange in ([-200], [10**6], melon[:1], melon[1:2] * 3):
+        ids = before + strange + after
+        found = labeller(ids, ids).tolist()
+        assert found == whole[: len(before)] + [2] * len(strange) + whole[len(before) :]
+        assert survey(labeller, [{"input_ids": ids, "labels": ids}]).tokens == tuple(map(found.count, range(3)))
+    assert {0, 1, 2} <= set(whole)
 
 
 def test_a_batch_of_numbered_samples_needs_no_positions() -> None:
