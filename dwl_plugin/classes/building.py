@@ -57,7 +57,7 @@ from dwl_plugin.config.selectors import (
     WordsSelector,
     walk,
 )
-from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.errors import ConfigError, DWLError, Problem
 
 __all__ = ["build_labeller", "labeller_of"]
 
@@ -79,11 +79,10 @@ def build_labeller(classes: Mapping[str, ClassConfig], tokenizer: Any, overlap: 
 
     Raises:
         ConfigError: every class that this tokenizer cannot serve, all at once.
-        DWLError: a class needs text, and the tokenizer does not tell the bytes of its tokens.
     """
     kinds = [selector for config in classes.values() for _, selector in walk(config, "")]
     blank = TokenTable.blank(vocabulary_size(tokenizer))
-    table = blank if all(isinstance(kind, _WITHOUT_TEXT) for kind in kinds) else TokenTable.of(tokenizer)
+    table = blank if all(isinstance(kind, _WITHOUT_TEXT) for kind in kinds) else _table(classes, tokenizer)
     selectors: dict[str, Selector] = {}
     problems: list[Problem] = []
     for name, config in classes.items():
@@ -104,6 +103,19 @@ def build_labeller(classes: Mapping[str, ClassConfig], tokenizer: Any, overlap: 
     if all(isinstance(kind, (*_WITHOUT_TEXT, *_TEXT_OF_ONE_TOKEN)) for kind in kinds):
         table = blank  # what one token says is in the look-up now
     return Labeller((*classes, REST), tuple(selectors.values()), lookup, table, overlap)
+
+
+def _table(classes: Mapping[str, ClassConfig], tokenizer: Any) -> TokenTable:
+    """The tokenizer's bytes. Raises `ConfigError` with every class that needs them where they are not known."""
+    try:
+        return TokenTable.of(tokenizer)
+    except DWLError as error:
+        raise ConfigError(
+            Problem(f"dwl.classes.{name}", f"needs the text of tokens, and {error}", hint="use the fast version of this "
+                    "tokenizer, or select by `token_ids`, `special`, `added`, `turn` or `position`")
+            for name, config in classes.items()
+            if not all(isinstance(kind, _WITHOUT_TEXT) for _, kind in walk(config, ""))
+        ) from None  # fmt: skip
 
 
 class _Making:

@@ -246,7 +246,4 @@ def _ask_decoder(tokenizer: Any, *, byte_fallback: bool) -> Callable[[int, str],
 
 def _no_bytes(tokenizer: Any, why: str) -> DWLError:
     name = getattr(tokenizer, "name_or_path", "") or "without a name"
-    return DWLError(
-        f"[dwl] the tokenizer {type(tokenizer).__name__} ({name}) does not tell the bytes of its tokens: {why}. "
-        "Classes by text need them; use its fast version, or select by `token_ids`."
-    )
+    return DWLError(f"the tokenizer {type(tokenizer).__name__} ({name}) does not tell the bytes of its tokens: {why}")

@@ -20,7 +20,7 @@ from dwl_plugin.cli.trust import Danger, dangers
 from dwl_plugin.config import IGNORE_INDEX, REST, Block
 from dwl_plugin.config.overrides import overridden, overrides_of
 from dwl_plugin.config.salvage import salvage
-from dwl_plugin.errors import ConfigError, DWLError, Problem, did_you_mean
+from dwl_plugin.errors import ConfigError, Problem, did_you_mean
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -236,8 +236,6 @@ def _labeller(block: Block, tokenizer: Any) -> tuple[Block, Labeller | None, lis
             if left is None or len(left.class_configs) >= len(block.class_configs):
                 return block, None, problems
             block = left
-        except DWLError as error:  # a tokenizer that does not tell the bytes of its tokens
-            return block, None, [*problems, Problem("dwl.classes", str(error).removeprefix("[dwl] "))]
     return block, None, problems
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,36 @@ def test_what_the_tokenizer_sees_is_reported_whole(configure: Configure, tmp_pat
     assert "not one token" in found["dwl.classes.many.tokens[0]"]
     assert "400" in found["dwl.classes.outside.token_ids[1]"]
     assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+@pytest.fixture
+def without_bytes(model_folder: Path, tmp_path: Path) -> Path:
+    """The model with a tokenizer whose decoder says nothing about bytes."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "without bytes"))
+    file = folder / "tokenizer.json"
+    ctc = {"type": "CTC", "pad_token": "<pad>", "word_delimiter_token": "|", "cleanup": False}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "decoder": ctc}))
+    return folder
+
+
+@pytest.mark.usefixtures("no_model")
+def test_where_no_bytes_are_known_every_class_by_text_is_named(configure: Configure, without_bytes: Path) -> None:
+    classes = {
+        "number": {"regex": r"\d+"},
+        "end": {"special": True},
+        "both": {"all": [{"turn": 1}, {"between": ["<think>", "</think>"]}]},
+    }
+    found = problems_of(configure(model=without_bytes, loss="dwl", dwl={"classes": classes}))
+    assert set(found) == {"dwl.classes.number", "dwl.classes.both"}
+    for problem in found.values():
+        assert "does not tell the bytes of its tokens: its decoder has CTC" in problem
+        assert "token_ids" in problem
+
+
+def test_where_no_bytes_are_known_classes_by_token_are_trained(configure: Configure, without_bytes: Path) -> None:
+    classes = {"end": {"special": True}, "five": {"token_ids": [5], "allow_empty": True}}
+    run = train(configure(model=without_bytes, loss="dwl", dwl={"classes": classes}, max_steps=1))
+    assert run.logged("dwl/token_share/end")[0] > 0
 
 
 @pytest.mark.usefixtures("no_model")
