@@ -42,7 +42,7 @@ def main() -> None:
 
     folder = prepared_model(Console(highlight=False))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype="float32")
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
