@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -57,7 +58,8 @@ _PACKING = ("sample_packing", "batch_flattening", "packing", "padding_free")
 def say(line: str) -> None:
     """To the console of the main process; every line of ours looks alike."""
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print("\n".join(f"[dwl] {part}" for part in line.splitlines()), flush=True)
+        with tqdm.external_write_mode():  # not behind the progress bar that the host has begun
+            print("\n".join(f"[dwl] {part}" for part in line.splitlines()), flush=True)
 
 
 class Session:

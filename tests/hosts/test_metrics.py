@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tqdm.auto import tqdm
 
 from dwl_plugin.config import parse
+from dwl_plugin.hosts.trainer import say
 from tests.hosts.harness import CLASSES, Run, train
 
 Configure = Callable[..., dict[str, Any]]
@@ -93,6 +96,13 @@ def test_console_keeps_the_few_and_the_state_gets_all(configure: Configure, caps
     assert "dwl/alpha/number" in text
     assert "'nll'" in text
     assert "dwl/loss_share" not in text
+
+
+def test_a_line_of_ours_does_not_stand_behind_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    with tqdm(total=2, file=sys.stdout):
+        say("hello")
+    (line,) = (line for line in capsys.readouterr().out.split("\n") if "hello" in line)
+    assert line.rpartition("\r")[2] == "[dwl] hello"
 
 
 def test_opening_lines_say_what_alpha_does(configure: Configure, capsys: pytest.CaptureFixture[str]) -> None:
