@@ -367,8 +367,9 @@ def _keep_config(block: Block, folder: Path) -> None:
     """For people and `dwl report`. Training does not stop for want of it."""
     text = yaml.safe_dump(block.dump(), sort_keys=False, allow_unicode=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / RESOLVED_CONFIG, text.encode())
-    except DWLError as error:
+    except (OSError, DWLError) as error:
         say(f"{error} Training goes on, and `dwl report` will not know this run's settings.")
 
 
