@@ -238,8 +238,8 @@ class Between:
                 turn = bisect_right(turn_ends, opening)
                 masked = turn == len(turn_ends) or turn_begins[turn] >= text
                 if masked and (closing < 0 or data.find(self.opening, text, closing) >= 0):
-                    leads = turn < len(turn_ends) and turn_begins[turn] <= _spaces_end(data, text, sample_end)
-                    if not leads:
+                    next_turn = turn_begins[turn] if turn < len(turn_ends) else sample_end
+                    if next_turn >= sample_end or data[text:next_turn].strip():
                         at = text
                         continue
                     if not text <= closing < turn_ends[turn]:
@@ -251,15 +251,6 @@ class Between:
                     break
                 at = closing + len(self.closing)
                 yield opening, text, closing, at
-
-
-_SPACES = re.compile(rb"\s*")
-
-
-def _spaces_end(data: bytes, begin: int, end: int) -> int:
-    match = _SPACES.match(data, begin, end)
-    assert match is not None
-    return match.end()
 
 
 @dataclass(frozen=True)

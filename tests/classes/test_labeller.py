@@ -154,6 +154,16 @@ def test_an_unclosed_span_ends_with_its_sample() -> None:
     assert packed.tolist() == [[1, 0, 0, 1, 0, 0]]
 
 
+def test_an_opening_that_ends_a_masked_sample_does_not_lead_into_the_next() -> None:
+    (first, _), (second, labels) = sample("", f"a{THINK}"), sample("", "bc")
+    labeller = build_labeller({"think": BetweenClass(between=(THINK, UNTHINK))}, byte_level())
+    masked = [first[0], *[-100] * (len(first) - 1)]
+    positions = [*range(len(first)), *range(len(second))]
+    packed = labeller.label_batch([first + second], [masked + labels], [positions], packed=True)
+    assert packed.tolist() == [[*labeller(first, masked), *labeller(second, labels)]]
+    assert 0 not in packed
+
+
 def test_a_closing_delimiter_alone_opens_nothing() -> None:
     ids, labels = sample("", f"a{UNTHINK}b")
     assert members("think", label(ids, labels, think=BetweenClass(between=(THINK, UNTHINK)))) == ""
