@@ -40,9 +40,9 @@ class _Loader(yaml.SafeLoader):
 
 def read_config(path: Path) -> tuple[dict[str, Any], list[Problem]]:
     """The mapping, and what is odd about the file itself. Raises `ConfigError` where there is no mapping to be had."""
-    if path.stat().st_size > _MAX_BYTES:
-        raise ConfigError([Problem(str(path), f"larger than {_MAX_BYTES >> 20} MiB; this is no config")])
     try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError([Problem(str(path), f"larger than {_MAX_BYTES >> 20} MiB; this is no config")])
         loader = _Loader(path.read_text(encoding="utf-8"))
         try:
             with yaml_errors():
@@ -58,6 +58,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[Problem]]:
             loader.dispose()
     except yaml.YAMLError as error:
         raise ConfigError([Problem(str(path), f"not YAML: {_where(error)}", hint=_trap(error))]) from None
+    except OSError as error:
+        raise ConfigError([Problem(str(path), f"cannot be read: {error.strerror}")]) from None
     except UnicodeDecodeError as error:
         raise ConfigError([Problem(str(path), f"not UTF-8: {error.reason} at byte {error.start}")]) from None
     if not isinstance(raw, dict):

@@ -62,6 +62,12 @@ def test_what_pyyaml_trips_over_is_not_yaml(tmp_path: Path, text: str) -> None:
     assert "not YAML" in complaint(tmp_path, text)
 
 
+def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yml", tmp_path):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            read_config(path)
+
+
 def test_aliases_that_multiply_are_refused(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
