@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 from dwl_plugin.alpha.schedule import Curve, ScheduleContext, Vector, curve_of
 from dwl_plugin.alpha.tau import RunLength
-from dwl_plugin.config import Block, DFTConfig, ScheduleOptions, TokenLossConfig
+from dwl_plugin.config import Block, DFTConfig, TokenLossConfig
 from dwl_plugin.config.token_loss import SCHEDULED
 
-__all__ = ["end_hints", "scheduled", "token_loss_paths", "token_losses_of"]
+__all__ = ["end_hints", "token_losses_of"]
 
 
 def token_losses_of(block: Block, length: RunLength) -> Callable[[int], tuple[TokenLossConfig, ...]] | None:
@@ -19,7 +19,7 @@ def token_losses_of(block: Block, length: RunLength) -> Callable[[int], tuple[To
     Raises `ConfigError` for positions that this run's length cannot place, and for those that turn out to be in the wrong order.
     """
     losses = block.token_losses
-    curves = [_curve(loss, length, path) for loss, path in zip(losses, token_loss_paths(block), strict=True)]
+    curves = [_curve(loss, length, path) for loss, path in zip(losses, block.dft_paths, strict=True)]
     if not any(curves):
         return None
 
@@ -32,25 +32,9 @@ def token_losses_of(block: Block, length: RunLength) -> Callable[[int], tuple[To
     return at
 
 
-def token_loss_paths(block: Block) -> list[str]:
-    """Where the `dft` of each of `Block.class_names` stands in the YAML."""
-    own = [spec.dft for spec in block.class_configs.values()] + [None]
-    return [
-        "dft" if dft is None else f"dwl.classes.{name}.dft" for name, dft in zip(block.class_names, own, strict=True)
-    ]
-
-
-def scheduled(block: Block) -> dict[str, ScheduleOptions]:
-    """Every schedule by its path."""
-    found = {"dwl.schedule": block.schedule}
-    for path, loss in zip(token_loss_paths(block), block.token_losses, strict=True):
-        found[f"{path}.schedule"] = loss.schedule if isinstance(loss, DFTConfig) else None
-    return {path: options for path, options in found.items() if options is not None}
-
-
 def end_hints(block: Block, length: RunLength) -> Iterator[str]:
     """Schedules that the run stops before the end of."""
-    for path, options in scheduled(block).items():
+    for path, options in block.schedules.items():
         if options.last_position is None or length.total_steps is None:
             continue
         option, position = options.last_position

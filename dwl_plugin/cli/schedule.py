@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from dwl_plugin.alpha.dft import end_hints, scheduled, token_losses_of
+from dwl_plugin.alpha.dft import end_hints, token_losses_of
 from dwl_plugin.alpha.schedule import Curve, alpha_of
 from dwl_plugin.alpha.tau import RunLength
 from dwl_plugin.cli.config_file import read_config
@@ -135,7 +135,7 @@ def _last_position(block: Block) -> int:
         elif isinstance(node, int) and not isinstance(node, bool):
             yield node
 
-    steps = named({path: options.model_dump() for path, options in scheduled(block).items()})
+    steps = named({path: options.model_dump() for path, options in block.schedules.items()})
     return 10 * math.ceil(0.12 * max([1, *steps]))
 
 

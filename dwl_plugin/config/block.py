@@ -85,10 +85,23 @@ class Block(Strict):
         return bool(self.class_configs) or self.reduction == "sequence_mean_token_sum"
 
     @property
+    def dft_paths(self) -> tuple[str, ...]:
+        """Where the `dft` of each of `class_names` stands in the YAML."""
+        own = {name: spec.dft for name, spec in self.class_configs.items()}
+        return tuple("dft" if own.get(name) is None else f"dwl.classes.{name}.dft" for name in self.class_names)
+
+    @property
+    def schedules(self) -> dict[str, ScheduleOptions]:
+        """Every schedule by its path: α's, and those of dft's numbers."""
+        found = {"dwl.schedule": self.schedule}
+        for path, loss in zip(self.dft_paths, self.token_losses, strict=True):
+            found[f"{path}.schedule"] = loss.schedule if isinstance(loss, DFTConfig) else None
+        return {path: options for path, options in found.items() if options is not None}
+
+    @property
     def moves(self) -> bool:
         """Whether anything changes over the run, so that its length matters."""
-        scheduled = (loss.schedule for loss in self.token_losses if isinstance(loss, DFTConfig))
-        return any(what is not None for what in (self.schedule, self.controller, *scheduled))
+        return bool(self.schedules) or self.controller is not None
 
     @property
     def overlap(self) -> Overlap:

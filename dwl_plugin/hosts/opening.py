@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dwl_plugin.alpha.dft import end_hints, scheduled, token_loss_paths, token_losses_of
+from dwl_plugin.alpha.dft import end_hints, token_losses_of
 from dwl_plugin.alpha.schedule import Alpha, alpha_of
 from dwl_plugin.alpha.tau import RunLength
 from dwl_plugin.config import Block, ControllerOptions, DFTConfig, LossControllerOptions
@@ -108,8 +108,7 @@ def _controller(options: ControllerOptions) -> Iterator[str]:
 
 def other_length_lines(block: Block, trained_for: RunLength, length: RunLength, tau: int) -> Iterator[str]:
     """A resumed run that is not as long as its checkpoint was trained for: shares and epochs lie elsewhere now."""
-    schedules = scheduled(block)
-    if trained_for == length or not (schedules or block.controller):
+    if trained_for == length or not block.moves:
         return
     for what, old, new in (
         ("steps", trained_for.total_steps, length.total_steps),
@@ -117,7 +116,7 @@ def other_length_lines(block: Block, trained_for: RunLength, length: RunLength, 
     ):
         if old != new:
             yield f"resumed at step {tau}: the checkpoint was trained for {_known(old)} {what}, this run has {_known(new)}"
-    for path in schedules:
+    for path in block.schedules:
         try:
             before, now = (_numbers(block, path, run, tau) for run in (trained_for, length))
         except ConfigError:  # the run before could not place its positions in the way they are written now
@@ -134,7 +133,7 @@ def _numbers(block: Block, path: str, length: RunLength, tau: int) -> dict[str, 
         return dict(zip(block.class_names, alpha_of(block, length)(tau), strict=True))
     at = token_losses_of(block, length)
     assert at is not None
-    loss = at(tau)[list(token_loss_paths(block)).index(path.removesuffix(".schedule"))]
+    loss = at(tau)[block.dft_paths.index(path.removesuffix(".schedule"))]
     return {name: getattr(loss, name) for name in SCHEDULED}
 
 
