@@ -125,7 +125,7 @@ def examine(
     say("The tokenizer")
     if not _tokenizer(seen):
         return seen
-    say(f"The first {samples} rows")
+    say(f"{samples} rows")
     _look_at_rows(seen, samples, spread)
     _hints(seen)
     return seen

@@ -31,9 +31,8 @@ def base_nll(trainer: Trainer, rows: int, names: tuple[str, ...]) -> dict[str, f
     picked = np.random.default_rng(trainer.args.seed).permutation(len(dataset))[:rows]
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext(), torch.random.fork_rng():
-        kept = trainer.__dict__.pop(
-            "_eval_dataloaders", None
-        )  # with persistent workers the host would keep this one for its own
+        # With persistent workers the host would keep this loader for its own.
+        kept = trainer.__dict__.pop("_eval_dataloaders", None)
         try:
             loader = trainer.get_eval_dataloader(dataset.select(sorted(picked.tolist())))
         finally:

@@ -233,7 +233,7 @@ def _plan(N: int, V: int, H: int, device: str, kept: bool, operand: torch.dtype,
     if kept:
         in_budget = max(1, max(_KEPT_BYTES, V * H) // (softmaxes * V * operand.itemsize))
         if 3 * in_budget < N:
-            in_budget = max(in_budget, min(N // 2, _STRETCH[kind] * in_budget))
+            in_budget = min(N // 2, _STRETCH[kind] * in_budget)
         most_rows = min(most_rows, in_budget)
     rows = math.ceil(N / math.ceil(N / most_rows))
     tiles = math.ceil(V / max(_LEAST_WIDTH, _TILE_BYTES[kind] // (4 * rows)))
