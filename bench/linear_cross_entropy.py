@@ -180,7 +180,7 @@ def builders(case: Case, device: str) -> dict[str, Callable[[], Loss]]:
         "ours, eaft": lambda: paying("eaft"),
         "ours, four objectives by class": lambda: paying("nll", "threshold", "focal", "eaft"),
         "ours, asft without its base's forward": anchored,
-        "the matmuls alone": matmuls,
+        "the matmuls alone, torch.mm": matmuls,
         "full logits, weighted": full,
         "full logits, targets only": full_compacted,
         "TRL dft_loss": trl_dft,

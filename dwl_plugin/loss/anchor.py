@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dwl_plugin.loss.head import Head, add_mm, logits_of
+from dwl_plugin.loss.head import Head, logits_of
+from dwl_plugin.loss.products import add_product, product
 
 __all__ = ["Anchor", "BaseWalk"]
 
@@ -58,8 +59,7 @@ class BaseWalk:
         base_WH = weight_WH
         if base.weight_VH is not self._ours.weight_VH:
             base_WH = base.weight_VH[tile].to(base.multiplied).to(self._operand)
-        product_RW = torch.empty_like(logits_RW)
-        add_mm(product_RW, self._hidden_RH, base_WH.t(), first=True)
+        product_RW = product(self._hidden_RH, base_WH.t(), logits_RW.dtype)
         bias_W = None if base.bias_V is None else base.bias_V[tile].to(base.multiplied).to(base.summed)
         base_RW = logits_of(product_RW, bias_W, base.scale / unit, base.softcap)
         moved_R = torch.maximum(self._reference_R, base_RW.amax(1))
@@ -74,7 +74,7 @@ class BaseWalk:
             exp_RW.mul_(1 - logits_RW.square())
         exp_RW = exp_RW.to(self._operand)
         if self._summed_RH is not None:
-            add_mm(self._summed_RH.mul_(shrink_R[:, None]), exp_RW, weight_WH, first=False)
+            add_product(self._summed_RH.mul_(shrink_R[:, None]), exp_RW, weight_WH, first=False)
         if self._keeps:
             self._kept.append((tile, exp_RW, moved_R))
 
@@ -99,6 +99,6 @@ class BaseWalk:
         for tile, exp_RW, reference_R in self._kept:
             rows_R = share_R * ((reference_R - self._reference_R) * self._ours.unit).exp()
             if weight_VH is not None:
-                add_mm(weight_VH[tile], exp_RW.t(), (hidden_RH * -rows_R[:, None]).to(self._operand), first=False)
+                add_product(weight_VH[tile], exp_RW.t(), (hidden_RH * -rows_R[:, None]).to(self._operand), first=False)
             if bias_V is not None:
                 bias_V[tile] -= rows_R @ exp_RW.to(bias_V.dtype)

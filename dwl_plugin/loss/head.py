@@ -1,4 +1,4 @@
-"""An output head as numbers, and its matmuls.
+"""An output head as numbers.
 
 Shapes: R rows, W tokens of a tile of the vocabulary, H hidden size, V vocabulary.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Head", "add_mm", "logits_of"]
+__all__ = ["Head", "logits_of"]
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,3 @@ def logits_of(
     """From hidden Wᵀ, in units of a softcap; `scale` is divided by it already."""
     logits_RW = (product_RW if bias_W is None else product_RW + bias_W) * scale
     return logits_RW if softcap is None else torch.tanh(logits_RW)
-
-
-def add_mm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
-    """out = a @ b, or out += a @ b, with the sums in the dtype of `out` even where a and b are narrower."""
-    if a.dtype != out.dtype and not (out.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out")):
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out) if first else torch.addmm(out, a, b, out=out)
-    elif first:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)

@@ -53,6 +53,22 @@ class Tokens:
             return None
         return torch.stack([weight[rows] != 0 for weight in weights if weight is not None]).any(0)
 
+    def padded(self, count: int) -> Tokens:
+        """`count` tokens: the last one again and again, weighing nothing."""
+        which = torch.arange(count, device=self.targets_N.device).clamp_(max=len(self) - 1)
+        counts_N = torch.arange(count, device=which.device) < len(self)
+
+        def weight(weight_N: torch.Tensor) -> torch.Tensor:
+            return torch.where(counts_N, weight_N[which], 0.0)
+
+        terms = tuple(
+            Term(term.objective.at(which), counts_N.float() if term.weight is None else weight(term.weight))
+            for term in self.terms
+        )
+        anchor = self.anchor and replace(self.anchor, weight=weight(self.anchor.weight))
+        rows_N = which if self.rows_N is None else self.rows_N[which]
+        return Tokens(rows_N, self.targets_N[which], terms, anchor)
+
     def pay(self, seen: Seen, rows: slice) -> Payment:
         """What the tokens in `rows` pay."""
         losses, slopes, factors = [], [], []

@@ -214,9 +214,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _scaled(gradient: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """gradient · by in `dtype`, rounded once; in place where the dtype allows."""
-    if gradient.dtype != dtype:
+    """gradient · by in `dtype`, rounded once; where it lies, if the dtype allows."""
+    on_cpu = by.device.type == "cpu"
+    if gradient.dtype != dtype and not on_cpu:  # one kernel; a CPU would convert all of it beforehand
         return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))
-    if by.device.type == "cpu" and by.item() == 1.0:
-        return gradient
-    return gradient.mul_(by)
+    if not (on_cpu and by.item() == 1.0):
+        gradient.mul_(by)
+    return gradient.to(dtype)

@@ -48,7 +48,7 @@ class Power:
     threshold: float = 1.0
     top_k: ClassVar[int] = 0
 
-    def at(self, rows: slice) -> Power:
+    def at(self, rows: slice | torch.Tensor) -> Power:
         exponent, floor = (v[rows] if isinstance(v, torch.Tensor) else v for v in (self.exponent, self.min_weight))
         return replace(self, exponent=exponent, min_weight=floor)
 
@@ -77,7 +77,7 @@ class Focal:
     gamma: float = 2.0
     top_k: ClassVar[int] = 0
 
-    def at(self, rows: slice) -> Focal:
+    def at(self, rows: slice | torch.Tensor) -> Focal:
         return self
 
     def __call__(self, seen: Seen) -> Paid:
@@ -98,7 +98,7 @@ class EntropyGate:
     exponent: float = 1.0
     top_k: int = 20
 
-    def at(self, rows: slice) -> EntropyGate:
+    def at(self, rows: slice | torch.Tensor) -> EntropyGate:
         return self
 
     def __call__(self, seen: Seen) -> Paid:

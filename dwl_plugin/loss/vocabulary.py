@@ -9,8 +9,8 @@ everything known only at the end (1/s, 1 − p, the slope of what the token pays
 head keeps its block of exponentials for a third matmul, ∂W = expᵀ·(rows of hidden, scaled the same way): still nothing
 is divided over (N, V).
 
-Shapes: T positions, N target tokens, R rows of one block, W tokens of one tile of the vocabulary (X: with its spare
-columns), H hidden size, V vocabulary, K terms, k the largest logits of a row.
+Shapes: T positions, N target tokens, R rows of one block, E of them whose target is in a tile, W tokens of one tile of the
+vocabulary, H hidden size, V vocabulary, K terms, k the largest logits of a row.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ import torch
 
 from dwl_plugin.loss.anchor import BaseWalk
 from dwl_plugin.loss.exact_nll import exact_nll
-from dwl_plugin.loss.head import Head, add_mm, logits_of
+from dwl_plugin.loss.head import Head, logits_of
 from dwl_plugin.loss.inputs import Tokens
 from dwl_plugin.loss.objectives import Seen
+from dwl_plugin.loss.products import add_product, few_shapes, product
 from dwl_plugin.loss.top_logits import TopLogits
 
 __all__ = ["Gradients", "Taken", "Wanted", "walk"]
@@ -47,8 +48,13 @@ _KEPT_BYTES = 64 * _MIB
 _STRETCH = {"cpu": 4, "cuda": 1}
 # A row's reference follows its maximum only when it lags by this much: e^20 is far from overflow, and rescaling costs.
 _LAG = 20.0
-# Columns beside a tile: rows whose target lives in another tile write there, and row strides avoid powers of two.
+# Columns beside a tile, so that row strides avoid powers of two.
 _SPARE = 16
+# Where every shape of a product has its price, sizes are rounded: blocks have at least so many rows, tiles at most so many tokens.
+# There blocks of few rows multiply as fast as others, so they are never stretched, and fewer exponentials are kept.
+_LEAST_ROWS = 16
+_MOST_WIDTH = 1024
+_KEPT_BYTES_ROUNDED = 48 * _MIB
 
 
 @dataclass(frozen=True)
@@ -86,9 +92,14 @@ def walk(hidden_TH: torch.Tensor, tokens: Tokens, head: Head, base: Head | None,
 
 
 def _walk(hidden_TH: torch.Tensor, tokens: Tokens, head: Head, base: Head | None, wanted: Wanted) -> Taken:
-    device, N, (V, H) = hidden_TH.device, len(tokens), head.weight_VH.shape
+    device, count, (V, H) = hidden_TH.device, len(tokens), head.weight_VH.shape
     kept = wanted.weight or wanted.bias
     operand = _operand_dtype(device, head, kept)
+    rounded = few_shapes(device, head.summed)
+    plan = _plan(count, V, H, device.type, kept, operand, softmaxes=1 if base is None else 2, rounded=rounded)
+    N = plan.tokens
+    if count < N:
+        tokens = tokens.padded(N)
 
     def new(*shape: int, zero: bool = False) -> torch.Tensor:
         return (torch.zeros if zero else torch.empty)(shape, dtype=head.summed, device=device)
@@ -100,12 +111,13 @@ def _walk(hidden_TH: torch.Tensor, tokens: Tokens, head: Head, base: Head | None
     )
     taken = Taken(new(N), new(N), new(len(tokens.terms), N), None if base is None else new(N), gradients)
     if N:
-        plan = _plan(N, V, H, device.type, kept, operand, softmaxes=1 if base is None else 2)
         space = _Workspace(plan, H, head, operand, device, kept)
-        for block in plan.blocks(N):
+        for block in plan.blocks():
             _block(hidden_TH, tokens, block, head, base, operand, space, taken)
-    taken.loss = taken.loss.sum()
-    return taken
+    if gradients.hidden_NH is not None:
+        gradients.hidden_NH = gradients.hidden_NH[:count]
+    kl_N = None if taken.kl_N is None else taken.kl_N[:count]
+    return Taken(taken.loss[:count].sum(), taken.nll_N[:count], taken.factors_KN[:, :count], kl_N, gradients)
 
 
 def _block(
@@ -143,14 +155,15 @@ def _block(
     kept: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
     for index, tile in enumerate(space.plan.tiles(head.weight_VH.shape[0])):
         weight_WH = space.weight(tile)
-        logits_RW = space.logits(index, targets_R.numel(), tile.stop - tile.start)
-        exp_RW, shrink_R = space.step(state, hidden_RH, weight_WH, targets_R - tile.start, tile, logits_RW, watched)
+        out_RW = space.logits(index, targets_R.numel(), tile.stop - tile.start)
+        exp_RW, shrink_R = space.step(state, hidden_RH, weight_WH, targets_R - tile.start, tile, out_RW, watched)
         if summed_RH is not None:
             if shrink_R is not None and index:
                 summed_RH.mul_(shrink_R[:, None])
-            add_mm(summed_RH, exp_RW, weight_WH, first=index == 0)
+            add_product(summed_RH, exp_RW, weight_WH, first=index == 0)
         if space.kept:
             kept.append((tile, exp_RW, state.reference_R))
+        del exp_RW  # before the next one is made
 
     # Everything below is O(R·H), except the third matmul.
     unit = head.unit
@@ -186,7 +199,7 @@ def _block(
                 torch.mul(hidden_RH, factor_R[:, None], out=scaled_RH)
                 scaled_for = reference_R
             if gradients.weight_VH is not None:
-                add_mm(gradients.weight_VH[tile], exp_RW.t(), scaled_RH.to(operand), first=block.start == 0)
+                add_product(gradients.weight_VH[tile], exp_RW.t(), scaled_RH.to(operand), first=block.start == 0)
             if gradients.bias_V is not None:
                 gradients.bias_V[tile] += factor_R @ exp_RW.to(head.summed)
         if gradients.weight_VH is not None:
@@ -215,30 +228,51 @@ class _Softmax:
 
 @dataclass(frozen=True)
 class _Plan:
+    tokens: int
     rows: int
     width: int
     count: int  # tiles
 
-    def blocks(self, N: int) -> Iterator[slice]:
-        return (slice(start, min(start + self.rows, N)) for start in range(0, N, self.rows))
+    def blocks(self) -> Iterator[slice]:
+        return (slice(start, min(start + self.rows, self.tokens)) for start in range(0, self.tokens, self.rows))
 
     def tiles(self, V: int) -> Iterator[slice]:
         return (slice(start, min(start + self.width, V)) for start in range(0, V, self.width))
 
 
-def _plan(N: int, V: int, H: int, device: str, kept: bool, operand: torch.dtype, softmaxes: int = 1) -> _Plan:
-    """Even blocks of rows and even tiles of the vocabulary whose buffers fit their budgets, whatever N and V."""
+def _plan(
+    N: int, V: int, H: int, device: str, kept: bool, operand: torch.dtype, *, softmaxes: int, rounded: bool
+) -> _Plan:
+    """Even blocks of rows and even tiles of the vocabulary whose buffers fit their budgets, whatever N and V. `rounded`: a few
+    tokens more and tiles of powers of two, so that few different shapes come up."""
     kind = "cpu" if device == "cpu" else "cuda"
     most_rows = _ROWS[kind]
     if kept:
-        in_budget = max(1, max(_KEPT_BYTES, V * H) // (softmaxes * V * operand.itemsize))
-        if 3 * in_budget < N:
+        budget = max(_KEPT_BYTES_ROUNDED if rounded else _KEPT_BYTES, V * H)
+        in_budget = max(1, budget // (softmaxes * V * operand.itemsize))
+        if 3 * in_budget < N and not rounded:
             in_budget = min(N // 2, _STRETCH[kind] * in_budget)
         most_rows = min(most_rows, in_budget)
-    rows = math.ceil(N / math.ceil(N / most_rows))
-    tiles = math.ceil(V / max(_LEAST_WIDTH, _TILE_BYTES[kind] // (4 * rows)))
-    width = math.ceil(V / tiles)
-    return _Plan(rows, width, math.ceil(V / width))
+    if rounded:
+        most_rows = max(_LEAST_ROWS, most_rows - most_rows % _step_of(most_rows))
+    rows = max(1, math.ceil(N / max(1, math.ceil(N / most_rows))))
+    if rounded and N:
+        rows = _up(rows, _step_of(rows))
+        last = N % rows
+        N += _up(last, _step_of(last)) - last if last else 0
+    most_width = max(_LEAST_WIDTH, _TILE_BYTES[kind] // (4 * rows))
+    even_width = math.ceil(V / math.ceil(V / most_width))
+    width = min(_MOST_WIDTH, 1 << most_width.bit_length() - 1) if rounded else even_width
+    return _Plan(N, rows, width, math.ceil(V / width))
+
+
+def _step_of(rows: int) -> int:
+    """What `rows` are a multiple of where they are rounded: at most an eighth of them, for 128 and more."""
+    return int(max(_LEAST_ROWS, 2 ** max(0, (rows - 1).bit_length() - 4)))
+
+
+def _up(number: int, step: int) -> int:
+    return math.ceil(number / step) * step
 
 
 def _operand_dtype(device: torch.device, head: Head, kept: bool) -> torch.dtype:
@@ -260,18 +294,23 @@ class _Workspace:
         self.plan, self.head, self.operand, self.kept = plan, head, operand, kept
         self._bias_V = None if head.bias_V is None else head.bias_V.to(head.multiplied).to(head.summed)
         self._in_place = not _fuses(device)
-        tiles = plan.count if kept and self._in_place else 1
-        self._logits = torch.empty(tiles, plan.rows, plan.width + _SPARE, dtype=head.summed, device=device)
-        self._slope = torch.empty_like(self._logits[0]) if head.softcap is not None and self._in_place else None
+        self._logits = self._slope = None
+        if not few_shapes(device, head.summed):
+            tiles = plan.count if kept and self._in_place else 1
+            self._logits = torch.empty(tiles, plan.rows, plan.width + _SPARE, dtype=head.summed, device=device)
+        if head.softcap is not None and self._in_place:
+            self._slope = torch.empty(plan.rows, plan.width, dtype=head.summed, device=device)
         self._weight = None
         if not operand == head.multiplied == head.weight_VH.dtype:
             self._weight = torch.empty(plan.width, H, dtype=operand, device=device)
 
-    def logits(self, tile: int, rows: int, width: int) -> torch.Tensor:
-        """(rows, width) and, on a CPU, the spare columns."""
+    def logits(self, tile: int, rows: int, width: int) -> torch.Tensor | None:
+        """(rows, width) to write into, None where products are new tensors."""
+        if self._logits is None:
+            return None
         if not self._in_place:
             return self._logits.view(-1)[: rows * width].view(rows, width)
-        return self._logits[tile if len(self._logits) > 1 else 0, :rows, : width + _SPARE]
+        return self._logits[tile if len(self._logits) > 1 else 0, :rows, :width]
 
     def weight(self, tile: slice) -> torch.Tensor:
         """A tile of W as the matmuls want it, a view where it is so already."""
@@ -289,16 +328,15 @@ class _Workspace:
         weight_WH: torch.Tensor,
         local_R: torch.Tensor,
         tile: slice,
-        logits_RX: torch.Tensor,
+        out_RW: torch.Tensor | None,
         watch: Watch | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Advance `state` by a tile, whose logits `watch` gets to see; its exponentials, and what earlier ones must be multiplied
         by (None: 1)."""
         bias_W = None if self._bias_V is None else self._bias_V[tile]
         scale, softcap = self.head.scale / (self.head.softcap or 1.0), self.head.softcap
-        logits_RW = logits_RX[:, : weight_WH.shape[0]]
+        logits_RW = product(hidden_RH, weight_WH.t(), self.head.summed, out=out_RW)
         if not self._in_place:
-            add_mm(logits_RW, hidden_RH, weight_WH.t(), first=True)
             if watch is not None:
                 watch(logits_of(logits_RW, bias_W, scale, softcap), weight_WH, tile)
             exp_RW, shrink_R, *now = _fused_step()(
@@ -307,9 +345,10 @@ class _Workspace:
             )  # fmt: skip
             state.others_R, state.reference_R, state.target_R = now
             return exp_RW, shrink_R
-        first = logits_RW if bias_W is None else bias_W
-        beta = 0.0 if bias_W is None else scale
-        torch.addmm(first, hidden_RH, weight_WH.t(), beta=beta, alpha=scale, out=logits_RW)
+        if bias_W is not None:
+            logits_RW.add_(bias_W)
+        if scale != 1.0:
+            logits_RW.mul_(scale)
         if softcap is not None:
             logits_RW.tanh_()
         if watch is not None:
@@ -318,23 +357,21 @@ class _Workspace:
         if self._slope is not None:
             slope_RW = self._slope[: logits_RW.shape[0], : logits_RW.shape[1]]
             torch.mul(logits_RW, logits_RW, out=slope_RW).neg_().add_(1.0)
-        return _step_in_place(state, logits_RX, logits_RW, local_R, softcap or 1.0, slope_RW)
+        return _step_in_place(state, logits_RW, local_R, softcap or 1.0, slope_RW)
 
 
 def _step_in_place(
     state: _Softmax,
-    logits_RX: torch.Tensor,
     logits_RW: torch.Tensor,
     local_R: torch.Tensor,
     unit: float,
     slope_RW: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """On a CPU: one buffer from logits to exponentials. `logits_RX` is `logits_RW` with its spare columns."""
-    width = logits_RW.shape[1]
-    here_R = (local_R >= 0) & (local_R < width)
-    column_R1 = torch.where(here_R, local_R, width)[:, None]
-    state.target_R = torch.where(here_R, logits_RX.gather(1, column_R1)[:, 0], state.target_R)
-    logits_RX.scatter_(1, column_R1, -math.inf)
+    """On a CPU: one buffer from logits to exponentials."""
+    rows_E = ((local_R >= 0) & (local_R < logits_RW.shape[1])).nonzero()[:, 0]
+    here = (rows_E, local_R[rows_E])
+    state.target_R = state.target_R.index_copy(0, rows_E, logits_RW[here])
+    logits_RW[here] = -math.inf
     largest_R, shrink_R = logits_RW.amax(1), None
     if bool((largest_R > state.reference_R + _LAG / unit).any()):
         moved_R = torch.maximum(state.reference_R, largest_R)
