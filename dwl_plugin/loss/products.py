@@ -1,7 +1,8 @@
 """The matrix products of a walk, from the library that is fastest on this machine.
 
 PyTorch multiplies fp32 on x86 with MKL, which keeps its AVX-512 kernels for Intel's processors. On others with AVX-512 the
-oneDNN inside PyTorch is about twice as fast. It makes a kernel for each shape and keeps it: `few_shapes` says when to mind that.
+oneDNN inside PyTorch is about twice as fast, and with bf16 operands twice as fast again where the processor has instructions for
+them. It makes a kernel for each shape and keeps it: `few_shapes` says when to mind that.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["add_product", "few_shapes", "product"]
+__all__ = ["add_product", "few_shapes", "multiplies_bf16", "product"]
 
 
 def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """a @ b with sums in `dtype`: in `out`, if there is one and the library can write there."""
-    if few_shapes(a.device, dtype):
-        return _onednn(a.to(dtype), b.to(dtype))
+    if a.dtype == b.dtype == dtype and few_shapes(a.device, dtype):
+        return _onednn(a, b)
     if out is None:
         out = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
     add_product(out, a, b, first=True)
@@ -26,22 +27,30 @@ def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, *, out: torch.
 
 
 def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
-    """out = a @ b, or out += a @ b, with the sums in the dtype of `out` even where a and b are narrower."""
-    if a.dtype != out.dtype and not (out.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out")):
+    """out = a @ b, or out += a @ b. The sums are in the dtype of `out` even where a and b are narrower; on a CPU that multiplies
+    bf16, a product of bf16 operands is rounded to bf16 before it is added."""
+    if a.dtype == b.dtype != out.dtype and out.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        if first:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        return
+    if not (a.dtype == b.dtype == torch.bfloat16 and a.device.type == "cpu" and multiplies_bf16()):
         a, b = a.to(out.dtype), b.to(out.dtype)
-    if few_shapes(a.device, out.dtype):
-        out.copy_(_onednn(a, b)) if first else out.add_(_onednn(a, b))
-    elif a.dtype == out.dtype:
-        torch.mm(a, b, out=out) if first else torch.addmm(out, a, b, out=out)
+    if few_shapes(a.device, a.dtype):
+        result = _onednn(a, b)
+        out.copy_(result) if first else out.add_(result)
     elif first:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        torch.mm(a, b, out=out)
     else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        torch.addmm(out, a, b, out=out)
 
 
 def few_shapes(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether each new shape of a product costs a millisecond and half a megabyte that stays."""
-    return device.type == "cpu" and dtype == torch.float32 and bool(torch.backends.mkldnn.enabled) and _mkl_is_slow()
+    """Whether products of this dtype are oneDNN's, to which each new shape costs a millisecond and half a megabyte that stays."""
+    if device.type != "cpu" or not torch.backends.mkldnn.enabled:
+        return False
+    return (dtype == torch.float32 and _mkl_is_slow()) or (dtype == torch.bfloat16 and multiplies_bf16())
 
 
 def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -50,18 +59,28 @@ def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
+def multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for it; others take longer than for fp32."""
+    return _has_onednn() and any(name in _processor() for name in ("avx512_bf16", "amx_bf16"))
+
+
+@functools.cache
 def _mkl_is_slow() -> bool:
     return (
-        torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        _has_onednn()
+        and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and "GenuineIntel" not in _processor()
     )
 
 
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
+
+
+@functools.cache
 def _processor() -> str:
-    """Its maker's name among other words."""
+    """Its maker's name and its features, among other words."""
     try:
         return Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:

@@ -20,7 +20,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +29,7 @@ from dwl_plugin.loss.exact_nll import exact_nll
 from dwl_plugin.loss.head import Head, logits_of
 from dwl_plugin.loss.inputs import Tokens
 from dwl_plugin.loss.objectives import Seen
-from dwl_plugin.loss.products import add_product, few_shapes, product
+from dwl_plugin.loss.products import add_product, few_shapes, multiplies_bf16, product
 from dwl_plugin.loss.top_logits import TopLogits
 
 __all__ = ["Gradients", "Taken", "Wanted", "walk"]
@@ -95,9 +95,10 @@ def walk(hidden_TH: torch.Tensor, tokens: Tokens, head: Head, base: Head | None,
 def _walk(hidden_TH: torch.Tensor, tokens: Tokens, head: Head, base: Head | None, wanted: Wanted) -> Taken:
     device, count, (V, H) = hidden_TH.device, len(tokens), head.weight_VH.shape
     kept = wanted.weight or wanted.bias
-    operand = _operand_dtype(device, head, kept)
-    rounded = few_shapes(device, head.summed)
-    plan = _plan(count, V, H, device.type, kept, operand, softmaxes=1 if base is None else 2, rounded=rounded)
+    operands = _operands(hidden_TH, head, kept, anchored=base is not None)
+    rounded = few_shapes(device, operands.first) or few_shapes(device, operands.kept)
+    softmaxes = 1 if base is None else 2
+    plan = _plan(count, V, H, device.type, kept, operands.kept, softmaxes=softmaxes, rounded=rounded)
     N = plan.tokens
     if count < N:
         tokens = tokens.padded(N)
@@ -112,9 +113,9 @@ def _walk(hidden_TH: torch.Tensor, tokens: Tokens, head: Head, base: Head | None
     )
     taken = Taken(new(N), new(N), new(len(tokens.terms), N), None if base is None else new(N), gradients)
     if N:
-        space = _Workspace(plan, H, head, operand, device, kept)
+        space = _Workspace(plan, H, head, operands, device, kept)
         for block in plan.blocks():
-            _block(hidden_TH, tokens, block, head, base, operand, space, taken)
+            _block(hidden_TH, tokens, block, head, base, operands, space, taken)
     if gradients.hidden_NH is not None:
         gradients.hidden_NH = gradients.hidden_NH[:count]
     kl_N = None if taken.kl_N is None else taken.kl_N[:count]
@@ -127,14 +128,14 @@ def _block(
     block: slice,
     head: Head,
     base: Head | None,
-    operand: torch.dtype,
+    operands: Operands,
     space: _Workspace,
     taken: Taken,
 ) -> None:
     """One block of rows through the whole vocabulary: its losses, its rows of ∂hidden, its share of ∂W and ∂bias."""
     gradients = taken.gradients
     rows = block if tokens.rows_N is None else tokens.rows_N[block]
-    hidden_RH = hidden_TH[rows].to(head.multiplied).to(operand)
+    hidden_RH = hidden_TH[rows].to(head.multiplied).to(operands.first)
     targets_R = tokens.targets_N[block]
     summed_RH = None if gradients.hidden_NH is None else gradients.hidden_NH[block]
 
@@ -144,7 +145,7 @@ def _block(
     if base is not None:
         assert tokens.anchor is not None
         base_RH = tokens.anchor.hidden[rows]
-        beside = BaseWalk(base_RH, base, head, operand, hidden=summed_RH is not None, kept=space.kept)
+        beside = BaseWalk(base_RH, base, head, operands.first, hidden=summed_RH is not None, kept=space.kept)
 
     def watch(logits_RW: torch.Tensor, weight_WH: torch.Tensor, tile: slice) -> None:
         if top is not None:
@@ -163,7 +164,7 @@ def _block(
                 summed_RH.mul_(shrink_R[:, None])
             add_product(summed_RH, exp_RW, weight_WH, first=index == 0)
         if space.kept:
-            kept.append((tile, exp_RW, state.reference_R))
+            kept.append((tile, exp_RW.to(operands.kept), state.reference_R))
         del exp_RW  # before the next one is made
 
     # Everything below is O(R·H), except the third matmul.
@@ -200,7 +201,7 @@ def _block(
                 torch.mul(hidden_RH, factor_R[:, None], out=scaled_RH)
                 scaled_for = reference_R
             if gradients.weight_VH is not None:
-                add_product(gradients.weight_VH[tile], exp_RW.t(), scaled_RH.to(operand), first=block.start == 0)
+                add_product(gradients.weight_VH[tile], exp_RW.t(), scaled_RH.to(operands.kept), first=block.start == 0)
             if gradients.bias_V is not None:
                 gradients.bias_V[tile] += factor_R @ exp_RW.to(head.summed)
         if gradients.weight_VH is not None:
@@ -275,11 +276,22 @@ def _up(number: int, step: int) -> int:
     return math.ceil(number / step) * step
 
 
-def _operand_dtype(device: torch.device, head: Head, kept: bool) -> torch.dtype:
-    """What the matmuls read. CPUs multiply 16-bit floats slowly; fp16 has no room for the scaled rows of hidden."""
-    if device.type == "cpu" or (kept and head.multiplied == torch.float16):
-        return head.summed
-    return head.multiplied
+class Operands(NamedTuple):
+    """What the matmuls read: the first two, and the third with the exponentials that are kept for it."""
+
+    first: torch.dtype
+    kept: torch.dtype
+
+
+def _operands(hidden_TH: torch.Tensor, head: Head, kept: bool, *, anchored: bool) -> Operands:
+    """A CPU rounds a product of bf16 operands to bf16: too much for logits and for ∂hidden, where one token of the vocabulary may
+    be all there is to a sum; for a ∂W that is handed out in bf16 it is less than is lost in the end. fp16 has no room for the
+    scaled rows of hidden."""
+    if hidden_TH.device.type == "cpu":
+        narrow = head.multiplied == head.weight_VH.dtype == torch.bfloat16 and multiplies_bf16() and not anchored
+        return Operands(head.summed, torch.bfloat16 if narrow else head.summed)
+    operand = head.summed if kept and head.multiplied == torch.float16 else head.multiplied
+    return Operands(operand, operand)
 
 
 def _fuses(device: torch.device) -> bool:
@@ -290,19 +302,19 @@ def _fuses(device: torch.device) -> bool:
 class _Workspace:
     """The buffers of a walk, allocated once: allocating them per tile costs more than the arithmetic does."""
 
-    def __init__(self, plan: _Plan, H: int, head: Head, operand: torch.dtype, device: torch.device, kept: bool) -> None:
-        self.plan, self.head, self.operand, self.kept = plan, head, operand, kept
+    def __init__(self, plan: _Plan, H: int, head: Head, operands: Operands, device: torch.device, kept: bool) -> None:
+        self.plan, self.head, self.operands, self.kept = plan, head, operands, kept
         self._bias_V = None if head.bias_V is None else head.bias_V.to(head.multiplied).to(head.summed)
         self._in_place = not _fuses(device)
         self._logits = self._slope = None
-        if not few_shapes(device, head.summed):
-            tiles = plan.count if kept and self._in_place else 1
+        if not few_shapes(device, operands.first):
+            tiles = plan.count if kept and self._in_place and operands.first == operands.kept else 1
             self._logits = torch.empty(tiles, plan.rows, plan.width + _SPARE, dtype=head.summed, device=device)
         if head.softcap is not None and self._in_place:
             self._slope = torch.empty(plan.rows, plan.width, dtype=head.summed, device=device)
         self._weight = None
-        if not operand == head.multiplied == head.weight_VH.dtype:
-            self._weight = torch.empty(plan.width, H, dtype=operand, device=device)
+        if not operands.first == head.multiplied == head.weight_VH.dtype:
+            self._weight = torch.empty(plan.width, H, dtype=operands.first, device=device)
 
     def logits(self, tile: int, rows: int, width: int) -> torch.Tensor | None:
         """(rows, width) to write into, None where products are new tensors."""
@@ -313,11 +325,11 @@ class _Workspace:
         return self._logits[tile if len(self._logits) > 1 else 0, :rows, :width]
 
     def weight(self, tile: slice) -> torch.Tensor:
-        """A tile of W as the matmuls want it, a view where it is so already."""
+        """A tile of W as the first two matmuls want it, a view where it is so already."""
         weight_WH = self.head.weight_VH[tile]
         if self._weight is None:
             return weight_WH
-        if self.operand != self.head.multiplied:
+        if self.operands.first != self.head.multiplied:
             weight_WH = weight_WH.to(self.head.multiplied)
         return self._weight[: weight_WH.shape[0]].copy_(weight_WH)
 
@@ -340,7 +352,7 @@ class _Workspace:
             if watch is not None:
                 watch(logits_of(logits_RW, bias_W, scale, softcap), weight_WH, tile)
             exp_RW, shrink_R, *now = _fused_step()(
-                logits_RW, local_R, bias_W, scale, softcap, self.operand,
+                logits_RW, local_R, bias_W, scale, softcap, self.operands.first,
                 state.others_R, state.reference_R, state.target_R,
             )  # fmt: skip
             state.others_R, state.reference_R, state.target_R = now
@@ -357,7 +369,7 @@ class _Workspace:
         if self._slope is not None:
             slope_RW = self._slope[: logits_RW.shape[0], : logits_RW.shape[1]]
             torch.mul(logits_RW, logits_RW, out=slope_RW).neg_().add_(1.0)
-        return _step_in_place(state, logits_RW, local_R, softcap or 1.0, slope_RW)
+        return logits_RW, _step_in_place(state, logits_RW, local_R, softcap or 1.0, slope_RW)
 
 
 def _step_in_place(
@@ -366,8 +378,8 @@ def _step_in_place(
     local_R: torch.Tensor,
     unit: float,
     slope_RW: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """On a CPU: one buffer from logits to exponentials."""
+) -> torch.Tensor | None:
+    """On a CPU: one buffer from logits to exponentials. Returns what earlier ones must be multiplied by."""
     rows_E = ((local_R >= 0) & (local_R < logits_RW.shape[1])).nonzero()[:, 0]
     here = (rows_E, local_R[rows_E])
     state.target_R = state.target_R.index_copy(0, rows_E, logits_RW[here])
@@ -384,7 +396,7 @@ def _step_in_place(
     state.others_R = state.others_R + exp_RW.sum(1)
     if slope_RW is not None:
         exp_RW.mul_(slope_RW)
-    return exp_RW, shrink_R
+    return shrink_R
 
 
 def _step_fused(
