@@ -3,6 +3,7 @@
     uv run --group bench python bench/linear_cross_entropy.py                    # the table of bench/RESULTS.md
     uv run --group bench python bench/linear_cross_entropy.py --shape 1024,2304,262144 --softcap 30 --reps 5
     uv run --group bench python bench/linear_cross_entropy.py --figure bench/linear_cross_entropy.png
+    uv run --group bench python bench/linear_cross_entropy.py --errors           # of the gradients in bf16
 
 Time: the methods take turns in one process, `--reps` rounds after a warm-up, and every figure is the median of the rounds' ratios
 to ours. Memory: a process per method, the peak of its resident set above what it held before the call (on CUDA: of what the
@@ -31,6 +32,13 @@ import torch.nn.functional as F
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 IGNORED = -100
 REFERENCE = "ours, nll"
+UNWEIGHTED = (
+    "F.cross_entropy",
+    "TRL chunked_nll",
+    "Apple CCE, compiled",
+    "torch F.linear_cross_entropy, 256 rows",
+    "Liger fused",
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,9 @@ def builders(case: Case, device: str) -> dict[str, Callable[[], Loss]]:
 
         return lambda h, w, t: (multiply(h, w, t), h[:1].sum())[1]
 
+    def stock() -> Loss:
+        return lambda h, w, t: F.cross_entropy(logits_of(h, w).float(), t)
+
     def full() -> Loss:
         return lambda h, w, t: (
             (F.cross_entropy(logits_of(h, w).float(), t, reduction="none") * token_weight).sum() / mean(t)
@@ -181,6 +192,7 @@ def builders(case: Case, device: str) -> dict[str, Callable[[], Loss]]:
         "ours, four objectives by class": lambda: paying("nll", "threshold", "focal", "eaft"),
         "ours, asft without its base's forward": anchored,
         "the matmuls alone, torch.mm": matmuls,
+        "F.cross_entropy": stock,
         "full logits, weighted": full,
         "full logits, targets only": full_compacted,
         "TRL dft_loss": trl_dft,
@@ -269,6 +281,31 @@ def measure(case: Case, reps: int, device: str, only: Sequence[str]) -> dict[str
     return found
 
 
+def error_table(device: str) -> str:
+    """Relative errors of bf16 gradients against fp64 on the same inputs, over logits of one to twenty nats."""
+    tokens, width, vocab, spreads = 512, 576, 8192, (0.05, 0.2, 0.7)
+    case = Case(tokens, width, vocab, 0.0, "bfloat16", True, None)
+    cells: dict[str, list[str]] = {}
+    for spread in spreads:
+        torch.manual_seed(0)
+        hidden = torch.randn(tokens, width, device=device).bfloat16().requires_grad_()
+        weight = (torch.randn(vocab, width, device=device) * spread).bfloat16().requires_grad_()
+        likely = (hidden @ weight.t()).argmax(1).detach()
+        coin = torch.rand(tokens, device=device) < 0.5
+        targets = torch.where(coin, likely, torch.randint(0, vocab, (tokens,), device=device))
+        exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+        F.cross_entropy(exact[0] @ exact[1].t(), targets).backward()
+        for name, loss in methods(case, device, UNWEIGHTED).items():
+            if name in UNWEIGHTED or name == REFERENCE:
+                step(loss, (hidden, weight, targets))
+                for got, want in zip((hidden, weight), exact, strict=True):
+                    error = (got.grad.double() - want.grad).norm() / want.grad.norm()
+                    cells.setdefault(name, []).append(f"{error.item():.1e}")
+    heads = [f"{tensor}, {spread:g}" for spread in spreads for tensor in ("∂hidden", "∂W")]
+    lines = [f"| spread of W: | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    return "\n".join(lines + [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()])
+
+
 def table(case: Case, found: dict[str, tuple[float, float, float]]) -> str:
     ours = found[REFERENCE]
     lines = [f"### {case}", "", "| | ms | time, × ours | extra MiB | memory, × ours |", "|---|---:|---:|---:|---:|"]
@@ -278,26 +315,32 @@ def table(case: Case, found: dict[str, tuple[float, float, float]]) -> str:
 
 
 def figure(results: dict[Case, dict[str, tuple[float, float, float]]], path: Path) -> None:
+    """Time and memory of every method, a row each; a colour for each case."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(
-        1, len(results), figsize=(6.5 * len(results), 5), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, (case, found) in zip(axes[0], results.items(), strict=True):
-        for name, (_, ratio, memory) in found.items():
-            mine = name.startswith("ours")
-            axis.scatter(
-                ratio, memory, s=90, marker="D" if mine else "o", color="#0072B2" if mine else "#D55E00", zorder=3
-            )
-            axis.annotate(name, (ratio, memory), xytext=(7, 5), textcoords="offset points", fontsize=8)
-        axis.set(xlabel="time, × ours (nll)", yscale="log", title=str(case))
-        axis.title.set_fontsize(9)
-        axis.margins(x=0.25)
+    def shown(name: str) -> bool:
+        return not name.startswith(("the matmuls", "ours, ")) or name in (REFERENCE, "ours, weights, exponents, floor")
+
+    names = [name for name in next(iter(results.values())) if shown(name)][::-1]
+    fig, axes = plt.subplots(1, 2, figsize=(11, 0.36 * len(names) + 1.6), sharey=True, layout="constrained")
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+    for axis, column, label in zip(axes, (1, 2), ("time, × ours", "extra peak memory, MiB"), strict=True):
+        for (case, found), colour in zip(results.items(), colours, strict=False):
+            head = f"{'trained' if case.trained else 'frozen'} head, {case.dtype}, {case.ignored:.0%} ignored"
+            values = [found[name][column] if name in found else float("nan") for name in names]
+            axis.plot(values, range(len(names)), "o", color=colour, markersize=8, label=head)
+        axis.set(xscale="log", xlabel=label, yticks=range(len(names)), yticklabels=names)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(True, which="both", alpha=0.25)
-    axes[0][0].set_ylabel("extra peak memory, MiB")
+    if len(results) > 1:
+        axes[0].legend(loc="lower right", fontsize=8)
+    case = next(iter(results))
+    fig.suptitle(
+        f"{case.tokens:,} tokens, H = {case.hidden}, V = {case.vocab:,}: forward and backward of head and loss"
+    )
     fig.savefig(path, dpi=150)
 
 
@@ -312,11 +355,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", nargs="*", default=(), help="parts of the methods' names; ours is always there")
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--errors", action="store_true", help="only how exact each method's bf16 gradients are")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         print(extra_memory(Case(**json.loads(options.case)), options.memory_of, options.device))
+        return
+    if options.errors:
+        print(error_table(options.device))
         return
     shapes = options.shape or ["2048,576,49152", "2048,896,151936"]
     results = {}

@@ -55,7 +55,7 @@ _SPARE = 16
 # finds the 20 largest of 1,280 twice as fast as those of 1,024.
 _LEAST_ROWS = 16
 _WIDTH_ROUNDED = 1280
-_KEPT_BYTES_ROUNDED = 48 * _MIB
+_KEPT_BYTES_ROUNDED = 32 * _MIB
 
 
 @dataclass(frozen=True)
