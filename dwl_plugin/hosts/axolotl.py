@@ -15,6 +15,7 @@ from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.hosts.axolotl_args import block_of, fused_losses_asked_for
 from dwl_plugin.hosts.checkpoints import choose_checkpoint
 from dwl_plugin.hosts.command_line import dropped_options
+from dwl_plugin.hosts.four_bits import keep_the_training_format
 from dwl_plugin.hosts.looking import look_at, picked_rows, require_places
 from dwl_plugin.hosts.trainer import Session, join, leave, less_is_better, say
 from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl
@@ -87,6 +88,10 @@ class DWLPlugin(BasePlugin):
         if self._labeller is not None:
             self._look_at(meta.train_dataset, block, seed=cfg.seed)
         return meta
+
+    def pre_model_load(self, cfg: Any) -> None:
+        if cfg.get("loss") is not None and (line := keep_the_training_format(cfg)):
+            say(line)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         block = block_of(cfg)
