@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["add_product", "few_shapes", "multiplies_bf16", "product"]
+__all__ = ["add_product", "few_shapes", "product"]
 
 
 def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -35,7 +35,7 @@ def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: b
         else:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         return
-    if not (a.dtype == b.dtype == torch.bfloat16 and a.device.type == "cpu" and multiplies_bf16()):
+    if not (a.dtype == b.dtype and few_shapes(a.device, a.dtype)):
         a, b = a.to(out.dtype), b.to(out.dtype)
     if few_shapes(a.device, a.dtype):
         result = _onednn(a, b)
@@ -50,7 +50,7 @@ def few_shapes(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products of this dtype are oneDNN's, to which each new shape costs a millisecond and half a megabyte that stays."""
     if device.type != "cpu" or not torch.backends.mkldnn.enabled:
         return False
-    return (dtype == torch.float32 and _mkl_is_slow()) or (dtype == torch.bfloat16 and multiplies_bf16())
+    return (dtype == torch.float32 and _mkl_is_slow()) or (dtype == torch.bfloat16 and _multiplies_bf16())
 
 
 def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def multiplies_bf16() -> bool:
+def _multiplies_bf16() -> bool:
     """Whether this CPU has instructions for it; others take longer than for fp32."""
     return _has_onednn() and any(name in _processor() for name in ("avx512_bf16", "amx_bf16"))
 

@@ -29,7 +29,7 @@ from dwl_plugin.loss.exact_nll import exact_nll
 from dwl_plugin.loss.head import Head, logits_of
 from dwl_plugin.loss.inputs import Tokens
 from dwl_plugin.loss.objectives import Seen
-from dwl_plugin.loss.products import add_product, few_shapes, multiplies_bf16, product
+from dwl_plugin.loss.products import add_product, few_shapes, product
 from dwl_plugin.loss.top_logits import TopLogits
 
 __all__ = ["Gradients", "Taken", "Wanted", "walk"]
@@ -288,7 +288,8 @@ def _operands(hidden_TH: torch.Tensor, head: Head, kept: bool, *, anchored: bool
     be all there is to a sum; for a ∂W that is handed out in bf16 it is less than is lost in the end. fp16 has no room for the
     scaled rows of hidden."""
     if hidden_TH.device.type == "cpu":
-        narrow = head.multiplied == head.weight_VH.dtype == torch.bfloat16 and multiplies_bf16() and not anchored
+        narrow = head.multiplied == head.weight_VH.dtype == torch.bfloat16 and not anchored
+        narrow = narrow and few_shapes(hidden_TH.device, torch.bfloat16)
         return Operands(head.summed, torch.bfloat16 if narrow else head.summed)
     operand = head.summed if kept and head.multiplied == torch.float16 else head.multiplied
     return Operands(operand, operand)

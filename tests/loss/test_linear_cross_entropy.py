@@ -449,8 +449,7 @@ def test_matches_the_loop_for_any_shape(
 @pytest.fixture(params=[False, True], ids=["bf16 emulated", "bf16 in hardware"])
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without instructions for bf16, and one with them."""
-    for module in (products, vocabulary):
-        monkeypatch.setattr(module, "multiplies_bf16", lambda: request.param)
+    monkeypatch.setattr(products, "_multiplies_bf16", lambda: request.param)
 
 
 def naive_in(dtype: torch.dtype) -> Callable[..., TokenLoss]:
@@ -844,9 +843,11 @@ def test_tokens_that_fill_up_a_block_change_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_the_users_word_against_onednn_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     multiply_with_onednn(monkeypatch, True)
+    monkeypatch.setattr(products, "_multiplies_bf16", lambda: True)
     monkeypatch.delattr(products, "_onednn")
     with torch.backends.mkldnn.flags(enabled=False):
         run(linear_cross_entropy, random_case(3, 7))
+        run(linear_cross_entropy, random_case(3, 7, dtype=torch.bfloat16))
 
 
 # what is not allowed
