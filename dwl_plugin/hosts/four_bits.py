@@ -1,4 +1,4 @@
-"""4-bit weights on a CPU, where an evaluation must not end the training.
+"""4-bit weights on a CPU, where an evaluation must not cut the gradient of later steps.
 
 On a CPU with instructions for bf16, bitsandbytes repacks a layer's weights at its first forward in evaluation mode, for a product
 that is rounded to bf16 and passes no gradient on. Axolotl evaluates before the first step: a QLoRA run would go on, and all but its

@@ -806,10 +806,11 @@ def test_workspace_is_bounded_whatever_the_shape(tokens: int, vocab: int, kept: 
     assert tile <= max(vocabulary._TILE_BYTES["cpu"] * 1.01, 4 * plan.rows * least)
     assert plan.rows <= 1024
     if kept:
-        assert plan.rows <= 16 or 4 * plan.rows * vocab <= 4 * max(64 * 2**20, vocab * 64)
+        assert plan.rows <= (16 if rounded else 4) or 4 * plan.rows * vocab <= 4 * max(64 * 2**20, vocab * 64)
     covered = [i for block in plan.blocks() for i in (block.start, block.stop)]
     assert covered == sorted(covered)
     assert (covered[0], covered[-1]) == (0, plan.tokens)
+    assert sum(b.stop - b.start for b in plan.blocks()) == plan.tokens
     assert tokens <= plan.tokens <= (tokens if not rounded else max(16, tokens * 1.125 + 15))
     assert sum(t.stop - t.start for t in plan.tiles(vocab)) == vocab
     assert len(list(plan.tiles(vocab))) == plan.count
