@@ -178,10 +178,15 @@ def random_model(shape: str, tokenizer: Path, folder: Path) -> Path:
     layers, hidden, intermediate, vocab = (int(part) for part in shape.split(","))
     heads = max(1, hidden // 128)
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=max(1, heads // 4), max_position_embeddings=32768,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        max_position_embeddings=32768,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -91,23 +91,42 @@ def run(rule: str, seed: int, steps: int, folder: Path) -> list[dict[str, float]
     import dwl_plugin
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=260, hidden_size=48, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-    ))  # fmt: skip
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=260,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )
     samples = rows(seed)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=32, per_device_eval_batch_size=64,
-            learning_rate=0.002, lr_scheduler_type="constant", optim="adamw_torch", weight_decay=0.0, seed=seed, logging_steps=10,
-            eval_strategy="steps", eval_steps=20, save_strategy="no", use_cpu=not torch.cuda.is_available(), report_to="none",
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=32,
+            per_device_eval_batch_size=64,
+            learning_rate=0.002,
+            lr_scheduler_type="constant",
+            optim="adamw_torch",
+            weight_decay=0.0,
+            seed=seed,
+            logging_steps=10,
+            eval_strategy="steps",
+            eval_steps=20,
+            save_strategy="no",
+            use_cpu=not torch.cuda.is_available(),
+            report_to="none",
             disable_tqdm=True,
         ),
         data_collator=DataCollatorForSeq2Seq(tokenizer()),
         train_dataset=Dataset.from_list(samples[256:]),
         eval_dataset=Dataset.from_list(samples[:256]),
         processing_class=tokenizer(),
-    )  # fmt: skip
+    )
     options = RULES[rule]
     if rule == "rlw":  # its noise is part of what is repeated
         options = {"type": "rlw", "seed": seed}
@@ -134,7 +153,7 @@ def curve(history: list[dict[str, float]], what: str) -> tuple[list[int], list[f
 
 def draw(found: dict[str, dict[int, list[dict[str, float]]]], path: Path) -> None:
     """The worst class's held-out nll minus that of constant α with the same seed: the mean, and what lies between the seeds."""
-    from dwl_plugin.cli import figures
+    from dwl_plugin.cli import plots
 
     lines, bands = [], []
     for index, (rule, runs) in enumerate(found.items()):
@@ -143,14 +162,14 @@ def draw(found: dict[str, dict[int, list[dict[str, float]]]], path: Path) -> Non
             [ours - theirs for ours, theirs in zip(*(curve(h, "eval_dwl/nll")[1] for h in pair), strict=True)]
             for pair in ((history, found[BASELINE][seed]) for seed, history in runs.items())
         ]
-        values, style = list(zip(*against, strict=True)), figures.style_of(index, plain=rule == BASELINE)
-        lines.append(figures.Line(rule, steps, [statistics.mean(at) for at in values], style))
+        values, style = list(zip(*against, strict=True)), plots.style_of(index, plain=rule == BASELINE)
+        lines.append(plots.Line(rule, steps, [statistics.mean(at) for at in values], style))
         bands.append((steps, [min(at) for at in values], [max(at) for at in values], style.colour))
-    figure = figures.draw_labelled(figures.Panel("", lines), "worst class against constant α, nats")
+    figure = plots.draw_labelled(plots.Panel("", lines), "worst class against constant α, nats")
     for steps, low, high, colour in bands:
         figure.axes[0].fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(figures.to_image(figure, path.suffix))
+    path.write_bytes(plots.to_image(figure, path.suffix))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dwl_plugin.hosts.axolotl import DWLPlugin as DWLPlugin
     from dwl_plugin.hosts.transformers import AppliedLoss as AppliedLoss, apply as apply
     from dwl_plugin.loss.linear_cross_entropy import (
-        TokenLoss as TokenLoss,
+        LinearCrossEntropyOutput as LinearCrossEntropyOutput,
         linear_cross_entropy as linear_cross_entropy,
     )
     from dwl_plugin.loss.seam import LossSpec as LossSpec, attach as attach
@@ -24,7 +24,7 @@ _HOME = {
     "DWLError": "dwl_plugin.errors",
     "DWLPlugin": "dwl_plugin.hosts.axolotl",
     "LossSpec": "dwl_plugin.loss.seam",
-    "TokenLoss": "dwl_plugin.loss.linear_cross_entropy",
+    "LinearCrossEntropyOutput": "dwl_plugin.loss.linear_cross_entropy",
     "apply": "dwl_plugin.hosts.transformers",
     "attach": "dwl_plugin.loss.seam",
     "linear_cross_entropy": "dwl_plugin.loss.linear_cross_entropy",
@@ -35,8 +35,8 @@ __all__ = [
     "ConfigError",
     "DWLError",
     "DWLPlugin",
+    "LinearCrossEntropyOutput",
     "LossSpec",
-    "TokenLoss",
     "__version__",
     "apply",
     "attach",

@@ -58,9 +58,14 @@ def test_gpu_examples_use_what_their_owners_use() -> None:
         if path.name == "quickstart.yml":
             continue
         usual = {
-            "adapter": "qlora", "load_in_4bit": True, "sample_packing": True, "optimizer": "paged_adamw_8bit",
-            "bf16": "auto", "attn_implementation": "flash_attention_2", "gradient_checkpointing": True,
-        }  # fmt: skip
+            "adapter": "qlora",
+            "load_in_4bit": True,
+            "sample_packing": True,
+            "optimizer": "paged_adamw_8bit",
+            "bf16": "auto",
+            "attn_implementation": "flash_attention_2",
+            "gradient_checkpointing": True,
+        }
         assert usual.items() <= load(path).items(), path.name
 
 
@@ -77,8 +82,10 @@ def test_the_quickstart_writes_the_template_with_its_paths_and_steps(tmp_path: P
         "datasets": [{"path": str(out / "problems.jsonl"), "type": "chat_template"}],
         "dataset_prepared_path": str(out / "prepared"),
         "output_dir": str(out / "out"),
-        "max_steps": 3, "eval_steps": 3, "save_steps": 3,
-    }  # fmt: skip
+        "max_steps": 3,
+        "eval_steps": 3,
+        "save_steps": 3,
+    }
     assert written == {**yaml.safe_load(quickstart.template()), **changed}
 
 
@@ -161,20 +168,22 @@ def test_it_trains_two_steps(path: Path, tmp_path: Path) -> None:
 
     harness.make_tokenizer(tmp_path / "model")
     harness.make_model(tmp_path / "model")
-    run = harness.train({
-        **with_local_data(path, tmp_path),
-        **harness.CPU,
-        "base_model": str(tmp_path / "model"),
-        "optimizer": "adamw_torch",
-        "sequence_len": 512,
-        "gradient_accumulation_steps": 1,
-        "val_set_size": 0.2,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "dataset_num_proc": 1,
-        "dataloader_num_workers": 0,
-        "dataloader_pin_memory": False,
-    })  # fmt: skip
+    run = harness.train(
+        {
+            **with_local_data(path, tmp_path),
+            **harness.CPU,
+            "base_model": str(tmp_path / "model"),
+            "optimizer": "adamw_torch",
+            "sequence_len": 512,
+            "gradient_accumulation_steps": 1,
+            "val_set_size": 0.2,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "dataset_num_proc": 1,
+            "dataloader_num_workers": 0,
+            "dataloader_pin_memory": False,
+        }
+    )
     assert len(run.logged("loss")) == 2
     assert len(run.logged("nll")) == 2
     assert len(run.logged("eval_nll")) >= 2

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dwl_plugin.alpha.tau import RunLength
+from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.config import Block, ControllerOptions, LossControllerOptions
 from dwl_plugin.errors import ConfigError, DWLError, Problem
 from dwl_plugin.extensions import load

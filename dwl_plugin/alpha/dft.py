@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 
+from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedule import Curve, ScheduleContext, Vector, curve_of
-from dwl_plugin.alpha.tau import RunLength
 from dwl_plugin.config import Block, DFTConfig, TokenLossConfig
 from dwl_plugin.config.token_loss import SCHEDULED
 

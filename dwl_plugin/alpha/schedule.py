@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dwl_plugin.alpha.tau import RunLength
+from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.config import Block, ScheduleOptions
 from dwl_plugin.errors import ConfigError, DWLError, Problem
 from dwl_plugin.extensions import load

@@ -1,10 +1,10 @@
 """Which class is this token in? Selectors, the bytes of tokens, and the labeller that joins them."""
 
-from dwl_plugin.classes.building import build_labeller, labeller_of
+from dwl_plugin.classes.build import build_labeller, labeller_of
 from dwl_plugin.classes.labeller import IGNORE_INDEX, Labeller
 from dwl_plugin.classes.selectors import TIME_LIMIT_S, PatternTooSlowError
 from dwl_plugin.classes.survey import ClassSurvey, empty_class_problems, survey
-from dwl_plugin.classes.token_table import TokenTable
+from dwl_plugin.classes.token_bytes import TokenTable
 
 __all__ = [
     "IGNORE_INDEX",

@@ -19,9 +19,9 @@ import numpy as np
 
 from dwl_plugin.classes.samples import Samples
 from dwl_plugin.classes.selectors import InVocabulary, Selector
-from dwl_plugin.classes.token_table import Bools, Ints, TokenTable
-from dwl_plugin.config import FIRST_TARGET, IGNORE_INDEX, Overlap
+from dwl_plugin.classes.token_bytes import Bools, Ints, TokenTable
 from dwl_plugin.errors import DWLError, shortened
+from dwl_plugin.values import FIRST_TARGET, IGNORE_INDEX, Overlap
 
 __all__ = ["IGNORE_INDEX", "Labeller", "as_ints"]
 

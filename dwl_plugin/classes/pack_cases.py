@@ -13,9 +13,9 @@ from itertools import groupby
 
 import regex
 
-from dwl_plugin.classes.building import build_labeller
+from dwl_plugin.classes.build import build_labeller
 from dwl_plugin.classes.labeller import IGNORE_INDEX
-from dwl_plugin.classes.token_table import as_bytes
+from dwl_plugin.classes.token_bytes import as_bytes
 from dwl_plugin.config import REST
 from dwl_plugin.config.packs import Pack, PackCase
 

@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from dwl_plugin.classes.token_table import Bools, Ints, TokenTable, as_text
+from dwl_plugin.classes.token_bytes import Bools, Ints, TokenTable, as_text
 
 __all__ = ["JOINT", "Pieces", "Samples", "ranges"]
 

@@ -22,9 +22,9 @@ import numpy as np
 import regex
 
 from dwl_plugin.classes.backtracking import Conduct, conduct
+from dwl_plugin.classes.keywords import Words
 from dwl_plugin.classes.samples import Pieces, Samples
-from dwl_plugin.classes.token_table import Bools, Ints
-from dwl_plugin.classes.words import Words
+from dwl_plugin.classes.token_bytes import Bools, Ints
 from dwl_plugin.errors import ConfigError, Problem
 
 __all__ = [

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dwl_plugin.cli.examination import Examination, examine
+from dwl_plugin.cli.analysis import Examination, examine
 from dwl_plugin.errors import ConfigError, Problem
 
 __all__ = ["as_dict", "check", "class_figures", "class_table", "overlaps", "print_findings", "progress"]
@@ -101,7 +101,7 @@ def class_table(seen: Examination) -> Table:
 
 def class_figures(seen: Examination) -> list[dict[str, Any]]:
     """The table's numbers. The columns of α need a block without problems."""
-    from dwl_plugin.hosts.opening import class_weight_table
+    from dwl_plugin.run.startup import class_weight_table
 
     assert seen.block is not None
     assert seen.survey is not None
@@ -110,12 +110,18 @@ def class_figures(seen: Examination) -> list[dict[str, Any]]:
     figures = []
     for row, last, tokens, without in zip(rows, end, seen.survey.tokens, seen.survey.rows_without, strict=True):
         figure: dict[str, Any] = {
-            "name": row.name, "tokens": tokens, "token_share": row.token_share, "rows_without": without,
-        }  # fmt: skip
+            "name": row.name,
+            "tokens": tokens,
+            "token_share": row.token_share,
+            "rows_without": without,
+        }
         if seen.block.loss == "dwl" and not seen.problems:
             figure |= {
-                "alpha": row.alpha, "alpha_end": last, "one_token_vs_sft": row.one_token, "weight_share": row.weight_share,
-            }  # fmt: skip
+                "alpha": row.alpha,
+                "alpha_end": last,
+                "one_token_vs_sft": row.one_token,
+                "weight_share": row.weight_share,
+            }
         figures.append(figure)
     return figures
 

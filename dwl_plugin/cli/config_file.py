@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from dwl_plugin.config.yaml_text import yaml_errors
 from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.yaml_io import yaml_errors
 
 __all__ = ["read_config"]
 

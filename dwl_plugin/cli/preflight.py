@@ -19,8 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from dwl_plugin.cli.analysis import Examination, examine
 from dwl_plugin.cli.check import as_dict, print_findings, progress
-from dwl_plugin.cli.examination import Examination, examine
 from dwl_plugin.config import IGNORE_INDEX
 from dwl_plugin.errors import ConfigError, DWLError
 
@@ -90,7 +90,7 @@ def measure(
     import torch
 
     from dwl_plugin.hosts.axolotl_preview import quiet
-    from dwl_plugin.loss.seam import LossSpec, LossStep, Seam
+    from dwl_plugin.loss.seam import LossSpec, PendingLoss, Seam
 
     assert seen.rows is not None
     nlls: list[NDArray[np.float64]] = []
@@ -108,7 +108,11 @@ def measure(
             predicted_T = np.asarray(sample["labels"]) != IGNORE_INDEX
             predicted_T[0] = False
             if predicted_T.any():
-                with torch.no_grad(), quiet(), seam.armed(LossStep(LossSpec(), labels=given["labels"], on_tokens=keep)):
+                with (
+                    torch.no_grad(),
+                    quiet(),
+                    seam.armed(PendingLoss(LossSpec(), labels=given["labels"], on_tokens=keep)),
+                ):
                     model(**given)
                 members.append(seen.members(sample)[:, predicted_T])
             step()

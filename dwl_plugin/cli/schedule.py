@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from dwl_plugin.alpha.dft import end_hints, token_losses_of
+from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedule import Curve, alpha_of
-from dwl_plugin.alpha.tau import RunLength
 from dwl_plugin.cli.config_file import read_config
 from dwl_plugin.cli.trust import dangers
 from dwl_plugin.config import REST, Block, DFTConfig, parse
@@ -62,8 +62,12 @@ def schedule(
             raise DWLError(
                 f"There is no curve to draw before the run: the controller `{kind}` moves α by the losses it will see."
             )
-        console.print(f"The controller `{kind}` moves α by the losses it will see, so only where α starts is known before the run. "
-                      "`dwl report` shows where it went.", markup=False, soft_wrap=True)  # fmt: skip
+        console.print(
+            f"The controller `{kind}` moves α by the losses it will see, so only where α starts is known before the run. "
+            "`dwl report` shows where it went.",
+            markup=False,
+            soft_wrap=True,
+        )
     elif alpha_at is not None and block.schedule is None:
         console.print("α is constant: the config has no `schedule`.")
     every = [round(end * k / 10) for k in range(11)]
@@ -178,16 +182,16 @@ def _bar(share: float) -> str:
 
 
 def _image(drawn: Sequence[tuple[str, Sequence[str], Curve]], end: int, suffix: str) -> bytes:
-    from dwl_plugin.cli import figures
+    from dwl_plugin.cli import plots
 
-    figures.need_matplotlib()
+    plots.need_matplotlib()
     steps = sorted({round(end * k / _POINTS) for k in range(_POINTS + 1)})
-    lines: list[figures.Line] = []
+    lines: list[plots.Line] = []
     for _, names, curve in drawn:
         numbers = list(zip(*map(curve, steps), strict=True))
         lines += [
-            figures.Line(name, steps, values, figures.style_of(len(lines) + c, plain=name == REST))
+            plots.Line(name, steps, values, plots.style_of(len(lines) + c, plain=name == REST))
             for c, (name, values) in enumerate(zip(names, numbers, strict=True))
         ]
     title = ", ".join(what for what, _, _ in drawn)
-    return figures.to_image(figures.draw_labelled(figures.Panel("", lines), title), suffix)
+    return plots.to_image(plots.draw_labelled(plots.Panel("", lines), title), suffix)

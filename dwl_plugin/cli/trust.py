@@ -132,28 +132,46 @@ RULES: tuple[Rule, ...] = (
     Rule("plugins.*", "runs code", "Axolotl imports this module and runs its hooks", _foreign_plugin),
     Rule("trust_remote_code", "runs code", "Python that lies beside the model's weights is run"),
     *(Rule(f"{key}.*.trust_remote_code", "runs code", "Python that lies beside the data is run") for key in _DATASETS),
-    Rule("overrides_of_model_config", "runs code", "turns on Python that lies beside the model's weights", _remote_code),
-    Rule("overrides_of_model_kwargs", "runs code", "turns on Python that lies beside the model's weights", _remote_code),
+    Rule(
+        "overrides_of_model_config", "runs code", "turns on Python that lies beside the model's weights", _remote_code
+    ),
+    Rule(
+        "overrides_of_model_kwargs", "runs code", "turns on Python that lies beside the model's weights", _remote_code
+    ),
     Rule("cls_model_config", "runs code", "Axolotl imports this class by its path", _module_path),
     Rule("trainer_cls", "runs code", "Axolotl imports this class and trains with it"),
-    *(Rule(f"{key}.*.type", "runs code", "Axolotl imports this module to read the data", _module_path) for key in _DATASETS),
-    *(Rule(f"{key}.*.input_transform", "runs code", "Axolotl imports this function to read the data") for key in _DATASETS),
-    *(Rule(f"{key}.*.{field}", "runs code", "a dataset script is Python that is run", _script)
-      for key in _DATASETS for field in ("path", "ds_type", "data_files")),
+    *(
+        Rule(f"{key}.*.type", "runs code", "Axolotl imports this module to read the data", _module_path)
+        for key in _DATASETS
+    ),
+    *(
+        Rule(f"{key}.*.input_transform", "runs code", "Axolotl imports this function to read the data")
+        for key in _DATASETS
+    ),
+    *(
+        Rule(f"{key}.*.{field}", "runs code", "a dataset script is Python that is run", _script)
+        for key in _DATASETS
+        for field in ("path", "ds_type", "data_files")
+    ),
     Rule("trl.reward_funcs.*", "runs code", "Axolotl imports this function"),
     Rule("trl.rollout_func", "runs code", "Axolotl imports this function"),
     Rule("attn_implementation", "runs code", "a compiled kernel is downloaded and run", _repository),
     Rule("experts_implementation", "runs code", "a compiled kernel is downloaded and run", _repository),
     Rule("use_kernels", "runs code", "compiled kernels are downloaded and run"),
     Rule("eval_causal_lm_metrics.*", "runs code", "a metric's script is downloaded and run", _repository),
-    *(Rule(key, "fetches", "config and tokenizer, and for a run the weights, come from the hub", _on_hub("model"))
-      for key in ("base_model", "base_model_config", "tokenizer_config", "processor_config", "lora_model_dir")),
+    *(
+        Rule(key, "fetches", "config and tokenizer, and for a run the weights, come from the hub", _on_hub("model"))
+        for key in ("base_model", "base_model_config", "tokenizer_config", "processor_config", "lora_model_dir")
+    ),
     *(Rule(f"{key}.*.path", "fetches", "the data comes over the network", _data_on_hub) for key in _DATASETS),
     Rule("pretraining_dataset", "fetches", "the data comes over the network", _on_hub("dataset")),
-    *(Rule(f"{key}.*.ds_type", "fetches", "the reader of the data comes from the hub", _data_on_hub) for key in _DATASETS),
+    *(
+        Rule(f"{key}.*.ds_type", "fetches", "the reader of the data comes from the hub", _data_on_hub)
+        for key in _DATASETS
+    ),
     *(Rule(f"{key}.*.data_files", "fetches", "the data comes over the network", _url) for key in _DATASETS),
     Rule("dwl.**", "fetches", "a pack of classes comes from the hub", _pack_on_hub),
-)  # fmt: skip
+)
 
 
 def dangers(raw: Mapping[str, Any]) -> list[Danger]:

@@ -4,7 +4,7 @@
 the rest of the package reads; `Block.dump` gives back a mapping that parses to the same block.
 """
 
-from dwl_plugin.config.block import Block, DWLConfig, LossName, Overlap, Reduction
+from dwl_plugin.config.block import Block, DWLConfig, LossName, Reduction
 from dwl_plugin.config.classes import (
     BetweenClass,
     ClassConfig,
@@ -25,7 +25,6 @@ from dwl_plugin.config.controllers import (
 )
 from dwl_plugin.config.parsing import parse
 from dwl_plugin.config.reading import read_block
-from dwl_plugin.config.scalars import FIRST_TARGET, IGNORE_INDEX, REST, Position, Weight
 from dwl_plugin.config.schedules import (
     ConstantSchedule,
     CosineSchedule,
@@ -39,6 +38,7 @@ from dwl_plugin.config.schedules import (
     WarmupSchedule,
 )
 from dwl_plugin.config.token_loss import DFTConfig, EAFTConfig, FocalConfig, TokenLossConfig, TokenLossName
+from dwl_plugin.values import FIRST_TARGET, IGNORE_INDEX, REST, Overlap, Position, Weight
 
 __all__ = [
     "FIRST_TARGET",

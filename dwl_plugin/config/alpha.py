@@ -20,8 +20,9 @@ def alpha_problems(path: str, alpha: object, names: Sequence[str]) -> Iterator[P
             yield Problem(f"{path}.{name}", "no such class", allowed=", ".join(names), hint=did_you_mean(name, names))
     missing = [name for name in names if name not in alpha]
     if missing:
-        yield Problem(path, f"every class needs a number; missing: {', '.join(missing)}",
-                      hint="0 leaves a class out of the loss")  # fmt: skip
+        yield Problem(
+            path, f"every class needs a number; missing: {', '.join(missing)}", hint="0 leaves a class out of the loss"
+        )
     numbers = {
         name: value for name, value in alpha.items() if isinstance(value, (int, float)) and not isinstance(value, bool)
     }

@@ -10,7 +10,6 @@ from pydantic import Field
 
 from dwl_plugin.config.classes import ClassConfig, OneOfTheClasses
 from dwl_plugin.config.controllers import Controller, ControllerOptions
-from dwl_plugin.config.scalars import REST, Strict, Weight
 from dwl_plugin.config.schedules import Schedule, ScheduleOptions
 from dwl_plugin.config.token_loss import (
     TOKEN_LOSSES,
@@ -20,12 +19,12 @@ from dwl_plugin.config.token_loss import (
     TokenLossConfig,
     TokenLossName,
 )
+from dwl_plugin.values import REST, Overlap, Strict, Weight
 
-__all__ = ["Block", "DWLConfig", "LossName", "Overlap", "Reduction"]
+__all__ = ["Block", "DWLConfig", "LossName", "Reduction"]
 
 LossName = Literal["nll", "dft", "dwl"]
 Reduction = Literal["token_mean", "weighted_mean", "class_mean", "sequence_mean_token_sum"]
-Overlap = Literal["first", "sum"]
 
 
 class DWLConfig(Strict):

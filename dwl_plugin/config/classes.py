@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 
 from pydantic import Field
 
-from dwl_plugin.config.scalars import REST
 from dwl_plugin.config.selectors import (
     AddedSelector,
     AllSelector,
@@ -29,6 +28,7 @@ from dwl_plugin.config.selectors import (
 )
 from dwl_plugin.config.token_loss import DFTConfig, EAFTConfig, FocalConfig, TokenLossName
 from dwl_plugin.errors import Problem
+from dwl_plugin.values import REST
 
 __all__ = [
     "AddedClass",

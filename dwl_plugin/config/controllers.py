@@ -13,10 +13,10 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
-from dwl_plugin.config.scalars import Position, Strict, Weight
 from dwl_plugin.config.validate import validate
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
 from dwl_plugin.extensions import model_of
+from dwl_plugin.values import Position, Strict, Weight
 
 __all__ = [
     "Controller",
@@ -177,8 +177,12 @@ def controller_problems(
 def _floor_problems(options: ControllerOptions, path: str, alpha: object, names: Sequence[str]) -> Iterator[Problem]:
     floor = options.min_alpha
     if floor * len(names) > 1:
-        yield Problem(f"{path}.min_alpha", f"{len(names)} classes cannot all have at least this much of 1", floor,
-                      allowed=f"at most {1 / len(names):.4g}")  # fmt: skip
+        yield Problem(
+            f"{path}.min_alpha",
+            f"{len(names)} classes cannot all have at least this much of 1",
+            floor,
+            allowed=f"at most {1 / len(names):.4g}",
+        )
         return
     if not isinstance(alpha, Mapping) or any(
         isinstance(v, bool) or not isinstance(v, (int, float)) for v in alpha.values()
@@ -187,26 +191,45 @@ def _floor_problems(options: ControllerOptions, path: str, alpha: object, names:
     total = sum(alpha.values())
     for name, value in alpha.items():
         if value == 0:
-            yield Problem(f"dwl.alpha.{name}", f"the controller multiplies weights, so 0 stays 0 and {path} does nothing here",
-                          value, hint="give the class a small number")  # fmt: skip
+            yield Problem(
+                f"dwl.alpha.{name}",
+                f"the controller multiplies weights, so 0 stays 0 and {path} does nothing here",
+                value,
+                hint="give the class a small number",
+            )
         elif total > 0 and value > 0 and value / total < floor * (1 - 1e-9):
-            yield Problem(f"dwl.alpha.{name}", f"its share, {value / total:.4g}, is below `{path}.min_alpha`, {floor:g}", value,
-                          hint="raise this number, or lower `min_alpha`")  # fmt: skip
+            yield Problem(
+                f"dwl.alpha.{name}",
+                f"its share, {value / total:.4g}, is below `{path}.min_alpha`, {floor:g}",
+                value,
+                hint="raise this number, or lower `min_alpha`",
+            )
 
 
 def _reference_problems(options: LossControllerOptions, path: str, names: Sequence[str]) -> Iterator[Problem]:
     reference, wanted = options.reference, options.signal == "excess_over_ref"
     if wanted and reference is None:
-        yield Problem(f"{path}.reference", "is required: the excess is over it",
-                      allowed="`base` (measured before the first step), or class -> nll")  # fmt: skip
+        yield Problem(
+            f"{path}.reference",
+            "is required: the excess is over it",
+            allowed="`base` (measured before the first step), or class -> nll",
+        )
     if not wanted and reference is not None:
-        yield Problem(f"{path}.reference", f"has no effect with `signal: {options.signal}`", reference,
-                      hint="write `signal: excess_over_ref`, or delete this line")  # fmt: skip
+        yield Problem(
+            f"{path}.reference",
+            f"has no effect with `signal: {options.signal}`",
+            reference,
+            hint="write `signal: excess_over_ref`, or delete this line",
+        )
     if isinstance(reference, Mapping):
         for name in reference:
             if name not in names:
-                yield Problem(f"{path}.reference.{name}", "no such class", allowed=", ".join(names),
-                              hint=did_you_mean(name, names))  # fmt: skip
+                yield Problem(
+                    f"{path}.reference.{name}",
+                    "no such class",
+                    allowed=", ".join(names),
+                    hint=did_you_mean(name, names),
+                )
         missing = [name for name in names if name not in reference]
         if missing:
             yield Problem(f"{path}.reference", f"every class needs a number; missing: {', '.join(missing)}")

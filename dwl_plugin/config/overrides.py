@@ -23,8 +23,8 @@ from typing import Any
 import yaml
 
 from dwl_plugin.config.block import Block
-from dwl_plugin.config.yaml_text import load_yaml
 from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.yaml_io import load_yaml
 
 __all__ = ["SWEEP_FILE", "VARIABLE", "Override", "overridden", "overrides_of", "value_at"]
 

@@ -115,16 +115,33 @@ def _limited(file: Path, name: str, path: str) -> bytes:
 def _from_hub(address: str, path: str) -> PackText:
     match = _HUB.fullmatch(address)
     if match is None:
-        raise ConfigError([Problem(path, "not an address on the Hub", address, "hf://user/repo@<commit>/file.yml",
-                                   "the packs of a data set are at hf://datasets/user/repo@<commit>/file.yml")])  # fmt: skip
+        raise ConfigError(
+            [
+                Problem(
+                    path,
+                    "not an address on the Hub",
+                    address,
+                    "hf://user/repo@<commit>/file.yml",
+                    "the packs of a data set are at hf://datasets/user/repo@<commit>/file.yml",
+                )
+            ]
+        )
     if _COMMIT.fullmatch(match["commit"] or "") is None:
         why = (
             "a branch or a tag can be moved to other content"
             if match["commit"]
             else "without one the content can change"
         )
-        raise ConfigError([Problem(path, f"needs the full commit, 40 hexadecimal digits: {why}", address,
-                                   hint="the Hub shows it under `Files`, `History`")])  # fmt: skip
+        raise ConfigError(
+            [
+                Problem(
+                    path,
+                    f"needs the full commit, 40 hexadecimal digits: {why}",
+                    address,
+                    hint="the Hub shows it under `Files`, `History`",
+                )
+            ]
+        )
     try:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     except ImportError:
@@ -133,8 +150,11 @@ def _from_hub(address: str, path: str) -> PackText:
         ) from None
     kind = "dataset" if match["kind"] else "model"
     where: dict[str, Any] = {
-        "repo_id": match["repo"], "filename": match["file"], "repo_type": kind, "revision": match["commit"],
-    }  # fmt: skip
+        "repo_id": match["repo"],
+        "filename": match["file"],
+        "repo_type": kind,
+        "revision": match["commit"],
+    }
     try:
         if not isinstance(try_to_load_from_cache(**where), str):
             size = get_hf_file_metadata(hf_hub_url(**where)).size
@@ -150,9 +170,9 @@ def _from_hub(address: str, path: str) -> PackText:
     ) as error:  # the client's errors have no common base: offline, no such repository, no such file, ...
         first = str(error).strip().partition("\n")[0]
         hint = "without a network, download the file once and name it as `./file.yml`"
-        raise ConfigError([
-            Problem(path, f"could not be fetched from the Hub: {type(error).__name__}: {first}", address, hint=hint)
-        ]) from error  # fmt: skip
+        raise ConfigError(
+            [Problem(path, f"could not be fetched from the Hub: {type(error).__name__}: {first}", address, hint=hint)]
+        ) from error
     data = _limited(file, address, path)
     _say_hash(address, hashlib.sha256(data).hexdigest())
     return PackText(address, data.decode("utf-8", "replace"))

@@ -20,7 +20,6 @@ from dwl_plugin.config.alpha import alpha_problems
 from dwl_plugin.config.block import Reduction
 from dwl_plugin.config.classes import ClassConfig, OneOfTheClasses, PackClass, as_class, class_of, name_problems
 from dwl_plugin.config.pack_files import PackReference, PackText, read_pack, read_yaml, shipped_packs
-from dwl_plugin.config.scalars import REST, Strict, Weight
 from dwl_plugin.config.selectors import (
     AllSelector,
     AnySelector,
@@ -33,6 +32,7 @@ from dwl_plugin.config.selectors import (
 )
 from dwl_plugin.config.validate import unique, validate
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
+from dwl_plugin.values import REST, Strict, Weight
 
 __all__ = ["Pack", "PackCase", "PackTurn", "Shelf", "parse_pack"]
 
@@ -186,11 +186,27 @@ class Shelf:
             return beside
         reference = PackReference.of(dwl["pack"]) if isinstance(dwl["pack"], str) else None
         if reference is None:
-            raise ConfigError([Problem("dwl.pack", "not a pack", dwl["pack"], f"{', '.join(shipped_packs())}, ./file.yml, "
-                                       "hf://user/repo@<commit>/file.yml")])  # fmt: skip
+            raise ConfigError(
+                [
+                    Problem(
+                        "dwl.pack",
+                        "not a pack",
+                        dwl["pack"],
+                        f"{', '.join(shipped_packs())}, ./file.yml, hf://user/repo@<commit>/file.yml",
+                    )
+                ]
+            )
         if reference.member is not None:
-            raise ConfigError([Problem("dwl.pack", "takes a whole pack", dwl["pack"],
-                                       hint=f"for one class write it under `classes`: {{pack: {dwl['pack']}}}")])  # fmt: skip
+            raise ConfigError(
+                [
+                    Problem(
+                        "dwl.pack",
+                        "takes a whole pack",
+                        dwl["pack"],
+                        hint=f"for one class write it under `classes`: {{pack: {dwl['pack']}}}",
+                    )
+                ]
+            )
         pack = self.pack(reference, "dwl.pack")
         own = beside.get("classes", {})
         if not isinstance(own, Mapping):
@@ -231,10 +247,17 @@ class Shelf:
         assert reference is not None, "PackSelector has looked"
         pack = self.pack(reference, path)
         if reference.member is not None and reference.member not in pack.classes:
-            raise ConfigError([
-                Problem(path, f"the pack {reference.pack} has no such member", reference.member, ", ".join(pack.classes),
-                        did_you_mean(reference.member, list(pack.classes)))
-            ])  # fmt: skip
+            raise ConfigError(
+                [
+                    Problem(
+                        path,
+                        f"the pack {reference.pack} has no such member",
+                        reference.member,
+                        ", ".join(pack.classes),
+                        did_you_mean(reference.member, list(pack.classes)),
+                    )
+                ]
+            )
         selector = pack.whole() if reference.member is None else pack.member(reference.member)
         if not isinstance(config, PackClass):
             return selector
@@ -283,5 +306,9 @@ def _unknown_in_cases(cases: object, path: str, names: Sequence[str]) -> Iterato
         spans = case.get("spans") if isinstance(case, Mapping) else None
         for name in spans if isinstance(spans, Mapping) else ():
             if name not in names:
-                yield Problem(f"{path}[{index}].spans.{name}", "no such class", allowed=", ".join(names),
-                              hint=did_you_mean(name, names))  # fmt: skip
+                yield Problem(
+                    f"{path}[{index}].spans.{name}",
+                    "no such class",
+                    allowed=", ".join(names),
+                    hint=did_you_mean(name, names),
+                )

@@ -12,12 +12,12 @@ from dwl_plugin.config.block import Block, DWLConfig, LossName
 from dwl_plugin.config.classes import ClassConfig, class_of, name_problems
 from dwl_plugin.config.controllers import ControllerOptions, controller_of, controller_problems
 from dwl_plugin.config.packs import Shelf
-from dwl_plugin.config.scalars import MOST_OVERLAPPING, REST
 from dwl_plugin.config.schedules import order_problems, schedule_of, vectors
 from dwl_plugin.config.selectors import group_problems
 from dwl_plugin.config.token_loss import TOKEN_LOSSES, dft_problems
 from dwl_plugin.config.validate import one_of, unique, validate
 from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.values import MOST_OVERLAPPING, REST
 
 __all__ = ["parse"]
 
@@ -55,10 +55,16 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
         raise ConfigError(unique(unfit))
     if "loss" not in ours:
         which = " and ".join(f"`{key}`" for key in ours)
-        raise ConfigError([
-            Problem(next(iter(ours)), f"{which} without `loss` would change nothing", allowed=one_of(LossName),
-                    hint=f"add the line `loss: {'dwl' if 'dwl' in ours else 'dft'}`")
-        ])  # fmt: skip
+        raise ConfigError(
+            [
+                Problem(
+                    next(iter(ours)),
+                    f"{which} without `loss` would change nothing",
+                    allowed=one_of(LossName),
+                    hint=f"add the line `loss: {'dwl' if 'dwl' in ours else 'dft'}`",
+                )
+            ]
+        )
     problems = list(_yaml_traps(ours))
     dwl = ours.get("dwl")
     controller = None
@@ -187,12 +193,18 @@ def _cross_checks(
         also = [] if complete or not isinstance(proportions, Mapping) else proportions
         problems += alpha_problems(path, proportions, list(dict.fromkeys([*names, *also])))
     if ours["loss"] == "dwl" and dwl.get("classes") == {} and not dwl.keys() & _WITHOUT_CLASSES:
-        problems.append(Problem("dwl.classes", "has no class in it, so this is plain cross-entropy",
-                                hint="name at least one class"))  # fmt: skip
+        problems.append(
+            Problem("dwl.classes", "has no class in it, so this is plain cross-entropy", hint="name at least one class")
+        )
     problems += order_problems(dwl.get("schedule"), "dwl.schedule")
     if dwl.get("schedule") is not None and dwl.get("controller") is not None:
-        problems.append(Problem("dwl.controller", "`dwl.schedule` moves α already; one of the two can",
-                                hint="delete `dwl.controller` or `dwl.schedule`"))  # fmt: skip
+        problems.append(
+            Problem(
+                "dwl.controller",
+                "`dwl.schedule` moves α already; one of the two can",
+                hint="delete `dwl.controller` or `dwl.schedule`",
+            )
+        )
     problems += dft_problems(ours.get("dft"), "dft")
     for name, spec in classes.items():
         if isinstance(spec, Mapping):
@@ -202,14 +214,25 @@ def _cross_checks(
     if ours["loss"] in ("nll", "dft"):
         for key in ("alpha", "schedule", "controller", "reduction", "token_loss", "focal", "eaft"):
             if dwl.get(key) is not None and not _is_default(key, dwl[key]):
-                problems.append(Problem(
-                    f"dwl.{key}", f"has no effect under `loss: {ours['loss']}`, where classes are only measured", dwl[key],
-                    hint="write `loss: dwl`, or delete this line"))  # fmt: skip
+                problems.append(
+                    Problem(
+                        f"dwl.{key}",
+                        f"has no effect under `loss: {ours['loss']}`, where classes are only measured",
+                        dwl[key],
+                        hint="write `loss: dwl`, or delete this line",
+                    )
+                )
         for name, spec in classes.items():
             for key in ("token_loss", *TOKEN_LOSSES):
                 if isinstance(spec, Mapping) and spec.get(key) is not None:
-                    problems.append(Problem(f"dwl.classes.{name}.{key}", f"has no effect under `loss: {ours['loss']}`",
-                                            spec[key], hint="write `loss: dwl`, or delete this line"))  # fmt: skip
+                    problems.append(
+                        Problem(
+                            f"dwl.classes.{name}.{key}",
+                            f"has no effect under `loss: {ours['loss']}`",
+                            spec[key],
+                            hint="write `loss: dwl`, or delete this line",
+                        )
+                    )
     if block is not None:
         problems += _useless_options(block)
         problems += _too_many_classes(block)
@@ -229,19 +252,32 @@ def _useless_options(block: Block) -> Iterator[Problem]:
         used.add(kind)
         for option in TOKEN_LOSSES:
             if block.loss == "dwl" and getattr(spec, option) is not None and kind != option:
-                yield Problem(f"dwl.classes.{name}.{option}", f"this class pays {kind}, so the options do nothing",
-                              hint=f"add `token_loss: {option}` to the class, or delete `{option}`")  # fmt: skip
+                yield Problem(
+                    f"dwl.classes.{name}.{option}",
+                    f"this class pays {kind}, so the options do nothing",
+                    hint=f"add `token_loss: {option}` to the class, or delete `{option}`",
+                )
     if block.dft is not None and "dft" not in used:
-        yield Problem("dft", "no token pays dft, so the options do nothing",
-                      hint="write `loss: dft`, or `dwl.token_loss: dft`, or delete `dft`")  # fmt: skip
+        yield Problem(
+            "dft",
+            "no token pays dft, so the options do nothing",
+            hint="write `loss: dft`, or `dwl.token_loss: dft`, or delete `dft`",
+        )
     for option in ("focal", "eaft"):
         if block.loss == "dwl" and getattr(block.dwl, option, None) is not None and option not in used:
-            yield Problem(f"dwl.{option}", f"no token pays {option}, so the options do nothing",
-                          hint=f"write `token_loss: {option}`, or delete `{option}`")  # fmt: skip
+            yield Problem(
+                f"dwl.{option}",
+                f"no token pays {option}, so the options do nothing",
+                hint=f"write `token_loss: {option}`, or delete `{option}`",
+            )
 
 
 def _too_many_classes(block: Block) -> Iterator[Problem]:
     """Class ids under `overlap: sum` are the bits of an int64."""
     if block.overlap == "sum" and len(block.class_configs) > MOST_OVERLAPPING:
-        yield Problem("dwl.overlap", f"`sum` takes at most {MOST_OVERLAPPING} classes, and there are {len(block.class_configs)}",
-                      "sum", hint="write `overlap: first`, or join classes")  # fmt: skip
+        yield Problem(
+            "dwl.overlap",
+            f"`sum` takes at most {MOST_OVERLAPPING} classes, and there are {len(block.class_configs)}",
+            "sum",
+            hint="write `overlap: first`, or join classes",
+        )

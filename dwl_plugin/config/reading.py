@@ -12,8 +12,8 @@ import yaml
 from dwl_plugin.config.block import Block, LossName
 from dwl_plugin.config.parsing import parse
 from dwl_plugin.config.validate import one_of
-from dwl_plugin.config.yaml_text import load_yaml
 from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.yaml_io import load_yaml
 
 __all__ = ["read_block"]
 

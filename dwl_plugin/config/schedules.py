@@ -14,10 +14,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
-from dwl_plugin.config.scalars import Position, PositionKey, Strict, Weight, position
 from dwl_plugin.config.validate import validate
 from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.extensions import model_of
+from dwl_plugin.values import Position, PositionKey, Strict, Weight, position
 
 __all__ = [
     "ConstantSchedule",
@@ -248,8 +248,12 @@ def order_problems(spec: object, path: str) -> Iterator[Problem]:
     if model is KeyframesSchedule and isinstance(spec.get("at"), Mapping):
         frames = list(spec["at"])
         if frames and (_number_and_unit(frames[0]) or (1.0,))[0] == 0.0:
-            yield Problem(f"{path}.at.{frames[0]}", "the numbers of step 0 are those outside the schedule", frames[0],
-                          hint="write them there, and begin with a later keyframe")  # fmt: skip
+            yield Problem(
+                f"{path}.at.{frames[0]}",
+                "the numbers of step 0 are those outside the schedule",
+                frames[0],
+                hint="write them there, and begin with a later keyframe",
+            )
         for at, frame in enumerate(frames):
             later = next((other for other in frames[:at] if _is_known_to_come_after(other, frame) is False), None)
             if later is not None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dwl_plugin.config.block import Block
-from dwl_plugin.config.scalars import REST
 from dwl_plugin.extensions import Kind, installed
+from dwl_plugin.values import REST
 
 __all__ = ["json_schema", "merged_into"]
 

@@ -20,9 +20,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from dwl_plugin.config.pack_files import PackReference
-from dwl_plugin.config.scalars import Pattern, Strict, Text, TokenId, Word
 from dwl_plugin.config.validate import validate
 from dwl_plugin.errors import Problem, did_you_mean
+from dwl_plugin.values import Pattern, Strict, Text, TokenId, Word
 
 __all__ = [
     "AddedSelector",
@@ -307,5 +307,9 @@ def group_problems(classes: Mapping[str, Selector], path: str = "dwl.classes") -
                 compiled = regex.compile(selector.regex)
                 known = set(range(compiled.groups + 1)) | set(compiled.groupindex)
                 if selector.group not in known:
-                    yield Problem(f"{at}.group", f"the pattern has {compiled.groups} group(s)", selector.group,
-                                  allowed=", ".join(str(group) for group in sorted(known, key=str)))  # fmt: skip
+                    yield Problem(
+                        f"{at}.group",
+                        f"the pattern has {compiled.groups} group(s)",
+                        selector.group,
+                        allowed=", ".join(str(group) for group in sorted(known, key=str)),
+                    )

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from dwl_plugin.config.scalars import Strict, Weight
 from dwl_plugin.config.schedules import Schedule, order_problems, vectors
 from dwl_plugin.errors import Problem, did_you_mean
+from dwl_plugin.values import Strict, Weight
 
 __all__ = [
     "SCHEDULED",

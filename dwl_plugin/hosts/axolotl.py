@@ -14,11 +14,11 @@ from dwl_plugin.config.overrides import overridden, overrides_of
 from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.hosts.axolotl_args import block_of, fused_losses_asked_for
 from dwl_plugin.hosts.checkpoints import choose_checkpoint
-from dwl_plugin.hosts.command_line import dropped_options
+from dwl_plugin.hosts.dropped_options import dropped_options
 from dwl_plugin.hosts.four_bits import keep_the_training_format
-from dwl_plugin.hosts.looking import look_at, picked_rows, require_places
 from dwl_plugin.hosts.trainer import Session, join, leave, less_is_better, say
 from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl
+from dwl_plugin.run.dataset_check import look_at, picked_rows, require_places
 
 __all__ = ["DWLPlugin"]
 
@@ -58,9 +58,14 @@ class DWLPlugin(BasePlugin):
         if newer is not None and os.environ.get("RANK", "0") == "0":
             say(newer)
         if "loss" in AxolotlInputConfig.model_fields:
-            raise ConfigError([
-                Problem("loss", "this version of Axolotl has a `loss` key of its own; install a dwl_plugin that knows it")
-            ])  # fmt: skip
+            raise ConfigError(
+                [
+                    Problem(
+                        "loss",
+                        "this version of Axolotl has a `loss` key of its own; install a dwl_plugin that knows it",
+                    )
+                ]
+            )
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
         """Less nll is better. The host would take every metric that does not end in `loss` for one to maximise."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from dwl_plugin.config import Block, DFTConfig, DWLConfig, LossName, parse
 from dwl_plugin.errors import ConfigError
-from dwl_plugin.hosts.refusals import refused, without_base_model
+from dwl_plugin.hosts.incompatible import refused, without_base_model
 
 __all__ = ["FUSED_LOSSES", "DWLPluginArgs", "block_of", "fused_losses_asked_for"]
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from dwl_plugin.config.overrides import SWEEP_FILE, VARIABLE
 from dwl_plugin.errors import ConfigError, DWLError, Problem
-from dwl_plugin.hosts.looking import picked_rows
+from dwl_plugin.run.dataset_check import picked_rows
 
 __all__ = [
     "NotSeenError",

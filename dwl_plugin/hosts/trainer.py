@@ -21,35 +21,35 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dwl_plugin.alpha.controllers import Controller
 from dwl_plugin.alpha.dft import token_losses_of
+from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedule import Alpha, alpha_of
-from dwl_plugin.alpha.tau import RunLength
 from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block, DFTConfig, TokenLossConfig
 from dwl_plugin.config.token_loss import SCHEDULED
 from dwl_plugin.errors import ConfigError, DWLError, LossNotTakenError, NotFiniteError, Problem
 from dwl_plugin.files import write_whole
+from dwl_plugin.hosts.base_nll import base_nll
 from dwl_plugin.hosts.checkpoints import finished_checkpoints
-from dwl_plugin.hosts.closed_loop import ClosedLoop
-from dwl_plugin.hosts.collate import CLASS_IDS, LabellingCollator
-from dwl_plugin.hosts.finite import FirstBadStep
-from dwl_plugin.hosts.opening import opening_lines, other_length_lines, other_options_lines
-from dwl_plugin.hosts.reference import base_nll
-from dwl_plugin.hosts.refusals import without_base_model
+from dwl_plugin.hosts.incompatible import without_base_model
 from dwl_plugin.hosts.versions import divided_later
-from dwl_plugin.loss.deferred import DeferredLogits
+from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics, widest
+from dwl_plugin.loss.deferred_logits import DeferredLogits
 from dwl_plugin.loss.membership import Membership, count_classes
-from dwl_plugin.loss.objectives import objective_of
 from dwl_plugin.loss.reduction import class_weights
-from dwl_plugin.loss.seam import LossSpec, LossStep, Seam
+from dwl_plugin.loss.seam import LossSpec, PendingLoss, Seam
 from dwl_plugin.loss.shift import IGNORE_INDEX
-from dwl_plugin.metrics import ClassSums, PaidTokens, widest
+from dwl_plugin.loss.token_losses import objective_of
+from dwl_plugin.run.closed_loop import ClosedLoop
+from dwl_plugin.run.collate import CLASS_IDS, LabellingCollator
+from dwl_plugin.run.nan_guard import FirstBadStep
+from dwl_plugin.run.startup import opening_lines, other_length_lines, other_options_lines
 
-__all__ = ["Session", "StepHook", "TrainerMixin", "join", "leave", "less_is_better", "shadowed"]
+__all__ = ["AlphaCallback", "Session", "TrainerMixin", "join", "leave", "less_is_better", "shadowed"]
 
 RESOLVED_CONFIG = "dwl_config.yaml"
 STATE = "dwl"
 """Our key in `stateful_callbacks` of the trainer's state."""
-OnTokens = Callable[[PaidTokens], None]
+OnTokens = Callable[[ForwardMetrics], None]
 
 _PACKING = ("sample_packing", "batch_flattening", "packing", "padding_free")
 """Training arguments, Axolotl's and TRL's, that put several samples into one row."""
@@ -138,16 +138,16 @@ class Session:
             counts += count_classes(targets, classes, self.spec.overlap)
         return counts
 
-    def _trained_on(self, tokens: PaidTokens) -> None:
+    def _trained_on(self, tokens: ForwardMetrics) -> None:
         self.first_bad.add(self.tau + 1, tokens)
         tokens_C, nll_C = self.train_sums.add(tokens)
         if self.loop is not None:
             self.loop.add(tokens_C, nll_C)
 
-    def _evaluated_on(self, tokens: PaidTokens) -> None:
+    def _evaluated_on(self, tokens: ForwardMetrics) -> None:
         self.eval_sums.add(tokens)
 
-    def step(self, inputs: dict[str, Any], counts: torch.Tensor, denominator: Any, training: bool) -> LossStep:
+    def step(self, inputs: dict[str, Any], counts: torch.Tensor, denominator: Any, training: bool) -> PendingLoss:
         """What the seam needs for one forward."""
         device = counts.device  # where the counts are, so that nothing waits for them
         weight_C = class_weights(
@@ -159,7 +159,7 @@ class Session:
                 "[dwl] a batch arrived without class ids: its data loader was not made by the trainer's own "
                 "`get_train_dataloader` or `get_eval_dataloader`."
             )
-        return LossStep(
+        return PendingLoss(
             self.spec,
             labels=inputs.get("labels"),
             class_ids=class_ids,
@@ -265,7 +265,7 @@ class TrainerMixin(Trainer):
             ids_BT[own:] = IGNORE_INDEX
             return replace(members, ids_N=ids_BT.reshape(-1))
 
-        def on_own_tokens(tokens: PaidTokens) -> None:
+        def on_own_tokens(tokens: ForwardMetrics) -> None:
             members = of_own(tokens.members)
             paying = members if tokens.paying is tokens.members else of_own(tokens.paying)
             on_tokens(replace(tokens, members=members, paying=paying))
@@ -304,7 +304,7 @@ class TrainerMixin(Trainer):
         return output
 
 
-class StepHook(TrainerCallback):
+class AlphaCallback(TrainerCallback):
     """Moves α once per optimizer step."""
 
     def __init__(self, trainer: Trainer, session: Session) -> None:
@@ -337,11 +337,17 @@ class StepHook(TrainerCallback):
             return
         state = None if saved is None else saved["controller"]
         if steps and state is None:
-            raise ConfigError([
-                Problem("dwl.controller", f"the checkpoint of step {steps} was not written by a run with a controller, so what it "
-                        "had learned until then is not known", session.block.controller.type,
-                        hint="delete `controller`, or start a new run from these weights without `resume_from_checkpoint`")
-            ])  # fmt: skip
+            raise ConfigError(
+                [
+                    Problem(
+                        "dwl.controller",
+                        f"the checkpoint of step {steps} was not written by a run with a controller, so what it "
+                        "had learned until then is not known",
+                        session.block.controller.type,
+                        hint="delete `controller`, or start a new run from these weights without `resume_from_checkpoint`",
+                    )
+                ]
+            )
         controller = Controller(session.block, session.length)
         loop = ClosedLoop(controller, trainer._of_every_rank, trainer.args.device)
         if state is not None:
@@ -422,7 +428,7 @@ def join(
     taken_over: Sequence[str] = (),
     front: type[TrainerMixin] = TrainerMixin,
     behind: Sequence[type[Trainer]] = (),
-) -> tuple[Session, StepHook]:
+) -> tuple[Session, AlphaCallback]:
     """Put `front` before `trainer`'s class, on this instance only, and attach to its model.
 
     `taken_over` names the fused losses of the host that were switched off for ours. A class in `behind` comes between the
@@ -441,8 +447,8 @@ def join(
     host = type(trainer)
     trainer.__class__ = type(f"DWL{host.__name__}", (front, host, *behind), {"_dwl": session, "_dwl_host": host})
     trainer.loss_is_scaled_for_ga = True
-    _quiet_console(trainer)
-    return session, StepHook(trainer, session)
+    _hide_class_metrics(trainer)
+    return session, AlphaCallback(trainer, session)
 
 
 def shadowed(trainer: Trainer) -> list[str]:
@@ -468,7 +474,7 @@ def less_is_better(metric: str | None) -> bool:
     return metric is not None and (metric == "nll" or metric.endswith("_nll") or "dwl/nll/" in metric)
 
 
-def _quiet_console(trainer: Trainer) -> None:
+def _hide_class_metrics(trainer: Trainer) -> None:
     """The console keeps `loss`, `nll` and α; the trackers get everything."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, (ProgressCallback, PrinterCallback)):

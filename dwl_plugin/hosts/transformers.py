@@ -18,11 +18,11 @@ from transformers import Trainer
 from dwl_plugin.classes import ClassSurvey, Labeller, labeller_of
 from dwl_plugin.config import Block, read_block
 from dwl_plugin.errors import ConfigError, LossNotTakenError, Problem
-from dwl_plugin.hosts.looking import look_at, picked_rows
 from dwl_plugin.hosts.trainer import Session, TrainerMixin, join, leave, less_is_better, say, shadowed
 from dwl_plugin.hosts.versions import transformers_problems
-from dwl_plugin.loss.deferred import DeferredLogits
+from dwl_plugin.loss.deferred_logits import DeferredLogits
 from dwl_plugin.loss.shift import IGNORE_INDEX
+from dwl_plugin.run.dataset_check import look_at, picked_rows
 
 __all__ = ["AppliedLoss", "apply"]
 
@@ -73,8 +73,15 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
         LossNotTakenError: the model has no output head.
     """
     if not isinstance(trainer, Trainer):
-        raise ConfigError([Problem("trainer", f"{type(trainer).__name__} is no transformers.Trainer",
-                                   hint="in a loop of your own, use `dwl_plugin.attach(model, ...)`")])  # fmt: skip
+        raise ConfigError(
+            [
+                Problem(
+                    "trainer",
+                    f"{type(trainer).__name__} is no transformers.Trainer",
+                    hint="in a loop of your own, use `dwl_plugin.attach(model, ...)`",
+                )
+            ]
+        )
     problems = list(_refused(trainer))
     try:
         block = read_block(config)
@@ -115,8 +122,11 @@ def _refused(trainer: Trainer) -> Iterator[Problem]:
         return
     yield from transformers_problems()
     for name in shadowed(trainer):
-        yield Problem(f"trainer.{name}", "was replaced on this one trainer, so ours would never be called",
-                      hint="replace it after `apply`, or in a subclass")  # fmt: skip
+        yield Problem(
+            f"trainer.{name}",
+            "was replaced on this one trainer, so ours would never be called",
+            hint="replace it after `apply`, or in a subclass",
+        )
     if host.__module__.partition(".")[0] == "trl" and not _is_sft_trainer(host):
         hint = "of TRL's trainers, SFTTrainer is the one whose loss is a cross-entropy of the labels"
         yield Problem("trainer", f"{host.__name__} computes an objective of its own", hint=hint)
@@ -127,8 +137,12 @@ def _refused(trainer: Trainer) -> Iterator[Problem]:
     elif own is not None:
         yield Problem("compute_loss_func", "computes the loss", getattr(own, "__name__", own), hint="leave it out")
     if trainer.label_smoother is not None:
-        yield Problem("args.label_smoothing_factor", "smooths the targets of the loss that is replaced",
-                      args.label_smoothing_factor, hint="set it to 0")  # fmt: skip
+        yield Problem(
+            "args.label_smoothing_factor",
+            "smooths the targets of the loss that is replaced",
+            args.label_smoothing_factor,
+            hint="set it to 0",
+        )
     if args.use_liger_kernel:
         yield from _refused_liger(args, is_trl=_is_sft_trainer(host))
     if args.n_gpu > 1:
@@ -140,8 +154,12 @@ def _refused(trainer: Trainer) -> Iterator[Problem]:
         hint = "build the model, and pass it as `model`"
         yield Problem("model_init", "makes another model when training starts, without this loss", hint=hint)
     if getattr(args, "loss_type", None) == "chunked_nll" and _forward_before_chunking(trainer) is None:
-        yield Problem("args.loss_type", "has patched the model's forward in a way that cannot be taken back", "chunked_nll",
-                      hint='write `loss_type="nll"`; the logits are not held in full either way')  # fmt: skip
+        yield Problem(
+            "args.loss_type",
+            "has patched the model's forward in a way that cannot be taken back",
+            "chunked_nll",
+            hint='write `loss_type="nll"`; the logits are not held in full either way',
+        )
 
 
 def _refused_liger(args: Any, is_trl: bool) -> Iterator[Problem]:
@@ -178,16 +196,31 @@ def _classes_of(trainer: Trainer, block: Block) -> tuple[Labeller | None, ClassS
     processing = trainer.processing_class
     tokenizer = getattr(processing, "tokenizer", processing)  # a processor has its tokenizer inside
     if tokenizer is None:
-        raise ConfigError([Problem("dwl.classes", "need the tokenizer, and this trainer has none",
-                                   hint="build the trainer with `processing_class=tokenizer`")])  # fmt: skip
+        raise ConfigError(
+            [
+                Problem(
+                    "dwl.classes",
+                    "need the tokenizer, and this trainer has none",
+                    hint="build the trainer with `processing_class=tokenizer`",
+                )
+            ]
+        )
     labeller = labeller_of(block, tokenizer)
     assert labeller is not None
     args = trainer.args
     cut_anywhere = getattr(args, "packing", False) and args.packing_strategy == "wrapped"
     if cut_anywhere and (labeller.needs_boundaries or labeller.marks_samples):
         hint = '`packing_strategy="bfd"` keeps the boundaries; or select by `token_ids`, `tokens` or `token_regex`'
-        raise ConfigError([Problem("args.packing_strategy", "loses where a sample ends, and these classes, or this "
-                                   "`reduction`, need to know it", "wrapped", hint=hint)])  # fmt: skip
+        raise ConfigError(
+            [
+                Problem(
+                    "args.packing_strategy",
+                    "loses where a sample ends, and these classes, or this `reduction`, need to know it",
+                    "wrapped",
+                    hint=hint,
+                )
+            ]
+        )
     return labeller, look_at(labeller, _collated(trainer), block.class_configs)
 
 

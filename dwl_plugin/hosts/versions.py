@@ -34,8 +34,11 @@ def axolotl_problems() -> Iterator[Problem]:
     """A problem if this Axolotl is older than what is supported."""
     oldest, newest = AXOLOTL
     if release("axolotl") < oldest:
-        yield Problem("loss", f"Axolotl {version('axolotl')} is older than dwl_plugin supports, {_name(oldest)} to {_name(newest)}",
-                      hint=f"`pip install 'axolotl>={_name(oldest)}'`, or delete the `loss:` line")  # fmt: skip
+        yield Problem(
+            "loss",
+            f"Axolotl {version('axolotl')} is older than dwl_plugin supports, {_name(oldest)} to {_name(newest)}",
+            hint=f"`pip install 'axolotl>={_name(oldest)}'`, or delete the `loss:` line",
+        )
 
 
 def newer_axolotl() -> str | None:
@@ -52,8 +55,11 @@ def newer_axolotl() -> str | None:
 def transformers_problems() -> Iterator[Problem]:
     """A problem if this transformers is older than what is supported."""
     if release("transformers") < TRANSFORMERS:
-        yield Problem("trainer", f"transformers {version('transformers')} is older than dwl_plugin supports, {_name(TRANSFORMERS)}",
-                      hint=f"`pip install 'transformers>={_name(TRANSFORMERS)}'`")  # fmt: skip
+        yield Problem(
+            "trainer",
+            f"transformers {version('transformers')} is older than dwl_plugin supports, {_name(TRANSFORMERS)}",
+            hint=f"`pip install 'transformers>={_name(TRANSFORMERS)}'`",
+        )
 
 
 def divided_later(trainer: Any, num_items_in_batch: Any) -> int:

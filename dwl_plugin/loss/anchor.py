@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dwl_plugin.loss.head import Head, logits_of
-from dwl_plugin.loss.products import add_product, product
+from dwl_plugin.loss.heads import Head, logits_of
+from dwl_plugin.loss.matmul import add_product, product
 
 __all__ = ["Anchor", "BaseWalk"]
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from dwl_plugin.loss.anchor import Anchor
-from dwl_plugin.loss.exact_nll import TokenLoss, refuse_second_derivative, spread
-from dwl_plugin.loss.head import Head
-from dwl_plugin.loss.inputs import Tokens, brief, require, require_number, select_tokens
-from dwl_plugin.loss.objectives import Term
-from dwl_plugin.loss.vocabulary import Gradients, Taken, Wanted, walk
+from dwl_plugin.loss.fused_walk import Gradients, Taken, Wanted, walk
+from dwl_plugin.loss.heads import Head
+from dwl_plugin.loss.stable_nll import LinearCrossEntropyOutput, refuse_second_derivative, spread
+from dwl_plugin.loss.token_losses import Term
+from dwl_plugin.loss.tokens import Tokens, brief, require, require_number, select_tokens
 
-__all__ = ["TokenLoss", "linear_cross_entropy"]
+__all__ = ["LinearCrossEntropyOutput", "linear_cross_entropy"]
 
 
 def linear_cross_entropy(
@@ -34,7 +34,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float | None = None,
     ignore_index: int = -100,
-) -> TokenLoss:
+) -> LinearCrossEntropyOutput:
     """The weighted sum of token losses, and the unweighted loss of each token:
 
         logits = logit_scale * F.linear(hidden, weight, bias)
@@ -57,7 +57,7 @@ def linear_cross_entropy(
         exponent: a number ≥ 0, or one per token (…), since classes of one batch may differ. A constant.
         min_weight: a number ≥ 0, or one per token (…): the floor of p^exponent. A constant.
         terms: what a token pays instead of what the three above say: Σ over the terms of weight·factor·nll, where each objective
-            (`dwl_plugin.loss.objectives`) has its own factor, and the weight is a token_weight.
+            (`dwl_plugin.loss.token_losses`) has its own factor, and the weight is a token_weight.
         anchor: adds weight·KL(base‖θ) of each token, the divergence from a base model over the vocabulary (ASFT,
             arXiv:2509.23753); see `dwl_plugin.loss.anchor.Anchor`. Two more matmuls, and one with a trained `weight`.
         bias: (V,) or None.
@@ -66,8 +66,8 @@ def linear_cross_entropy(
         ignore_index: the target that means "no target here".
 
     Returns:
-        TokenLoss(loss, nll, factors, kl). `loss`: a scalar, in nats; with no target it is 0 and still has its graph. `nll`: (…),
-        detached, 0 at ignored positions; `factors`: likewise, one per term; `kl`: likewise, of an anchor. All are fp32 (fp64 if
+        LinearCrossEntropyOutput(loss, nll, factors, kl). `loss`: a scalar, in nats; with no target it is 0 and still has its
+        graph. `nll`: (…), detached, 0 at ignored positions; `factors`: likewise, one per term; `kl`: likewise, of an anchor. All are fp32 (fp64 if
         the matmul is) whatever the inputs; gradients have the inputs' dtypes.
 
     Raises:
@@ -80,9 +80,19 @@ def linear_cross_entropy(
     """
     if torch.compiler.is_compiling():
         return _uncompiled()(
-            hidden, weight, targets, token_weight=token_weight, exponent=exponent, min_weight=min_weight,
-            terms=terms, anchor=anchor, bias=bias, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index,
-        )  # fmt: skip
+            hidden,
+            weight,
+            targets,
+            token_weight=token_weight,
+            exponent=exponent,
+            min_weight=min_weight,
+            terms=terms,
+            anchor=anchor,
+            bias=bias,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+        )
     require(
         weight.ndim == 2 and weight.is_floating_point() and hidden.ndim >= 1 and weight.shape[1] == hidden.shape[-1],
         f"weight must be floating (V, H) with the H of hidden {tuple(hidden.shape)}, got {brief(weight)}",
@@ -130,7 +140,7 @@ def linear_cross_entropy(
         return spread(values_N, tokens.rows_N, targets.shape)
 
     factors = tuple(at_positions(factor_N) for factor_N in factors_KN)
-    return TokenLoss(loss, at_positions(nll_N), factors, None if kl_N is None else at_positions(kl_N))
+    return LinearCrossEntropyOutput(loss, at_positions(nll_N), factors, None if kl_N is None else at_positions(kl_N))
 
 
 def _base_head(anchor: Anchor, ours: Head) -> Head:
@@ -152,9 +162,9 @@ def _base_head(anchor: Anchor, ours: Head) -> Head:
 
 
 @functools.cache
-def _uncompiled() -> Callable[..., TokenLoss]:
+def _uncompiled() -> Callable[..., LinearCrossEntropyOutput]:
     # Built at first use: the decorator would import torch's compiler into every process.
-    eager: Callable[..., TokenLoss] = torch.compiler.disable(linear_cross_entropy)  # type: ignore[no-untyped-call]
+    eager: Callable[..., LinearCrossEntropyOutput] = torch.compiler.disable(linear_cross_entropy)  # type: ignore[no-untyped-call]
     return eager
 
 

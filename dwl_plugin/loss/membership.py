@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dwl_plugin.config import FIRST_TARGET, IGNORE_INDEX, Overlap
+from dwl_plugin.values import FIRST_TARGET, IGNORE_INDEX, Overlap
 
 __all__ = ["Membership", "count_classes"]
 

@@ -1,7 +1,7 @@
 """Where a model's loss becomes ours: its output head hands out deferred logits and its `loss_function` reduces them.
 
 `Seam` patches two things of one model instance, the forward of its outermost output head and its `loss_function`. Both stay
-asleep, so generation and every other use get plain logits, until a `LossStep` is armed around a forward. `attach` arms one
+asleep, so generation and every other use get plain logits, until a `PendingLoss` is armed around a forward. `attach` arms one
 around every forward that is given labels. The patches are bound methods of the seam: a deep copy of the model gets a seam of
 its own.
 
@@ -20,18 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dwl_plugin.config import Overlap
 from dwl_plugin.errors import LossNotTakenError
 from dwl_plugin.loss.anchor import Anchor
-from dwl_plugin.loss.deferred import DeferredLogits
-from dwl_plugin.loss.linear_cross_entropy import TokenLoss, linear_cross_entropy
+from dwl_plugin.loss.chunked import module_cross_entropy
+from dwl_plugin.loss.class_sums import ForwardMetrics
+from dwl_plugin.loss.deferred_logits import DeferredLogits
+from dwl_plugin.loss.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
 from dwl_plugin.loss.membership import Membership
-from dwl_plugin.loss.module_path import module_cross_entropy
-from dwl_plugin.loss.objectives import Objective, Power, Term
 from dwl_plugin.loss.shift import IGNORE_INDEX, shift_left
-from dwl_plugin.metrics import PaidTokens
+from dwl_plugin.loss.token_losses import Objective, Power, Term
+from dwl_plugin.values import Overlap
 
-__all__ = ["LossSpec", "LossStep", "Seam", "attach"]
+__all__ = ["LossSpec", "PendingLoss", "Seam", "attach"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class LossSpec:
 
 
 @dataclass
-class LossStep:
+class PendingLoss:
     """What one forward has to know. `denominator` divides the summed loss; None: the number of targets of this forward.
 
     `class_ids` (B, T) has the layout of `labels`, or, if `shifted`, of the `shift_labels` that the model is given as well. It is
@@ -84,7 +84,7 @@ class LossStep:
     class_ids: torch.Tensor | None = None
     class_weight: torch.Tensor | None = None
     denominator: torch.Tensor | float | None = None
-    on_tokens: Callable[[PaidTokens], None] | None = None
+    on_tokens: Callable[[ForwardMetrics], None] | None = None
     shifted: bool = False
     base: DeferredLogits | torch.Tensor | None = field(default=None, init=False)
     """The base model's logits, where the spec has an anchor."""
@@ -121,7 +121,7 @@ class Seam:
         if isinstance(older, Seam):  # a trainer that is built again over the same model
             older.detach()
         self._say, self._said = say, set[str]()
-        self._step: LossStep | None = None
+        self._step: PendingLoss | None = None
         self._layout: int | None = None
         self._constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], torch.Tensor] = {}
         # A wrapper around this model, or a language model inside it, may be the one whose `loss_function` is called.
@@ -156,7 +156,7 @@ class Seam:
                 _put_back(owner, "_loss_function", was)
 
     @contextmanager
-    def armed(self, step: LossStep) -> Iterator[LossStep]:
+    def armed(self, step: PendingLoss) -> Iterator[PendingLoss]:
         """One forward inside; raises `LossNotTakenError` if its loss was computed by somebody else."""
         self._step = step
         try:
@@ -165,7 +165,7 @@ class Seam:
             self._step = None
         self._check(step)
 
-    def _check(self, step: LossStep) -> None:
+    def _check(self, step: PendingLoss) -> None:
         if step.taken == 0:
             raise LossNotTakenError(
                 f"[dwl] {type(self.model).__name__} returned a loss that dwl_plugin did not compute. Either its own loss is more "
@@ -183,7 +183,7 @@ class Seam:
         bound = inspect.signature(model.forward).bind_partial(*args, **unlabelled)
         if args:
             bound.arguments.update({key: None for key in _LABELS if key in bound.arguments})
-        was_training, self._step = model.training, LossStep(LossSpec())  # awake, so that the head defers
+        was_training, self._step = model.training, PendingLoss(LossSpec())  # awake, so that the head defers
         try:
             with torch.no_grad(), self._as_base():
                 model.eval()  # no dropout and no noise in what the model is held to
@@ -245,7 +245,7 @@ class Seam:
         labels_BT: torch.Tensor | None,
         targets_BT: torch.Tensor | None,
         ignore_index: int,
-        step: LossStep,
+        step: PendingLoss,
     ) -> torch.Tensor:
         """The model called its `loss_function`: shift, unless the labels came shifted."""
         shifts = targets_BT is None and self.replaced != "ForMaskedLMLoss"
@@ -281,9 +281,15 @@ class Seam:
         if step is None or not plain or not known or targets.is_floating_point():
             true = logits.materialise("cross_entropy") if isinstance(logits, DeferredLogits) else logits
             return F.cross_entropy(
-                true.as_subclass(torch.Tensor), targets, weight, size_average, ignore_index, reduce, reduction,
+                true.as_subclass(torch.Tensor),
+                targets,
+                weight,
+                size_average,
+                ignore_index,
+                reduce,
+                reduction,
                 label_smoothing,
-            )  # fmt: skip
+            )
         if isinstance(logits, torch.Tensor) and logits.ndim > 2:  # (B, V, …)
             logits = logits.movedim(1, -1)
         # The same labels several times over, for several streams of logits: the model takes their mean.
@@ -292,7 +298,7 @@ class Seam:
         loss = self._reduce(logits, targets, class_ids, ignore_index, step, copies)
         return loss if reduction == "mean" else loss * (targets != ignore_index).sum()
 
-    def _class_ids_like(self, targets: torch.Tensor, copies: int, step: LossStep) -> torch.Tensor:
+    def _class_ids_like(self, targets: torch.Tensor, copies: int, step: PendingLoss) -> torch.Tensor:
         """Class ids in the layout of `targets`, which the model shifted and flattened in its own way."""
         if step.class_ids is None or step.labels is None:
             raise self._unmatched()
@@ -333,7 +339,7 @@ class Seam:
         targets: torch.Tensor,
         class_ids: torch.Tensor | None,
         ignore_index: int,
-        step: LossStep,
+        step: PendingLoss,
         copies: int = 1,
     ) -> torch.Tensor:
         """Σ_t Σ_{c∋t} w_c·f_c(t)·nll_t / denominator, and the tokens handed to the metrics."""
@@ -371,7 +377,7 @@ class Seam:
         out = self._token_loss(logits, targets_N, options, step.base)
         if step.on_tokens is not None:
             step.on_tokens(
-                PaidTokens(members, paying, out.nll, torch.stack(out.factors), term_C, weight_C, out.kl, anchor_C)
+                ForwardMetrics(members, paying, out.nll, torch.stack(out.factors), term_C, weight_C, out.kl, anchor_C)
             )
         denominator = step.denominator
         if denominator is None:
@@ -393,13 +399,13 @@ class Seam:
         targets_N: torch.Tensor,
         options: dict[str, Any],
         base: DeferredLogits | torch.Tensor | None,
-    ) -> TokenLoss:
+    ) -> LinearCrossEntropyOutput:
         """Terms and anchor on whichever path the head allows. The anchor comes without a head: that is decided here."""
         anchor: Anchor | None = options.pop("anchor", None)
 
         def through_modules(
             head: Callable[[torch.Tensor], torch.Tensor], rows_NX: torch.Tensor, **more: Any
-        ) -> TokenLoss:
+        ) -> LinearCrossEntropyOutput:
             anchored = None if anchor is None else replace(anchor, head=self._base_logits(base))
             return module_cross_entropy(rows_NX, head, targets_N, anchor=anchored, **options, **more)
 
@@ -409,7 +415,7 @@ class Seam:
             return through_modules(_identity, logits_NV)
         deferred, fused = logits, _fold(logits) if logits.head == self._logits else None
 
-        def of(rows_NH: torch.Tensor) -> TokenLoss:
+        def of(rows_NH: torch.Tensor) -> LinearCrossEntropyOutput:
             linear = _as_linear(self.head, self._head_was)
             base_linear = None if anchor is None else self._base_linear(base, fused)
             if linear is None or fused is None or (anchor is not None and base_linear is None):
@@ -458,9 +464,11 @@ class Seam:
         logits: torch.Tensor = self.head(hidden, _Inside(self._head_forward))
         return logits
 
-    def _inside_head(self, work: Callable[[torch.Tensor], TokenLoss], rows_NH: torch.Tensor) -> TokenLoss:
+    def _inside_head(
+        self, work: Callable[[torch.Tensor], LinearCrossEntropyOutput], rows_NH: torch.Tensor
+    ) -> LinearCrossEntropyOutput:
         """`work` where the head's own hooks have gathered its weight, once for all chunks, and will for its backward."""
-        done: list[TokenLoss] = []
+        done: list[LinearCrossEntropyOutput] = []
 
         def loss_of(rows_NH: torch.Tensor) -> torch.Tensor:
             done.append(work(rows_NH))
@@ -468,7 +476,7 @@ class Seam:
 
         loss = self.head(rows_NH, _Inside(loss_of))
         # Mixed precision may have rounded the output; what it hooks for the backward is the tensor before.
-        return TokenLoss(loss if loss.dtype == done[0].loss.dtype else done[0].loss, done[0].nll)
+        return LinearCrossEntropyOutput(loss if loss.dtype == done[0].loss.dtype else done[0].loss, done[0].nll)
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:
@@ -503,7 +511,7 @@ class Attachment:
             given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         labels = given.get("labels")
         if labels is not None:
-            self.seam._step = LossStep(self._spec, labels, denominator=given.get("num_items_in_batch"))
+            self.seam._step = PendingLoss(self._spec, labels, denominator=given.get("num_items_in_batch"))
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         step, self.seam._step = self.seam._step, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dwl_plugin.config import IGNORE_INDEX
+from dwl_plugin.values import IGNORE_INDEX
 
 __all__ = ["IGNORE_INDEX", "shift_left"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from dwl_plugin.loss.inputs import Tokens
+from dwl_plugin.loss.tokens import Tokens
 
 __all__ = ["TopLogits"]
 

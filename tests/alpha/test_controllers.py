@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dwl_plugin.alpha.controllers import Controller
-from dwl_plugin.alpha.tau import RunLength
+from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.config import parse
 from dwl_plugin.errors import ConfigError
 
@@ -136,9 +136,16 @@ def test_every_type_has_a_paper_here() -> None:
     assert {options["type"] for options, _ in PAPERS.values()} == set(_RULES)
 
 
-CASES = [{**options, **PLAIN, **more} for options, _ in PAPERS.values() for more in (
-    {}, {"min_alpha": 0.05, "max_change": 0.02}, {"min_alpha": 0.25}, {"every": 3, "warmup": "10%"},
-)]  # fmt: skip
+CASES = [
+    {**options, **PLAIN, **more}
+    for options, _ in PAPERS.values()
+    for more in (
+        {},
+        {"min_alpha": 0.05, "max_change": 0.02},
+        {"min_alpha": 0.25},
+        {"every": 3, "warmup": "10%"},
+    )
+]
 
 
 @pytest.mark.parametrize(
@@ -197,11 +204,14 @@ def test_nan_is_not_learned_from() -> None:
     assert held.alpha == clean.alpha
 
 
-@pytest.mark.parametrize(("signal", "expected"), [
-    ("raw", lambda means: means),
-    ("ratio_to_init", lambda means: means / means[0]),
-    ("excess_over_ref", lambda means: means - REFERENCE),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("signal", "expected"),
+    [
+        ("raw", lambda means: means),
+        ("ratio_to_init", lambda means: means / means[0]),
+        ("excess_over_ref", lambda means: means - REFERENCE),
+    ],
+)
 def test_the_signal_is_what_the_option_says(signal: str, expected: Callable[[np.ndarray], np.ndarray]) -> None:
     means, tokens = random_windows(count=30)
     more = EXCESS if signal == "excess_over_ref" else {"signal": signal}

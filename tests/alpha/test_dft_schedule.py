@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dwl_plugin.alpha.dft import token_losses_of
-from dwl_plugin.alpha.tau import RunLength
+from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.config import Block, DFTConfig, parse
 from dwl_plugin.errors import ConfigError
 
@@ -66,20 +66,29 @@ def test_without_a_schedule_nothing_is_computed() -> None:
     assert token_losses_of(block("{loss: dft}"), LENGTH) is None
 
 
-@pytest.mark.parametrize(("schedule", "path", "words"), [
-    ("{type: linaer, to: {exponent: 1}}", "type", "did you mean `linear`"),
-    ("{type: linear, to: {exponent: 1}, strat: 5}", "strat", "did you mean `start`"),
-    ("{type: linear, to: {exponnet: 1}}", "to.exponnet", "did you mean `exponent`"),
-    ("{type: linear, to: {}}", "to", "exponent, min_weight"),
-    ("{type: linear, to: {exponent: -1}}", "to.exponent", "from 0 up"),
-    ("{type: linear, to: {min_weight: 1.5}}", "to.min_weight", "from 0 to 1"),
-    ("{type: linear, to: {exponent: 1}, start: 9, end: 3}", "end", "after `start`"),
-    ("{type: keyframes, at: {50: {exponent: 1}, 30: {exponent: 2}}}", "at.30", "after the keyframe 50"),
-])  # fmt: skip
-@pytest.mark.parametrize(("place", "text"), [
-    ("dft", "{{loss: dft, dft: {{schedule: {0}}}}}"),
-    ("dwl.classes.a.dft", "{{loss: dwl, dwl: {{classes: {{a: {{regex: a, token_loss: dft, dft: {{schedule: {0}}}}}}}}}}}"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("schedule", "path", "words"),
+    [
+        ("{type: linaer, to: {exponent: 1}}", "type", "did you mean `linear`"),
+        ("{type: linear, to: {exponent: 1}, strat: 5}", "strat", "did you mean `start`"),
+        ("{type: linear, to: {exponnet: 1}}", "to.exponnet", "did you mean `exponent`"),
+        ("{type: linear, to: {}}", "to", "exponent, min_weight"),
+        ("{type: linear, to: {exponent: -1}}", "to.exponent", "from 0 up"),
+        ("{type: linear, to: {min_weight: 1.5}}", "to.min_weight", "from 0 to 1"),
+        ("{type: linear, to: {exponent: 1}, start: 9, end: 3}", "end", "after `start`"),
+        ("{type: keyframes, at: {50: {exponent: 1}, 30: {exponent: 2}}}", "at.30", "after the keyframe 50"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [
+        ("dft", "{{loss: dft, dft: {{schedule: {0}}}}}"),
+        (
+            "dwl.classes.a.dft",
+            "{{loss: dwl, dwl: {{classes: {{a: {{regex: a, token_loss: dft, dft: {{schedule: {0}}}}}}}}}}}",
+        ),
+    ],
+)
 def test_the_error_names_the_option(place: str, text: str, schedule: str, path: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(yaml.safe_load(text.format(schedule)))

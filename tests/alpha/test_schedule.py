@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedule import alpha_of
-from dwl_plugin.alpha.tau import RunLength
 from dwl_plugin.config import Block, parse
 from dwl_plugin.errors import ConfigError
 
@@ -116,7 +116,7 @@ CURVES: dict[str, tuple[dict[str, Any], Callable[[int], np.ndarray]]] = {
         {"type": "cyclic", "period": "0.5ep", "shape": "cosine"},
         lambda tau: START + (1 - math.cos(2 * math.pi * tau / 30)) / 2 * (TO - START),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CURVES)
@@ -164,16 +164,24 @@ def test_a_position_keeps_every_digit_that_was_written() -> None:
     assert options.start == "12.3456789%"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("schedule", "length", "path", "words"), [
-    ({"type": "linear", "start": "10%"}, RunLength(None, 60.0), "start", "no known length"),
-    ({"type": "linear", "start": 0, "end": "2ep"}, RunLength(200, None), "end", "epochs"),
-    ({"type": "linear", "start": "2ep", "end": 100}, LENGTH, "end", "`start` is step 120"),
-    ({"type": "keyframes", "at": {"50%": proportions(TO, 1), 90: proportions(START, 1)}}, LENGTH, "at.90", "step 100"),
-    ({"type": "keyframes", "at": {"2ep": proportions(TO, 1)}}, RunLength(200, None), "at.2ep", "epochs"),
-    ({"type": "step", "at": "50%"}, RunLength(None, 60.0), "at", "no known length"),
-    ({"type": "warmup", "hold": 190}, LENGTH, "decay", "`hold` is step 190"),
-    ({"type": "cyclic", "period": "10%"}, RunLength(None, None), "period", "no known length"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("schedule", "length", "path", "words"),
+    [
+        ({"type": "linear", "start": "10%"}, RunLength(None, 60.0), "start", "no known length"),
+        ({"type": "linear", "start": 0, "end": "2ep"}, RunLength(200, None), "end", "epochs"),
+        ({"type": "linear", "start": "2ep", "end": 100}, LENGTH, "end", "`start` is step 120"),
+        (
+            {"type": "keyframes", "at": {"50%": proportions(TO, 1), 90: proportions(START, 1)}},
+            LENGTH,
+            "at.90",
+            "step 100",
+        ),
+        ({"type": "keyframes", "at": {"2ep": proportions(TO, 1)}}, RunLength(200, None), "at.2ep", "epochs"),
+        ({"type": "step", "at": "50%"}, RunLength(None, 60.0), "at", "no known length"),
+        ({"type": "warmup", "hold": 190}, LENGTH, "decay", "`hold` is step 190"),
+        ({"type": "cyclic", "period": "10%"}, RunLength(None, None), "period", "no known length"),
+    ],
+)
 def test_positions_this_run_cannot_place_are_errors(
     schedule: dict[str, Any], length: RunLength, path: str, words: str
 ) -> None:

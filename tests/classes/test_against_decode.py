@@ -40,21 +40,32 @@ SEGMENTS = st.lists(st.tuples(TEXTS, st.booleans(), st.booleans()), min_size=1, 
 """Each a text, whether it is trained, and whether special tokens stand around it."""
 
 PATTERNS = [
-    (r"\d+", 0), (r"\w+", 0), (r"\s", 0), (r"^.", 0), (r"(?s).$", 0), (r"(\w)(\W+)", 2), (r"[^\x00-\x7f]", 0),
-    (r"(?i)[a-h]\S*?(?=\s|$)", 0), (r"\b", 0), (r"(\d)|(\w)", 1), (r"\X\B", 0),
-]  # fmt: skip
+    (r"\d+", 0),
+    (r"\w+", 0),
+    (r"\s", 0),
+    (r"^.", 0),
+    (r"(?s).$", 0),
+    (r"(\w)(\W+)", 2),
+    (r"[^\x00-\x7f]", 0),
+    (r"(?i)[a-h]\S*?(?=\s|$)", 0),
+    (r"\b", 0),
+    (r"(\d)|(\w)", 1),
+    (r"\X\B", 0),
+]
 KEYWORDS = st.sampled_from(
     ["a", "A", "th", "the", "1", "12", "a, b", "t h", "é", "ß", "世界", "n.", "ก็", "a\u0301", "i1"]
 )
 SELECTORS = st.recursive(
     st.one_of(
         st.sampled_from(PATTERNS).map(lambda it: {"regex": it[0], "group": it[1]}),
-        st.fixed_dictionaries({
-            "between": st.lists(
-                st.sampled_from(["<", ">", "a", "世", "🤖", " ", "</", START, "th", "1"]), min_size=2, max_size=2
-            ),
-            "include_delimiters": st.booleans(),
-        }),
+        st.fixed_dictionaries(
+            {
+                "between": st.lists(
+                    st.sampled_from(["<", ">", "a", "世", "🤖", " ", "</", START, "th", "1"]), min_size=2, max_size=2
+                ),
+                "include_delimiters": st.booleans(),
+            }
+        ),
         st.fixed_dictionaries({"words": st.lists(KEYWORDS, min_size=1, max_size=5), "ignore_case": st.booleans()}),
         st.sampled_from(["first", "last", 1, 2, -2, 3]).map(lambda turn: {"turn": turn}),
         st.sampled_from([{"first": 1}, {"last": 2}, {"first": 2, "last": 1}]).map(lambda ends: {"position": ends}),
@@ -66,7 +77,7 @@ SELECTORS = st.recursive(
         inner.map(lambda it: {"not": it}),
     ),
     max_leaves=4,
-)  # fmt: skip
+)
 
 
 def as_class(selector: dict[str, Any]) -> ClassConfig:

@@ -12,13 +12,29 @@ from hypothesis import given, settings, strategies as st
 from dwl_plugin.classes.backtracking import conduct
 from dwl_plugin.classes.samples import Samples
 from dwl_plugin.classes.selectors import FAST_STEPS, InText
-from dwl_plugin.classes.token_table import TokenTable
+from dwl_plugin.classes.token_bytes import TokenTable
 from tests.classes.little_tokenizers import END, byte_level, encode
 
 UNKNOWN = [
-    r"(a+)+$", r"(a|aa)+$", r"(.*)*b\1$", r"(a*)*b", r"(?:a|a)*b", r"(x+x+)+y", r"(?:\w+\s?)*$", r"(\w)\1", r"a{e<=1}",
-    r"(?R)?a", r"(?x) a+ b", r"[[:alpha:]]+", r"(?|a|b)", r"(?:a?){50}b", r"a{1,1000000}b", r"\X+", r"(?f)a", r"a)",
-]  # fmt: skip
+    r"(a+)+$",
+    r"(a|aa)+$",
+    r"(.*)*b\1$",
+    r"(a*)*b",
+    r"(?:a|a)*b",
+    r"(x+x+)+y",
+    r"(?:\w+\s?)*$",
+    r"(\w)\1",
+    r"a{e<=1}",
+    r"(?R)?a",
+    r"(?x) a+ b",
+    r"[[:alpha:]]+",
+    r"(?|a|b)",
+    r"(?:a?){50}b",
+    r"a{1,1000000}b",
+    r"\X+",
+    r"(?f)a",
+    r"a)",
+]
 
 
 @pytest.mark.parametrize("pattern", UNKNOWN[:-1])
@@ -55,10 +71,22 @@ def test_a_pattern_is_read_as_it_is() -> None:
         assert (known.local, known.prefix[: len(prefix)] == prefix, bool(known.prefix)) == (local, True, bool(prefix))
 
 
-@pytest.mark.parametrize(("pattern", "stays"), [
-    (r"\d[\d,]*(?:\.\d+)?", True), (r"\b[A-Z]\w+ \s*x\b", True), (r"(?i)[a-z]+!", True), (r"a.b", False), (r"<[^>]*>", False),
-    (r"a\W", False), (r"a\S+", False), (r"[\D]x", False), (r"\P{L}a", False), (r"a|.", False), (r"\ud800", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pattern", "stays"),
+    [
+        (r"\d[\d,]*(?:\.\d+)?", True),
+        (r"\b[A-Z]\w+ \s*x\b", True),
+        (r"(?i)[a-z]+!", True),
+        (r"a.b", False),
+        (r"<[^>]*>", False),
+        (r"a\W", False),
+        (r"a\S+", False),
+        (r"[\D]x", False),
+        (r"\P{L}a", False),
+        (r"a|.", False),
+        (r"\ud800", False),
+    ],
+)
 def test_what_can_match_between_two_pieces_is_known(pattern: str, stays: bool) -> None:
     known = conduct(pattern)
     assert known is not None

@@ -19,7 +19,7 @@ from dwl_plugin.config import (
     TokensClass,
 )
 from dwl_plugin.errors import ConfigError, DWLError
-from dwl_plugin.hosts.collate import LabellingCollator
+from dwl_plugin.run.collate import LabellingCollator
 from tests.classes.little_tokenizers import END, START, THINK, UNTHINK, byte_level, encode, sentencepiece
 
 PROMPT = f"{START}user\nhello 7{END}\n{START}assistant\n"

@@ -9,7 +9,7 @@ import torch
 
 from dwl_plugin.classes import Labeller, build_labeller
 from dwl_plugin.config import ClassConfig, RegexClass
-from dwl_plugin.hosts.collate import CLASS_IDS, LabellingCollator
+from dwl_plugin.run.collate import CLASS_IDS, LabellingCollator
 from tests.classes.little_tokenizers import byte_level, encode
 
 TEXTS = [("what is 7 and 8?", " 15 apples"), ("", "1,234 are 🍉 42"), ("100", ""), ("a", "hello 300")]

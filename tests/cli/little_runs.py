@@ -26,20 +26,34 @@ def step(at: int, number: float = 3.0, rest: float = 1.0, alpha: float = 0.2, sh
     """A logged training step; `number` and `rest` are nlls, `alpha` and `share` those of `number`."""
     weighted = share * alpha * number, (1 - share) * (1 - alpha) * rest
     return {
-        "step": at, "epoch": at / 100, "loss": sum(weighted), "nll": share * number + (1 - share) * rest, "dwl/p": 0.5,
-        "dwl/nll/number": number, "dwl/nll/rest": rest, "dwl/p/number": 0.5, "dwl/p/rest": 0.5,
-        "dwl/alpha/number": alpha, "dwl/alpha/rest": 1 - alpha,
-        "dwl/token_share/number": share, "dwl/token_share/rest": 1 - share,
-        "dwl/loss_share/number": weighted[0] / sum(weighted), "dwl/loss_share/rest": weighted[1] / sum(weighted),
-    }  # fmt: skip
+        "step": at,
+        "epoch": at / 100,
+        "loss": sum(weighted),
+        "nll": share * number + (1 - share) * rest,
+        "dwl/p": 0.5,
+        "dwl/nll/number": number,
+        "dwl/nll/rest": rest,
+        "dwl/p/number": 0.5,
+        "dwl/p/rest": 0.5,
+        "dwl/alpha/number": alpha,
+        "dwl/alpha/rest": 1 - alpha,
+        "dwl/token_share/number": share,
+        "dwl/token_share/rest": 1 - share,
+        "dwl/loss_share/number": weighted[0] / sum(weighted),
+        "dwl/loss_share/rest": weighted[1] / sum(weighted),
+    }
 
 
 def evaluation(at: int, number: float, rest: float, share: float = 0.25) -> Entry:
     return {
-        "step": at, "eval_loss": 1.0, "eval_nll": share * number + (1 - share) * rest,
-        "eval_dwl/nll/number": number, "eval_dwl/nll/rest": rest,
-        "eval_dwl/token_share/number": share, "eval_dwl/token_share/rest": 1 - share,
-    }  # fmt: skip
+        "step": at,
+        "eval_loss": 1.0,
+        "eval_nll": share * number + (1 - share) * rest,
+        "eval_dwl/nll/number": number,
+        "eval_dwl/nll/rest": rest,
+        "eval_dwl/token_share/number": share,
+        "eval_dwl/token_share/rest": 1 - share,
+    }
 
 
 def write_state(folder: Path, history: Sequence[Entry], age: float = 0.0, **fields: Any) -> Path:

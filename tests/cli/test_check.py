@@ -15,7 +15,7 @@ from click.testing import Result
 from dwl_plugin.cli import quickstart
 from dwl_plugin.cli.quickstart.problems import generate, write_jsonl
 from dwl_plugin.config import parse
-from dwl_plugin.hosts.looking import picked_rows
+from dwl_plugin.run.dataset_check import picked_rows
 from tests.hosts import harness
 from tests.test_example_configs import EXAMPLES, each, with_local_data
 
@@ -191,13 +191,20 @@ def test_six_mistakes_are_reported_at_once(dwl: Check, write_config: Write) -> N
         "none": {"all": [{"regex": "a"}, {"regxe": "b"}]},
         "number": {"regex": r"\d+"},
     }
-    result = dwl("check", write_config(loss="dwl", dwl={
-        "pack": "reasonning",
-        "classes": classes,
-        "alpha": {"broken": 1, "none": 1, "number": -2, "thinking": 1, "rest": 1},
-        "schedule": {"type": "linear", "to": {"broken": 1, "none": 1, "number": 1, "rest": -1}},
-        "reductoin": "class_mean",
-    }), "--json")  # fmt: skip
+    result = dwl(
+        "check",
+        write_config(
+            loss="dwl",
+            dwl={
+                "pack": "reasonning",
+                "classes": classes,
+                "alpha": {"broken": 1, "none": 1, "number": -2, "thinking": 1, "rest": 1},
+                "schedule": {"type": "linear", "to": {"broken": 1, "none": 1, "number": 1, "rest": -1}},
+                "reductoin": "class_mean",
+            },
+        ),
+        "--json",
+    )
     assert result.exit_code == 1
     assert paths(result) == {
         "dwl.pack",

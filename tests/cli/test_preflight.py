@@ -101,15 +101,18 @@ def test_what_a_person_reads(dwl: Run, write_config: Write) -> None:
     assert "mean p" in result.output
 
 
-@pytest.mark.parametrize(("mean_p", "words"), [
-    (0.95, "expect `loss: dft` to beat"),
-    (0.75, "expect `loss: dft` to beat"),
-    (0.5, "about even"),
-    (0.2, "do as well as `loss: dft`, or better"),
-    (0.1, "expect `loss: nll` to win"),
-    (0.003, "expect `loss: nll` to win"),
-    (math.nan, "no target"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mean_p", "words"),
+    [
+        (0.95, "expect `loss: dft` to beat"),
+        (0.75, "expect `loss: dft` to beat"),
+        (0.5, "about even"),
+        (0.2, "do as well as `loss: dft`, or better"),
+        (0.1, "expect `loss: nll` to win"),
+        (0.003, "expect `loss: nll` to win"),
+        (math.nan, "no target"),
+    ],
+)
 def test_what_the_literature_says(mean_p: float, words: str) -> None:
     assert words in advice(mean_p)
 

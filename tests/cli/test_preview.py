@@ -42,12 +42,16 @@ def two_datasets(folder: Path) -> list[dict[str, Any]]:
     return [{"path": str(half), "type": "chat_template"} for half in halves]
 
 
-@pytest.mark.parametrize("changes", [
-    {"val_set_size": 0.25},
-    pytest.param({}, marks=pytest.mark.slow),
-    pytest.param({"val_set_size": 7, "shuffle_merged_datasets": False}, marks=pytest.mark.slow),
-    pytest.param({"sample_packing": True}, marks=pytest.mark.slow),
-], ids=["validation set", "merged", "in order", "packed"])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"val_set_size": 0.25},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"val_set_size": 7, "shuffle_merged_datasets": False}, marks=pytest.mark.slow),
+        pytest.param({"sample_packing": True}, marks=pytest.mark.slow),
+    ],
+    ids=["validation set", "merged", "in order", "packed"],
+)
 def test_the_head_of_the_run(write_config: Write, tmp_path: Path, changes: dict[str, Any]) -> None:
     cfg, tokenizer, rows = look(write_config(loss="dft", datasets=two_datasets(tmp_path), **changes), 12)
     trained = as_trained(cfg, tokenizer)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from dwl_plugin.cli import figures
+from dwl_plugin.cli import plots
 from dwl_plugin.cli.main import main
 from dwl_plugin.cli.report.run import Curve, read_runs
 from dwl_plugin.cli.report.tables import compared, rows_of
@@ -109,8 +109,19 @@ def test_what_is_no_number_is_a_gap(tmp_path: Path) -> None:
 
 
 def test_a_run_without_classes_is_one_row(tmp_path: Path) -> None:
-    history = [{"step": at, "loss": 0.1 / at, "nll": 2.0 / at, "dwl/p": 0.1, "dwl/alpha/rest": 1.0,
-                "dwl/nll/rest": 2.0 / at, "dwl/token_share/rest": 1.0, "dwl/loss_share/rest": 1.0} for at in (1, 2)]  # fmt: skip
+    history = [
+        {
+            "step": at,
+            "loss": 0.1 / at,
+            "nll": 2.0 / at,
+            "dwl/p": 0.1,
+            "dwl/alpha/rest": 1.0,
+            "dwl/nll/rest": 2.0 / at,
+            "dwl/token_share/rest": 1.0,
+            "dwl/loss_share/rest": 1.0,
+        }
+        for at in (1, 2)
+    ]
     result = dwl(write_run(tmp_path / "run", history, {"loss": "dft"}), "--html", tmp_path / "page.html")
     assert result.exit_code == 0
     assert "2.000 → 1.000" in result.output
@@ -120,10 +131,17 @@ def test_a_run_without_classes_is_one_row(tmp_path: Path) -> None:
 
 def test_what_moves_beside_alpha_is_in_the_terminal_and_on_the_page(tmp_path: Path) -> None:
     history = [
-        step(at) | {"dwl/signal/number": 3.0 - at / 10, "dwl/signal/rest": 1.0, "dwl/exponent/number": at / 10,
-                    "dwl/min_weight/number": 0.25, "dwl/kl/number": 0.0, "dwl/kl/rest": at / 100}
+        step(at)
+        | {
+            "dwl/signal/number": 3.0 - at / 10,
+            "dwl/signal/rest": 1.0,
+            "dwl/exponent/number": at / 10,
+            "dwl/min_weight/number": 0.25,
+            "dwl/kl/number": 0.0,
+            "dwl/kl/rest": at / 100,
+        }
         for at in (0, 5, 10)
-    ]  # fmt: skip
+    ]
     folder, page = write_run(tmp_path / "run", history), tmp_path / "page.html"
     shown = " ".join(dwl(folder, "--html", page).output.split())
     assert "Signal: number 3.000 → 2.000, rest 1.000 → 1.000." in shown
@@ -344,25 +362,25 @@ def test_a_name_cannot_steer_the_terminal(tmp_path: Path) -> None:
 
 def test_colours_are_the_pages_so_that_dark_and_print_change_them(page: str) -> None:
     drawn = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
-    assert not re.search("|".join([*figures.PALETTE, figures.INK, figures.GRID]), drawn)
+    assert not re.search("|".join([*plots.PALETTE, plots.INK, plots.GRID]), drawn)
     assert set(re.findall(r"var\((--\w+)\)", drawn)) <= set(re.findall(r"(--\w+):", page))
     assert "prefers-color-scheme: dark" in page
     assert "@media print" in page
 
 
 def test_no_two_lines_look_alike_without_colour() -> None:
-    looks = {(str(style.dash), style.marker) for style in map(figures.style_of, range(35))}
+    looks = {(str(style.dash), style.marker) for style in map(plots.style_of, range(35))}
     assert len(looks) == 35
 
 
 def test_labels_keep_their_distance_and_their_order() -> None:
-    places = figures._apart([0.1, 0.11, 0.12, 0.9, 0.99, 1.0], gap=0.1)
+    places = plots._apart([0.1, 0.11, 0.12, 0.9, 0.99, 1.0], gap=0.1)
     assert places == sorted(places)
     assert all(b - a >= 0.1 - 1e-12 for a, b in itertools.pairwise(places))
     assert max(places) <= 1.0 + 1e-12
-    assert figures._apart([0.2, 0.8], gap=0.1) == [0.2, 0.8]
-    assert figures._apart([0.0] * 11, gap=0.1) == pytest.approx([k / 10 for k in range(11)])
-    assert figures._apart([0.0, 0.0, 0.9], gap=0.1) == pytest.approx([0.0, 0.1, 0.9])
+    assert plots._apart([0.2, 0.8], gap=0.1) == [0.2, 0.8]
+    assert plots._apart([0.0] * 11, gap=0.1) == pytest.approx([k / 10 for k in range(11)])
+    assert plots._apart([0.0, 0.0, 0.9], gap=0.1) == pytest.approx([0.0, 0.1, 0.9])
 
 
 def test_a_long_curve_is_drawn_as_means_of_neighbours_and_keeps_its_gaps() -> None:
@@ -418,7 +436,7 @@ def test_a_pipe_or_a_device_is_written_to_and_not_replaced(tmp_path: Path) -> No
 def test_without_matplotlib_the_table_is_there_and_the_page_names_the_remedy(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     assert dwl(run).exit_code == 0
     result = dwl(run, "--html", tmp_path / "page.html")
     assert "pip install 'axolotl-dwl[plots]'" in error_of(result)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from dwl_plugin.cli import figures
+from dwl_plugin.cli import plots
 from dwl_plugin.cli.main import main
 
 COSINE = {"type": "cosine", "to": {"number": 0.6, "rest": 0.4}, "start": "10%", "end": "90%"}
@@ -170,7 +170,7 @@ def test_another_suffix_is_refused_before_anything_is_done(tmp_path: Path) -> No
 def test_without_matplotlib_the_table_is_there_and_the_figure_names_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     result = dwl(config(tmp_path, max_steps=20), "--plot", tmp_path / "alpha.png")
     assert "pip install 'axolotl-dwl[plots]'" in error_of(result)
     assert "0.60" in result.output

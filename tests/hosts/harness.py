@@ -47,12 +47,14 @@ def rows(count: int) -> list[dict[str, Any]]:
     for i in range(count):
         a, b = 3 * i + 2, 7 * i % 11 + 1
         thought = "" if i % 4 == 3 else f"<think>{a} and {b} make {a + b}, as {'I see ' * (i % 5)}it.</think>\n"
-        out.append({
-            "messages": [
-                {"role": "user", "content": f"What is {a} + {b}?"},
-                {"role": "assistant", "content": f"{thought}The answer is {a + b}. Café №{i}."},
-            ]
-        })  # fmt: skip
+        out.append(
+            {
+                "messages": [
+                    {"role": "user", "content": f"What is {a} + {b}?"},
+                    {"role": "assistant", "content": f"{thought}The answer is {a + b}. Café №{i}."},
+                ]
+            }
+        )
     return out
 
 
@@ -164,11 +166,13 @@ class Recorder(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
-        self.gradients.append({
-            name: parameter.grad.detach().double().clone()
-            for name, parameter in model.named_parameters()
-            if parameter.grad is not None
-        })  # fmt: skip
+        self.gradients.append(
+            {
+                name: parameter.grad.detach().double().clone()
+                for name, parameter in model.named_parameters()
+                if parameter.grad is not None
+            }
+        )
 
 
 class Run:

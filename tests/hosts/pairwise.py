@@ -21,9 +21,7 @@ def pairwise(
     allowed case is left out, as one that the host does not allow."""
     rng = random.Random(seed)
     names = sorted(factors)
-    missing = {
-        ((a, x), (b, y)) for a, b in combinations(names, 2) for x in factors[a] for y in factors[b]
-    }  # fmt: skip
+    missing = {((a, x), (b, y)) for a, b in combinations(names, 2) for x in factors[a] for y in factors[b]}
     cases: list[Case] = []
     while missing:
         target = min(missing)

@@ -121,9 +121,16 @@ class Ranks:
 
 def _serve(rank: int, size: int, pipe: Connection) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
-        GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", ACCELERATE_MIXED_PRECISION="no",
-    )  # fmt: skip
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        GLOO_SOCKET_IFNAME="lo",
+        OMP_NUM_THREADS="1",
+        ACCELERATE_USE_CPU="true",
+        ACCELERATE_MIXED_PRECISION="no",
+    )
     harness.import_host()
     import axolotl.utils.trainer
 

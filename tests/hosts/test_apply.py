@@ -148,9 +148,15 @@ def under_axolotl(model_folder: Path, samples: list[dict[str, Any]], tmp_path_fa
     data = harness.write_rows(folder / "ids.jsonl", samples)
     seen: list[Batches] = []
     settings = harness.config(
-        model_folder, data, folder, datasets=[{"path": str(data), "ds_type": "json", "type": None}], max_steps=10,
-        gradient_accumulation_steps=2, dataset_prepared_path=str(folder / "prepared"), **CONFIG,
-    )  # fmt: skip
+        model_folder,
+        data,
+        folder,
+        datasets=[{"path": str(data), "ds_type": "json", "type": None}],
+        max_steps=10,
+        gradient_accumulation_steps=2,
+        dataset_prepared_path=str(folder / "prepared"),
+        **CONFIG,
+    )
     run = harness.train(settings, before=lambda trainer: seen.append(Batches(trainer)))
     del run.trainer.get_batch_samples
     return run, seen[0]
@@ -168,8 +174,11 @@ def test_losses_metrics_and_parameters_are_axolotls_on_the_same_batches(
     assert len(batches.fed) == 20
     for ours, theirs in zip(batches.fed, their_batches.fed, strict=True):
         assert all(torch.equal(ours[key], theirs[key]) for key in ("input_ids", "labels", "attention_mask"))
-    measured = ("loss", "nll", *(f"dwl/{kind}/{name}" for kind in ("nll", "p", "alpha", "token_share", "loss_share")
-                                 for name in NAMES))  # fmt: skip
+    measured = (
+        "loss",
+        "nll",
+        *(f"dwl/{kind}/{name}" for kind in ("nll", "p", "alpha", "token_share", "loss_share") for name in NAMES),
+    )
     for key in measured:
         ours, theirs = logged(trainer, key), run.logged(key)
         assert len(theirs) == 10
@@ -295,7 +304,7 @@ def test_a_packed_rows_classes_end_where_its_samples_end(tokenizer: Any) -> None
 
     from dwl_plugin.classes import build_labeller
     from dwl_plugin.config import parse
-    from dwl_plugin.hosts.collate import CLASS_IDS, LabellingCollator
+    from dwl_plugin.run.collate import CLASS_IDS, LabellingCollator
 
     block = parse({"loss": "dwl", "dwl": {"classes": {"open": {"between": ["<think>", "</think>"]}}}})
     assert block is not None
@@ -345,8 +354,16 @@ def test_the_lower_eval_nll_is_the_better_checkpoint(
 ) -> None:
     from datasets import Dataset
 
-    settings = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
-                "load_best_model_at_end": True, "metric_for_best_model": "eval_nll", "learning_rate": 0.5}  # fmt: skip
+    settings = {
+        "max_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_nll",
+        "learning_rate": 0.5,
+    }
     trainer = trainer_of(settings, eval_dataset=Dataset.from_list(samples[:4]))
     assert trainer.args.greater_is_better is True  # what the arguments made of a name they do not know
     dwl_plugin.apply(trainer, CONFIG)

@@ -11,7 +11,7 @@ import pytest
 
 from dwl_plugin.classes import labeller_of
 from dwl_plugin.config import parse
-from dwl_plugin.hosts.collate import CLASS_IDS, LabellingCollator
+from dwl_plugin.run.collate import CLASS_IDS, LabellingCollator
 from tests.hosts.harness import rows, train
 
 Configure = Callable[..., dict[str, Any]]

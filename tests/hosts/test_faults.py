@@ -17,9 +17,9 @@ import torch
 from dwl_plugin.config import Overlap
 from dwl_plugin.errors import ConfigError, NotFiniteError
 from dwl_plugin.hosts.checkpoints import choose_checkpoint, finished_checkpoints, unfinished
-from dwl_plugin.hosts.finite import FirstBadStep
+from dwl_plugin.loss.class_sums import ForwardMetrics
 from dwl_plugin.loss.membership import Membership
-from dwl_plugin.metrics import PaidTokens
+from dwl_plugin.run.nan_guard import FirstBadStep
 from tests.hosts import harness, ranks
 from tests.hosts.harness import CLASSES
 
@@ -35,9 +35,15 @@ DWL = {
 
 def settings(**changes: Any) -> dict[str, Any]:
     return {
-        "loss": "dwl", "dwl": DWL, "max_steps": STEPS, "num_epochs": 3, "gradient_accumulation_steps": 2, "save_strategy": "steps",
-        "save_steps": 2, **changes,
-    }  # fmt: skip
+        "loss": "dwl",
+        "dwl": DWL,
+        "max_steps": STEPS,
+        "num_epochs": 3,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        **changes,
+    }
 
 
 # killed at any point
@@ -303,10 +309,12 @@ def test_a_loss_that_turns_nan_stops_the_run_with_the_step_and_keeps_the_checkpo
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
-def paid(nll: list[float], classes: list[int], overlap: Overlap = "first", factor: float = 1.0) -> PaidTokens:
+def paid(nll: list[float], classes: list[int], overlap: Overlap = "first", factor: float = 1.0) -> ForwardMetrics:
     members = Membership(torch.tensor(classes), 3, overlap)
     factors = torch.full((1, len(nll)), factor)
-    return PaidTokens(members, members, torch.tensor(nll), factors, torch.zeros(3, dtype=torch.int64), torch.ones(3))
+    return ForwardMetrics(
+        members, members, torch.tensor(nll), factors, torch.zeros(3, dtype=torch.int64), torch.ones(3)
+    )
 
 
 def test_the_class_and_the_first_step_are_named() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from dwl_plugin.hosts.collate import CLASS_IDS
+from dwl_plugin.run.collate import CLASS_IDS
 from tests.hosts import harness
 from tests.hosts.harness import rows, write_rows
 from tests.hosts.pairwise import Case, pairs_of, pairwise
@@ -103,10 +103,17 @@ def pretraining(folder: Path) -> dict[str, Any]:
 
 
 DATA: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "chat_template": chat, "all roles": all_roles, "span masks": span_masks, "alpaca": alpaca, "completion": completion,
-    "input_output": input_output, "tokenized": tokenized, "two datasets": two_datasets, "stream": stream,
+    "chat_template": chat,
+    "all roles": all_roles,
+    "span masks": span_masks,
+    "alpaca": alpaca,
+    "completion": completion,
+    "input_output": input_output,
+    "tokenized": tokenized,
+    "two datasets": two_datasets,
+    "stream": stream,
     "pretraining": pretraining,
-}  # fmt: skip
+}
 LAYOUT: dict[str, dict[str, Any]] = {
     "padded": {},
     "padded to length": {"pad_to_sequence_len": True, "sequence_len": 256},
@@ -122,8 +129,12 @@ ADAPTER: dict[str, dict[str, Any]] = {
     "qlora": {**LORA, "adapter": "qlora", "load_in_4bit": True},
 }
 EVALUATE = {
-    "val_set_size": 12, "eval_strategy": "steps", "eval_steps": 1, "eval_batch_size": 1, "load_best_model_at_end": False
-}  # fmt: skip
+    "val_set_size": 12,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "eval_batch_size": 1,
+    "load_best_model_at_end": False,
+}
 EXTRA: dict[str, dict[str, Any]] = {
     "nothing": {},
     "added tokens": {"tokens": ["<extra>"]},
@@ -148,12 +159,14 @@ OBJECTIVE: dict[str, dict[str, Any]] = {
     "nll": {"loss": "nll", "dwl": {"classes": CLASSES}},
     "dft": {"loss": "dft", "dwl": {"classes": CLASSES}},
     **{
-        reduction: {"loss": "dwl", "dft": {"exponent": 0.5}, "dwl": {
-            "classes": CLASSES, "alpha": ALPHA, "reduction": reduction, "token_loss": "dft"
-        }}
+        reduction: {
+            "loss": "dwl",
+            "dft": {"exponent": 0.5},
+            "dwl": {"classes": CLASSES, "alpha": ALPHA, "reduction": reduction, "token_loss": "dft"},
+        }
         for reduction in REDUCTIONS
     },
-}  # fmt: skip
+}
 FACTORS = {
     "data": tuple(DATA),
     "layout": tuple(LAYOUT),
@@ -387,9 +400,18 @@ def test_loader_workers_under_spawn(configure: Configure, tmp_path: Path, monkey
 @pytest.mark.slow
 def test_early_stopping_on_an_eval_metric_of_ours(configure: Configure, tmp_path: Path) -> None:
     """The learning rate makes `eval_nll` worse from the first step on."""
-    settings = {**chat(tmp_path), **OBJECTIVE["class_mean"], **EVALUATE, "load_best_model_at_end": None, "save_strategy": "steps",
-                "save_steps": 1, "learning_rate": 5.0, "max_steps": 6, "early_stopping_patience": 1,
-                "metric_for_best_model": "eval_dwl/nll/number"}  # fmt: skip
+    settings = {
+        **chat(tmp_path),
+        **OBJECTIVE["class_mean"],
+        **EVALUATE,
+        "load_best_model_at_end": None,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "learning_rate": 5.0,
+        "max_steps": 6,
+        "early_stopping_patience": 1,
+        "metric_for_best_model": "eval_dwl/nll/number",
+    }
     run = harness.train(configure(**settings))
     assert run.trainer.state.global_step < 6
     measured = run.logged("eval_dwl/nll/number")
@@ -432,9 +454,13 @@ def vision_model(folder: Path) -> None:
     size = {"height": 28, "width": 28}
     images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=size)
     LlavaProcessor(
-        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        images,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
         chat_template=template,
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = LlamaConfig(**sizes, vocab_size=416, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -462,9 +488,15 @@ def test_a_vision_language_model_through_the_multimodal_collator(configure: Conf
         said = [{"type": "text", "path": None, "text": answer}]
         samples.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
     settings = {
-        "model": model, "data": Path(write(tmp_path, "pictures", samples)), "processor_type": "AutoProcessor",
-        "skip_prepare_dataset": True, "remove_unused_columns": False, "sample_packing": False,
-        "chat_template": "tokenizer_default", "train_on_inputs": True, **OBJECTIVE["class_mean"],
-    }  # fmt: skip
+        "model": model,
+        "data": Path(write(tmp_path, "pictures", samples)),
+        "processor_type": "AutoProcessor",
+        "skip_prepare_dataset": True,
+        "remove_unused_columns": False,
+        "sample_packing": False,
+        "chat_template": "tokenizer_default",
+        "train_on_inputs": True,
+        **OBJECTIVE["class_mean"],
+    }
     run = agrees(configure(**settings), "class_mean")
     assert type(run.trainer.data_collator).__name__ == "MultiModalChatDataCollator"

@@ -34,9 +34,19 @@ def run(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFa
 
     folder = tmp_path_factory.mktemp("run")
     settings = config(
-        model_folder, data_file, folder, loss="dwl", dwl=DWL, max_steps=6, gradient_accumulation_steps=2, val_set_size=8,
-        eval_steps=3, save_strategy="steps", save_steps=3, metric_for_best_model="eval_nll",
-    )  # fmt: skip
+        model_folder,
+        data_file,
+        folder,
+        loss="dwl",
+        dwl=DWL,
+        max_steps=6,
+        gradient_accumulation_steps=2,
+        val_set_size=8,
+        eval_steps=3,
+        save_strategy="steps",
+        save_steps=3,
+        metric_for_best_model="eval_nll",
+    )
     return train(settings)
 
 

@@ -12,7 +12,7 @@ import torch
 from dwl_plugin.classes import labeller
 from dwl_plugin.hosts import trainer as host
 from dwl_plugin.loss import seam
-from dwl_plugin.loss.linear_cross_entropy import TokenLoss
+from dwl_plugin.loss.linear_cross_entropy import LinearCrossEntropyOutput
 from tests.hosts.harness import Run, rows, train, write_rows
 
 Configure = Callable[..., dict[str, Any]]
@@ -34,10 +34,16 @@ def one_step(configure: Configure, tmp_path: Any) -> Run:
     data = write_rows(tmp_path / "eight.jsonl", rows(8))
     return train(
         configure(
-            data=data, loss="dwl", dft={"exponent": 0.5}, dwl=DWL, max_steps=1, micro_batch_size=2,
-            gradient_accumulation_steps=4, learning_rate=1e-20,
+            data=data,
+            loss="dwl",
+            dft={"exponent": 0.5},
+            dwl=DWL,
+            max_steps=1,
+            micro_batch_size=2,
+            gradient_accumulation_steps=4,
+            learning_rate=1e-20,
         )
-    )  # fmt: skip
+    )
 
 
 def oracle(run: Run) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
@@ -81,10 +87,12 @@ def test_a_step_is_what_the_formula_says(configure: Configure, tmp_path: Any) ->
     check(one_step(configure, tmp_path))
 
 
-def naive(wrong: str) -> Callable[..., TokenLoss]:
+def naive(wrong: str) -> Callable[..., LinearCrossEntropyOutput]:
     """A loss core with full logits and one thing wrong."""
 
-    def core(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **options: Any) -> TokenLoss:
+    def core(
+        hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **options: Any
+    ) -> LinearCrossEntropyOutput:
         if wrong == "wrong target":
             targets = torch.where(targets >= 0, (targets + 1) % weight.shape[0], targets)
         nll = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
@@ -93,7 +101,7 @@ def naive(wrong: str) -> Callable[..., TokenLoss]:
         factors = [p**term.objective.exponent for term in options["terms"]]
         weights = [1.0 if wrong == "weight dropped" else term.weight for term in options["terms"]]
         loss = sum((weight * factor * nll).sum() for weight, factor in zip(weights, factors, strict=True))
-        return TokenLoss(loss, nll.detach(), tuple(factor.detach() for factor in factors))
+        return LinearCrossEntropyOutput(loss, nll.detach(), tuple(factor.detach() for factor in factors))
 
     return core
 

@@ -25,8 +25,15 @@ def assert_same_gradients(a: Run, b: Run, tolerance: float = 1e-5) -> None:
 
 def test_one_class_at_weight_one_is_the_hosts_own_loss(configure: Configure) -> None:
     accumulation = 2 if AXOLOTL >= (0, 20) else 1  # 0.19's own loss is a mean of the micro-batches' means
-    settings = {**LORA, "sample_packing": True, "sequence_len": 256, "max_steps": 10, "gradient_accumulation_steps": accumulation,
-                "micro_batch_size": 1, "num_epochs": 4}  # fmt: skip
+    settings = {
+        **LORA,
+        "sample_packing": True,
+        "sequence_len": 256,
+        "max_steps": 10,
+        "gradient_accumulation_steps": accumulation,
+        "micro_batch_size": 1,
+        "num_epochs": 4,
+    }
     ours = train(configure(**settings, loss="dwl", dwl={"alpha": {"rest": 1}}))
     stock = train(configure(**settings))  # the same process: nothing of ours may be left
     again = train(configure(**settings, plugins=None))
@@ -82,12 +89,20 @@ LAYOUTS = {
     "1x8": {"micro_batch_size": 1, "gradient_accumulation_steps": 8},
     "8x1": {"micro_batch_size": 8, "gradient_accumulation_steps": 1},
     "2x4": {"micro_batch_size": 2, "gradient_accumulation_steps": 4},
-    "packed in one": {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "sample_packing": True, "sequence_len": 1024},
+    "packed in one": {
+        "micro_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "sample_packing": True,
+        "sequence_len": 1024,
+    },
     "packed in two rows": {
-        "micro_batch_size": 2, "gradient_accumulation_steps": 1, "sample_packing": True, "sequence_len": 256,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "sample_packing": True,
+        "sequence_len": 256,
         "pad_to_sequence_len": True,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -101,14 +116,22 @@ def test_layout_of_a_step_changes_neither_loss_nor_gradient(
     runs = {
         name: train(
             configure(
-                data=data, out=tmp_path / name.replace(" ", "_"), max_steps=1, loss="dwl", **layout,
+                data=data,
+                out=tmp_path / name.replace(" ", "_"),
+                max_steps=1,
+                loss="dwl",
+                **layout,
                 dwl={
-                    "classes": CLASSES, "alpha": ALPHA, "reduction": reduction, "overlap": overlap, "token_loss": "dft",
+                    "classes": CLASSES,
+                    "alpha": ALPHA,
+                    "reduction": reduction,
+                    "overlap": overlap,
+                    "token_loss": "dft",
                 },
             )
         )
         for name, layout in LAYOUTS.items()
-    }  # fmt: skip
+    }
     reference = runs.pop("8x1")
     for name, run in runs.items():
         assert run.logged("loss") == pytest.approx(reference.logged("loss"), rel=1e-5), name
@@ -145,9 +168,14 @@ def test_overlapping_classes_pay_what_the_formula_says(configure: Configure, tmp
     dwl = {"classes": OVERLAPPING, "alpha": alpha, "overlap": "sum", "reduction": "sequence_mean_token_sum"}
     run = train(
         configure(
-            data=data, loss="dwl", dwl=dwl, max_steps=1, gradient_accumulation_steps=4, learning_rate=1e-20,
+            data=data,
+            loss="dwl",
+            dwl=dwl,
+            max_steps=1,
+            gradient_accumulation_steps=4,
+            learning_rate=1e-20,
         )
-    )  # fmt: skip
+    )
     model, tokenizer = run.trainer.model.double(), run.trainer.processing_class
     terms = []
     for row in run.trainer.train_dataset:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from dwl_plugin.config import parse
 from dwl_plugin.hosts.axolotl_args import FUSED_LOSSES
-from dwl_plugin.hosts.refusals import REFUSALS, refusal_table, refused
+from dwl_plugin.hosts.incompatible import REFUSALS, refusal_table, refused
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "README.md"
@@ -130,7 +130,7 @@ def test_a_tested_option_is_in_a_test() -> None:
 
 def test_the_table_in_the_readme_is_the_one_in_the_code() -> None:
     text = README.read_text(encoding="utf-8")
-    _, _, after = text.partition("<!-- refusals: made by dwl_plugin.hosts.refusals.refusal_table() -->\n")
+    _, _, after = text.partition("<!-- refusals: made by dwl_plugin.hosts.incompatible.refusal_table() -->\n")
     table, end, _ = after.partition("\n<!-- end of refusals -->")
     assert end
     assert table == refusal_table()

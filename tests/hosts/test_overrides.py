@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from dwl_plugin.errors import ConfigError
-from dwl_plugin.hosts.command_line import dropped_options
+from dwl_plugin.hosts.dropped_options import dropped_options
 from tests.hosts.harness import CLASSES, train
 from tests.hosts.test_start import load
 
@@ -107,8 +107,14 @@ def test_a_wandb_agent_drives_three_runs_which_a_report_lays_over_one_another(
 
     (sweep,) = readme_sweeps()
     settings = configure(
-        loss="dwl", dwl=DWL, max_steps=3, save_strategy="steps", save_steps=3, eval_steps=3, val_set_size=8,
-    )  # fmt: skip
+        loss="dwl",
+        dwl=DWL,
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=3,
+        eval_steps=3,
+        val_set_size=8,
+    )
     (tmp_path / "train.yml").write_text(yaml.safe_dump(settings))
     monkeypatch.chdir(tmp_path)
     for key, value in {
@@ -138,8 +144,17 @@ def test_a_wandb_agent_drives_three_runs_which_a_report_lays_over_one_another(
         assert {entry["learning_rate"] for entry in logged} == {0.02}
         assert yaml.safe_load((folder / "dwl_config.yaml").read_text())["dwl"]["alpha"]["number"] == value
 
-    command = [sys.executable, "-c", "from dwl_plugin.cli.main import main; main()", "report", str(folders[0]),
-               "--compare", *map(str, folders[1:]), "--html", "report.html"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        "from dwl_plugin.cli.main import main; main()",
+        "report",
+        str(folders[0]),
+        "--compare",
+        *map(str, folders[1:]),
+        "--html",
+        "report.html",
+    ]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     print(shown)
     assert re.search(r"class +run0 +run1 +run2", shown)

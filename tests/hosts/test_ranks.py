@@ -13,10 +13,10 @@ import torch
 from dwl_plugin.classes import labeller_of
 from dwl_plugin.config import parse
 from dwl_plugin.errors import DWLError, NotFiniteError
-from dwl_plugin.hosts.collate import CLASS_IDS, LabellingCollator
 from dwl_plugin.hosts.trainer import _require_cut_sequences
-from dwl_plugin.loss.objectives import Power
-from dwl_plugin.loss.seam import LossSpec, LossStep, Seam
+from dwl_plugin.loss.seam import LossSpec, PendingLoss, Seam
+from dwl_plugin.loss.token_losses import Power
+from dwl_plugin.run.collate import CLASS_IDS, LabellingCollator
 from tests.hosts import harness, ranks as on_ranks
 from tests.hosts.ranks import Ranks, Report
 
@@ -71,9 +71,17 @@ def uneven(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def five_steps(data: Path, reduction: str, **changes: Any) -> dict[str, Any]:
     source = {"path": str(data), "ds_type": "json", "type": None}
     return {
-        "loss": "dwl", "dwl": dwl(reduction), "max_steps": 5, "num_epochs": 1, "optimizer": "sgd", "learning_rate": 0.1,
-        "datasets": [source], "shuffle_merged_datasets": False, "curriculum_sampling": True, **changes,
-    }  # fmt: skip
+        "loss": "dwl",
+        "dwl": dwl(reduction),
+        "max_steps": 5,
+        "num_epochs": 1,
+        "optimizer": "sgd",
+        "learning_rate": 0.1,
+        "datasets": [source],
+        "shuffle_merged_datasets": False,
+        "curriculum_sampling": True,
+        **changes,
+    }
 
 
 def assert_same(two: Report, one: Report) -> None:
@@ -198,8 +206,16 @@ def test_rows_that_even_out_the_ranks_are_not_evaluated_twice(
     """Seven rows in batches of two on two ranks: the host repeats one of them."""
     held_out = harness.write_rows(tmp_path / "seven.jsonl", harness.rows(47)[40:])
     test = [{"path": str(held_out), "type": "chat_template", "split": "train", "ds_type": "json"}]
-    settings = {"loss": "dwl", "dwl": dwl("token_mean"), "max_steps": 2, "learning_rate": 1e-20, "test_datasets": test,
-                "eval_steps": 1, "eval_strategy": "steps", "load_best_model_at_end": False}  # fmt: skip
+    settings = {
+        "loss": "dwl",
+        "dwl": dwl("token_mean"),
+        "max_steps": 2,
+        "learning_rate": 1e-20,
+        "test_datasets": test,
+        "eval_steps": 1,
+        "eval_strategy": "steps",
+        "load_best_model_at_end": False,
+    }
     one = on_ranks.train(configure(**settings))
     two, _ = ranks(on_ranks.train, configure(**settings, out=tmp_path / "two"))
     keys = {key for entry in one.history for key in entry if key == "eval_nll" or key.startswith("eval_dwl/")}
@@ -232,8 +248,16 @@ def test_every_rank_stops_when_one_of_them_has_no_finite_loss(configure: Configu
 
 @pytest.mark.slow
 def test_packed_rows_on_two_ranks(configure: Configure, ranks: Ranks, tmp_path: Path) -> None:
-    settings = {"loss": "dwl", "dwl": dwl("class_mean"), "max_steps": 3, "optimizer": "sgd", "learning_rate": 0.1,
-                "sample_packing": True, "sequence_len": 256, "micro_batch_size": 1}  # fmt: skip
+    settings = {
+        "loss": "dwl",
+        "dwl": dwl("class_mean"),
+        "max_steps": 3,
+        "optimizer": "sgd",
+        "learning_rate": 0.1,
+        "sample_packing": True,
+        "sequence_len": 256,
+        "micro_batch_size": 1,
+    }
     two, other = ranks(on_ranks.train, configure(**settings))
     assert len(two.logged("loss")) == 3
     for name, parameter in two.parameters.items():
@@ -320,7 +344,7 @@ def test_context_parallel_shards_of_a_batch_add_up_to_its_loss(model_folder: Pat
     seam = Seam(model, print)
 
     def loss(hidden: torch.Tensor, batch: Any, **options: Any) -> torch.Tensor:
-        step = LossStep(SPEC, batch["labels"], batch[CLASS_IDS], denominator=10.0, shifted="shift_labels" in batch)
+        step = PendingLoss(SPEC, batch["labels"], batch[CLASS_IDS], denominator=10.0, shifted="shift_labels" in batch)
         with seam.armed(step):
             out: torch.Tensor = model.loss_function(
                 logits=model.lm_head(hidden), labels=batch["labels"], vocab_size=400, **options

@@ -67,9 +67,16 @@ def settings_of(kind: str, name: str, stop: int) -> dict[str, Any]:
     block |= {"token_loss": "dft"} if kind == "dft" else {kind: moving}
     dft = {"dft": {"exponent": 0.0, "schedule": moving}} if kind == "dft" else {}
     return {
-        "loss": "dwl", "dwl": block, **dft, "max_steps": STEPS, "num_epochs": 3, "save_strategy": "steps", "save_steps": stop,
-        "save_total_limit": STEPS, "gradient_accumulation_steps": 2,
-    }  # fmt: skip
+        "loss": "dwl",
+        "dwl": block,
+        **dft,
+        "max_steps": STEPS,
+        "num_epochs": 3,
+        "save_strategy": "steps",
+        "save_steps": stop,
+        "save_total_limit": STEPS,
+        "gradient_accumulation_steps": 2,
+    }
 
 
 def assert_goes_on(resumed: Report, whole: Report, stop: int) -> None:

@@ -36,10 +36,23 @@ def test_ten_steps_on_the_real_model(way: str, data_file: Path, tmp_path: Path) 
         "alpha": {"reasoning": 1, "number": 2, "end_of_turn": 1, "rest": 1},
     }
     settings = config(
-        prepared_model(Console(stderr=True)), data_file, tmp_path, **WAYS[way], loss="dwl", dwl=dwl, max_steps=10, num_epochs=2,
-        sample_packing=True, sequence_len=256, micro_batch_size=1, learning_rate=1e-5 if way == "full" else 1e-3,
-        gradient_checkpointing=True, save_strategy="steps", save_steps=10, dataset_prepared_path=str(tmp_path / "prepared"),
-    )  # fmt: skip
+        prepared_model(Console(stderr=True)),
+        data_file,
+        tmp_path,
+        **WAYS[way],
+        loss="dwl",
+        dwl=dwl,
+        max_steps=10,
+        num_epochs=2,
+        sample_packing=True,
+        sequence_len=256,
+        micro_batch_size=1,
+        learning_rate=1e-5 if way == "full" else 1e-3,
+        gradient_checkpointing=True,
+        save_strategy="steps",
+        save_steps=10,
+        dataset_prepared_path=str(tmp_path / "prepared"),
+    )
     run = train(settings)
     state = json.loads((tmp_path / "run" / "checkpoint-10" / "trainer_state.json").read_text())
     steps = [entry for entry in state["log_history"] if "loss" in entry]

@@ -12,7 +12,7 @@ import pytest
 
 from dwl_plugin.config import parse
 from dwl_plugin.errors import ConfigError
-from dwl_plugin.hosts.refusals import REFUSALS
+from dwl_plugin.hosts.incompatible import REFUSALS
 from tests.hosts.harness import AXOLOTL, train
 
 Configure = Callable[..., dict[str, Any]]
@@ -172,7 +172,7 @@ def test_every_refusal_is_tried() -> None:
 
 @pytest.mark.parametrize("name", ["kd.KDPlugin", "diffusion.DiffusionPlugin", "llm_compressor.LLMCompressorPlugin"])
 def test_plugins_that_change_the_objective_are_refused(name: str) -> None:
-    from dwl_plugin.hosts.refusals import refused
+    from dwl_plugin.hosts.incompatible import refused
 
     cfg = {"plugins": ["dwl_plugin.DWLPlugin", f"axolotl.integrations.{name}"]}
     assert [problem.path for problem in refused(cfg, "dwl")] == ["plugins"]

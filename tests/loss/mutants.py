@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from dwl_plugin.loss.anchor import Anchor
-from dwl_plugin.loss.exact_nll import TokenLoss
-from dwl_plugin.loss.objectives import EntropyGate, Focal, Objective, Term
+from dwl_plugin.loss.stable_nll import LinearCrossEntropyOutput
+from dwl_plugin.loss.token_losses import EntropyGate, Focal, Objective, Term
 
 MISTAKES = (
     "1 - p",
@@ -90,7 +90,7 @@ def naive(
     logit_scale: float | None = None,
     ignore_index: int = -100,
     mistake: str = "",
-) -> TokenLoss:
+) -> LinearCrossEntropyOutput:
     """Full logits and autograd; with a `mistake`, wrong in that one way."""
     if mistake == "weight detached":
         weight = weight.detach()
@@ -125,7 +125,7 @@ def naive(
                 anchor, weight, bias, scale, None if mistake == "base without the softcap" else softcap, mistake
             )
             loss = loss + _anchored(anchor, logits, base.to(logits.dtype), asked, nll, keep, mistake)
-        return TokenLoss(loss, nll.detach())
+        return LinearCrossEntropyOutput(loss, nll.detach())
     p = torch.exp(-nll)
     if mistake != "p not detached":
         p = p.detach()
@@ -156,7 +156,7 @@ def naive(
         loss = loss / paid.sum()
     if mistake == "upstream gradient ignored":
         loss = _UpstreamIgnored.apply(loss)
-    return TokenLoss(loss, (paid * nll if mistake == "nll weighted" else nll).detach())
+    return LinearCrossEntropyOutput(loss, (paid * nll if mistake == "nll weighted" else nll).detach())
 
 
 def _several(
@@ -241,8 +241,8 @@ def _anchored(
     return -total if mistake == "pulls away" else total
 
 
-def mutant(mistake: str) -> Callable[..., TokenLoss]:
-    def wrong(*args: Any, **kwargs: Any) -> TokenLoss:
+def mutant(mistake: str) -> Callable[..., LinearCrossEntropyOutput]:
+    def wrong(*args: Any, **kwargs: Any) -> LinearCrossEntropyOutput:
         return naive(*args, **kwargs, mistake=mistake)
 
     return wrong

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dwl_plugin.loss.anchor import Anchor
-from dwl_plugin.loss.objectives import EntropyGate, Focal, Objective, Term
+from dwl_plugin.loss.token_losses import EntropyGate, Focal, Objective, Term
 
 
 @dataclass

@@ -12,10 +12,10 @@ from torch import nn
 
 from dwl_plugin.errors import LossNotTakenError
 from dwl_plugin.loss import seam as seam_module
-from dwl_plugin.loss.objectives import Power
-from dwl_plugin.loss.seam import LossSpec, LossStep, Seam, attach
+from dwl_plugin.loss.class_sums import ForwardMetrics
+from dwl_plugin.loss.seam import LossSpec, PendingLoss, Seam, attach
 from dwl_plugin.loss.shift import shift_left
-from dwl_plugin.metrics import PaidTokens
+from dwl_plugin.loss.token_losses import Power
 from tests.loss.test_every_model import batch, build, difference, gradients
 from tests.loss.test_seam import peft
 
@@ -52,12 +52,12 @@ def truth(model: Any, spec: LossSpec) -> tuple[torch.Tensor, dict[str, torch.Ten
 
 
 def ours(
-    model: Any, spec: LossSpec, seen: list[PaidTokens] | None = None
+    model: Any, spec: LossSpec, seen: list[ForwardMetrics] | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     ids, labels, class_ids = batch()
     seam = Seam(model, lambda line: None, model.disable_adapter)
     try:
-        step = LossStep(spec, labels, class_ids, on_tokens=None if seen is None else seen.append)
+        step = PendingLoss(spec, labels, class_ids, on_tokens=None if seen is None else seen.append)
         with seam.armed(step):
             loss = model(input_ids=ids, labels=labels).loss
     finally:
@@ -84,7 +84,7 @@ def test_the_anchor_is_the_model_without_its_adapter(name: str, monkeypatch: pyt
         )
     want_loss, want_gradients, want_kl = truth(model, SPEC)
     assert want_kl > 1e-3
-    seen: list[PaidTokens] = []
+    seen: list[ForwardMetrics] = []
     got_loss, got_gradients = ours(model, SPEC, seen)
     torch.testing.assert_close(got_loss, want_loss, rtol=1e-5, atol=0.0)
     error, where = difference(got_gradients, want_gradients)
@@ -105,7 +105,7 @@ def test_the_base_model_runs_without_dropout_and_leaves_the_model_as_it_was() ->
     seam = Seam(model, print, model.disable_adapter)
     modes: list[bool] = []
     handle = model.get_base_model().model.register_forward_pre_hook(lambda module, args: modes.append(module.training))
-    with seam.armed(LossStep(SPEC, labels, class_ids)):
+    with seam.armed(PendingLoss(SPEC, labels, class_ids)):
         model(input_ids=ids, labels=labels)
     handle.remove()
     assert modes == [False, True]
@@ -121,7 +121,7 @@ def test_labels_given_by_position_do_not_reach_the_base_model() -> None:
     ids, labels, class_ids = batch()
     want, _ = ours(model, SPEC)
     seam = Seam(model, print, model.disable_adapter)
-    with seam.armed(LossStep(SPEC, labels, class_ids)):
+    with seam.armed(PendingLoss(SPEC, labels, class_ids)):
         loss = model.get_base_model()(ids, None, None, None, None, labels).loss
     torch.testing.assert_close(loss.detach(), want)
 
@@ -131,7 +131,7 @@ def test_without_an_anchor_the_base_model_does_not_run() -> None:
     ids, labels, class_ids = batch()
     seam = Seam(model, print, model.disable_adapter)
     model.get_base_model().model.register_forward_pre_hook(lambda module, args: calls.append(1))
-    with seam.armed(LossStep(LossSpec(SPEC.weight, SPEC.objective), labels, class_ids)):
+    with seam.armed(PendingLoss(LossSpec(SPEC.weight, SPEC.objective), labels, class_ids)):
         model(input_ids=ids, labels=labels)
     assert len(calls) == 1
 
@@ -145,6 +145,6 @@ def test_rows_that_cannot_be_matched_to_the_base_models_stop_the_run() -> None:
     model = adapted()
     ids, labels, class_ids = batch()
     seam = Seam(model, print, model.disable_adapter)
-    step = LossStep(SPEC, labels, class_ids)
+    step = PendingLoss(SPEC, labels, class_ids)
     with pytest.raises(LossNotTakenError, match="base model of an `anchor`"), seam.armed(step):
         model.get_base_model().loss_function(model(input_ids=ids).logits[:, :3], labels[:, :3], vocab_size=97)

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dwl_plugin.loss.objectives import Power
-from dwl_plugin.loss.seam import LossSpec, LossStep, Seam
+from dwl_plugin.loss.seam import LossSpec, PendingLoss, Seam
 from dwl_plugin.loss.shift import shift_left
+from dwl_plugin.loss.token_losses import Power
 
 with warnings.catch_warnings(action="ignore"):  # torchao's docstrings, where nothing compiled is kept
     import transformers
@@ -225,7 +225,7 @@ def ours(model: PreTrainedModel, spec: LossSpec) -> tuple[torch.Tensor, dict[str
     ids, labels, class_ids = batch()
     said: list[str] = []
     seam = Seam(model, said.append)
-    step = LossStep(spec, labels, class_ids if len(spec.weight) > 1 else None)
+    step = PendingLoss(spec, labels, class_ids if len(spec.weight) > 1 else None)
     torch.manual_seed(2)
     try:
         with seam.armed(step):

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from dwl_plugin.loss import module_path, products, vocabulary
+from dwl_plugin.loss import chunked, fused_walk, matmul
 from dwl_plugin.loss.anchor import Anchor
-from dwl_plugin.loss.linear_cross_entropy import TokenLoss, linear_cross_entropy
-from dwl_plugin.loss.module_path import module_cross_entropy
-from dwl_plugin.loss.objectives import EntropyGate, Focal, Objective, Power, Term
+from dwl_plugin.loss.chunked import module_cross_entropy
+from dwl_plugin.loss.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
+from dwl_plugin.loss.token_losses import EntropyGate, Focal, Objective, Power, Term
 from tests.loss.mutants import ANCHOR_MISTAKES, MISTAKES, TERM_MISTAKES, mutant, naive
 from tests.loss.oracle import Case, per_token, relative
 
@@ -103,8 +103,8 @@ def options_of(case: Case) -> dict[str, Any]:
 
 
 def run(
-    loss_function: Callable[..., TokenLoss], case: Case, *, upstream: float = 0.37, trained: bool = True
-) -> tuple[TokenLoss, dict[str, torch.Tensor | None]]:
+    loss_function: Callable[..., LinearCrossEntropyOutput], case: Case, *, upstream: float = 0.37, trained: bool = True
+) -> tuple[LinearCrossEntropyOutput, dict[str, torch.Tensor | None]]:
     hidden = case.hidden.clone().requires_grad_()
     weight = case.weight.clone().requires_grad_(trained)
     bias = None if case.bias is None else case.bias.clone().requires_grad_(trained)
@@ -114,7 +114,7 @@ def run(
 
 
 def errors(
-    loss_function: Callable[..., TokenLoss], case: Case, *, upstream: float = 0.37, trained: bool = True
+    loss_function: Callable[..., LinearCrossEntropyOutput], case: Case, *, upstream: float = 0.37, trained: bool = True
 ) -> dict[str, float]:
     """Relative error of loss, nll and each gradient against the per-token loop; a missing gradient is all wrong."""
     truth = per_token(case)
@@ -129,7 +129,7 @@ def errors(
 
 def as_module(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_tokens: int | None = 5, **options: Any
-) -> TokenLoss:
+) -> LinearCrossEntropyOutput:
     """`module_cross_entropy` behind the signature of `linear_cross_entropy`."""
     bias, softcap, scale = (options.pop(name, None) for name in ("bias", "softcap", "logit_scale"))
     anchor = options.pop("anchor", None)
@@ -151,17 +151,17 @@ def as_module(
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several row blocks and several tiles, with shapes that divide nothing evenly."""
-    monkeypatch.setitem(vocabulary._ROWS, "cpu", 11)
-    monkeypatch.setitem(vocabulary._TILE_BYTES, "cpu", 11 * 4 * 17)
-    monkeypatch.setattr(vocabulary, "_LEAST_WIDTH", 16)
-    monkeypatch.setattr(vocabulary, "_WIDTH_ROUNDED", 16)
+    monkeypatch.setitem(fused_walk._ROWS, "cpu", 11)
+    monkeypatch.setitem(fused_walk._TILE_BYTES, "cpu", 11 * 4 * 17)
+    monkeypatch.setattr(fused_walk, "_LEAST_WIDTH", 16)
+    monkeypatch.setattr(fused_walk, "_WIDTH_ROUNDED", 16)
 
 
 def multiply_with_onednn(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
     """As on a CPU where oneDNN is the faster one, or as on any other."""
     if on and not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(products, "_mkl_is_slow", lambda: on)
+    monkeypatch.setattr(matmul, "_mkl_is_slow", lambda: on)
 
 
 @pytest.fixture(params=["cpu", "cpu, oneDNN", "fused"])
@@ -169,8 +169,8 @@ def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """The step of a CPU with either library's products, and the one a GPU compiles, here uncompiled."""
     multiply_with_onednn(monkeypatch, request.param == "cpu, oneDNN")
     if request.param == "fused":
-        monkeypatch.setattr(vocabulary, "_fuses", lambda device: True)
-        monkeypatch.setattr(vocabulary, "_fused_step", lambda: vocabulary._step_fused)
+        monkeypatch.setattr(fused_walk, "_fuses", lambda device: True)
+        monkeypatch.setattr(fused_walk, "_fused_step", lambda: fused_walk._step_fused)
     return str(request.param)
 
 
@@ -208,7 +208,7 @@ def test_module_path_matches_the_loop_over_tokens(case: Case) -> None:
 
 
 @pytest.mark.parametrize("function", [linear_cross_entropy, as_module])
-def test_fp64_is_computed_in_fp64(function: Callable[..., TokenLoss]) -> None:
+def test_fp64_is_computed_in_fp64(function: Callable[..., LinearCrossEntropyOutput]) -> None:
     assert max(errors(function, full_case(3, 13, dtype=torch.float64)).values()) <= 1e-13
 
 
@@ -399,7 +399,9 @@ def test_no_mutant_of_the_anchor_passes(mistake: str) -> None:
         (linear_cross_entropy, (torch.zeros(5, 24), None), r"\(V, H\) weight with V = 211"),
     ],
 )
-def test_an_anchor_that_does_not_fit_is_named(function: Callable[..., TokenLoss], head: Any, message: str) -> None:
+def test_an_anchor_that_does_not_fit_is_named(
+    function: Callable[..., LinearCrossEntropyOutput], head: Any, message: str
+) -> None:
     case = random_case(3, 7)
     with pytest.raises(ValueError, match=message):
         run(function, replace(case, anchor=Anchor(torch.ones(3, 7), case.hidden, head)))
@@ -449,11 +451,13 @@ def test_matches_the_loop_for_any_shape(
 @pytest.fixture(params=[False, True], ids=["bf16 emulated", "bf16 in hardware"])
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without instructions for bf16, and one with them."""
-    monkeypatch.setattr(products, "_multiplies_bf16", lambda: request.param)
+    monkeypatch.setattr(matmul, "_multiplies_bf16", lambda: request.param)
 
 
-def naive_in(dtype: torch.dtype) -> Callable[..., TokenLoss]:
-    def loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **options: Any) -> TokenLoss:
+def naive_in(dtype: torch.dtype) -> Callable[..., LinearCrossEntropyOutput]:
+    def loss(
+        hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **options: Any
+    ) -> LinearCrossEntropyOutput:
         return naive(hidden.to(dtype), weight.to(dtype), targets, **options)
 
     return loss
@@ -463,7 +467,9 @@ def naive_in(dtype: torch.dtype) -> Callable[..., TokenLoss]:
 # Autograd adds the weight gradients of several chunks in the weight's dtype, so the module path gets one.
 @pytest.mark.parametrize("function", [linear_cross_entropy, partial(as_module, chunk_tokens=None)])
 @pytest.mark.usefixtures("processor")
-def test_half_precision_is_no_worse_than_naive(dtype: torch.dtype, function: Callable[..., TokenLoss]) -> None:
+def test_half_precision_is_no_worse_than_naive(
+    dtype: torch.dtype, function: Callable[..., LinearCrossEntropyOutput]
+) -> None:
     case = full_case(3, 13, dtype=dtype)
     ours, theirs = errors(function, case), errors(naive, case)
     assert all(ours[name] <= theirs[name] * 1.05 + FP32 for name in ours), (ours, theirs)
@@ -536,7 +542,7 @@ def test_small_fp16_weights_do_not_underflow_before_they_are_scaled() -> None:
 
 @pytest.mark.parametrize("function", [linear_cross_entropy, as_module])
 @pytest.mark.parametrize("nats", [9.0, 16.0, 40.0])
-def test_a_certain_token_keeps_its_digits(function: Callable[..., TokenLoss], nats: float) -> None:
+def test_a_certain_token_keeps_its_digits(function: Callable[..., LinearCrossEntropyOutput], nats: float) -> None:
     case = random_case(6, vocab=5, width=5, ignored=0.0)
     hidden, weight = torch.zeros(6, 5), torch.eye(5)
     hidden[torch.arange(6), case.targets] = nats + torch.arange(6) / 4
@@ -549,7 +555,7 @@ def test_a_certain_token_keeps_its_digits(function: Callable[..., TokenLoss], na
 @pytest.mark.parametrize("function", [linear_cross_entropy, as_module])
 @pytest.mark.parametrize("size", [1e4, 1e20, 1e37])
 @pytest.mark.usefixtures("small_blocks")
-def test_huge_logits_are_finite_and_right(function: Callable[..., TokenLoss], size: float) -> None:
+def test_huge_logits_are_finite_and_right(function: Callable[..., LinearCrossEntropyOutput], size: float) -> None:
     case = random_case(9, vocab=61, width=7)
     case = replace(case, hidden=torch.sign(case.hidden) * size, weight=torch.sign(case.weight).round(), exponent=1.0)
     out, grads = run(function, case)
@@ -603,7 +609,7 @@ def test_nan_in_hidden_is_not_hidden(body: str) -> None:
 @pytest.mark.parametrize("function", [linear_cross_entropy, as_module])
 @pytest.mark.parametrize("shape", [(0,), (2, 0), (7,), (2, 3)])
 def test_without_targets_the_loss_is_zero_with_a_graph(
-    function: Callable[..., TokenLoss], shape: tuple[int, ...]
+    function: Callable[..., LinearCrossEntropyOutput], shape: tuple[int, ...]
 ) -> None:
     case = full_case(*shape, ignored=1.1)
     out, grads = run(function, case)
@@ -658,7 +664,7 @@ def matmuls_taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     """[how many so far]"""
     multiply_with_onednn(monkeypatch, request.param)
     count = [0]
-    for owner, name in ((torch, "mm"), (torch, "addmm"), (products, "_onednn")):
+    for owner, name in ((torch, "mm"), (torch, "addmm"), (matmul, "_onednn")):
         original = getattr(owner, name)
 
         def counted(*args: Any, _original: Any = original, **kwargs: Any) -> torch.Tensor:
@@ -707,7 +713,7 @@ def test_bias_alone_can_learn() -> None:
 
 
 @pytest.mark.parametrize("function", [linear_cross_entropy, as_module])
-def test_backward_twice_gives_the_same_gradient_twice(function: Callable[..., TokenLoss]) -> None:
+def test_backward_twice_gives_the_same_gradient_twice(function: Callable[..., LinearCrossEntropyOutput]) -> None:
     case = full_case(3, 7)
     hidden, weight = case.hidden.requires_grad_(), case.weight.requires_grad_()
     loss = function(hidden, weight, case.targets, bias=case.bias, **options_of(case)).loss
@@ -800,10 +806,10 @@ def test_module_path_without_grad_keeps_no_graph() -> None:
 @pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("rounded", [False, True])
 def test_workspace_is_bounded_whatever_the_shape(tokens: int, vocab: int, kept: bool, rounded: bool) -> None:
-    plan = vocabulary._plan(tokens, vocab, 64, "cpu", kept, torch.float32, softmaxes=1, rounded=rounded)
+    plan = fused_walk._plan(tokens, vocab, 64, "cpu", kept, torch.float32, softmaxes=1, rounded=rounded)
     tile = 4 * plan.rows * plan.width
-    least = vocabulary._WIDTH_ROUNDED if rounded else vocabulary._LEAST_WIDTH
-    assert tile <= max(vocabulary._TILE_BYTES["cpu"] * 1.01, 4 * plan.rows * least)
+    least = fused_walk._WIDTH_ROUNDED if rounded else fused_walk._LEAST_WIDTH
+    assert tile <= max(fused_walk._TILE_BYTES["cpu"] * 1.01, 4 * plan.rows * least)
     assert plan.rows <= 1024
     if kept:
         assert plan.rows <= (16 if rounded else 4) or 4 * plan.rows * vocab <= 4 * max(64 * 2**20, vocab * 64)
@@ -822,7 +828,7 @@ def test_products_that_remember_shapes_are_asked_for_few(vocab: int, kept: bool)
     """Batches of any size up to 8,192 tokens: what oneDNN would keep for each new shape stays bounded."""
     shapes = set()
     for tokens in range(1, 8193):
-        plan = vocabulary._plan(tokens, vocab, 576, "cpu", kept, torch.float32, softmaxes=1, rounded=True)
+        plan = fused_walk._plan(tokens, vocab, 576, "cpu", kept, torch.float32, softmaxes=1, rounded=True)
         rows = {block.stop - block.start for block in plan.blocks()}
         shapes |= {(R, tile.stop - tile.start) for R in rows for tile in plan.tiles(vocab)}
     assert len(shapes) <= 72
@@ -844,8 +850,8 @@ def test_tokens_that_fill_up_a_block_change_nothing(monkeypatch: pytest.MonkeyPa
 
 def test_the_users_word_against_onednn_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     multiply_with_onednn(monkeypatch, True)
-    monkeypatch.setattr(products, "_multiplies_bf16", lambda: True)
-    monkeypatch.delattr(products, "_onednn")
+    monkeypatch.setattr(matmul, "_multiplies_bf16", lambda: True)
+    monkeypatch.delattr(matmul, "_onednn")
     with torch.backends.mkldnn.flags(enabled=False):
         run(linear_cross_entropy, random_case(3, 7))
         run(linear_cross_entropy, random_case(3, 7, dtype=torch.bfloat16))
@@ -898,9 +904,9 @@ def test_a_compiler_that_fails_is_reported_and_replaced(monkeypatch: pytest.Monk
 
         return raises
 
-    monkeypatch.setattr(vocabulary.torch, "compile", broken)
-    monkeypatch.setattr(vocabulary, "_fuses", lambda device: True)
-    vocabulary._fused_step.cache_clear()
+    monkeypatch.setattr(fused_walk.torch, "compile", broken)
+    monkeypatch.setattr(fused_walk, "_fuses", lambda device: True)
+    fused_walk._fused_step.cache_clear()
     case = full_case(3, 7)
     try:
         with pytest.warns(UserWarning, match="no compiler here"):
@@ -909,8 +915,8 @@ def test_a_compiler_that_fails_is_reported_and_replaced(monkeypatch: pytest.Monk
             warnings.simplefilter("error")
             run(linear_cross_entropy, case)  # said once
     finally:
-        vocabulary._fused_step.cache_clear()
+        fused_walk._fused_step.cache_clear()
 
 
 def test_the_module_path_has_a_budget() -> None:
-    assert set(module_path._CHUNK_BYTES) == {"cpu", "cuda"}
+    assert set(chunked._CHUNK_BYTES) == {"cpu", "cuda"}

@@ -105,15 +105,21 @@ def test_weights_give_the_definition(reduction: Reduction, overlap: Overlap) -> 
 # Wrong counts and wrong denominators, each of which some reduction must notice.
 WRONG: dict[str, tuple[Reduction, Overlap, Weigh]] = {
     "N counts a token once per class": (
-        "class_mean", "sum", lambda r, a, n: class_weights(r, a, torch.cat([n[:-2], n[:-2].sum()[None], n[-1:]])),
+        "class_mean",
+        "sum",
+        lambda r, a, n: class_weights(r, a, torch.cat([n[:-2], n[:-2].sum()[None], n[-1:]])),
     ),
-    "samples taken for tokens": ("sequence_mean_token_sum", "first", lambda r, a, n: class_weights(r, a, n.flip(-1).roll(2))),
+    "samples taken for tokens": (
+        "sequence_mean_token_sum",
+        "first",
+        lambda r, a, n: class_weights(r, a, n.flip(-1).roll(2)),
+    ),
     "sequence mean is token mean": ("sequence_mean_token_sum", "first", lambda r, a, n: a),
     "mean of means": ("sequence_mean_token_sum", "sum", lambda r, a, n: class_weights("class_mean", a, n)),
     "absent classes keep their α": ("class_mean", "sum", lambda r, a, n: a * n[-2] / n[:-2].clamp(min=1)),
     "weighted by one over α": ("weighted_mean", "sum", lambda r, a, n: class_weights(r, 1 - a, n)),
     "overlap ignored": ("weighted_mean", "sum", lambda r, a, n: a * n[-2] / (a * n[:-2] / n[:-2].sum() * n[-2]).sum()),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)

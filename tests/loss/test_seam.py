@@ -19,10 +19,10 @@ from torch import nn
 
 from dwl_plugin.errors import LossNotTakenError
 from dwl_plugin.loss import seam as seam_module
-from dwl_plugin.loss.objectives import Power
-from dwl_plugin.loss.seam import LossSpec, LossStep, Seam, attach
+from dwl_plugin.loss.class_sums import ForwardMetrics
+from dwl_plugin.loss.seam import LossSpec, PendingLoss, Seam, attach
 from dwl_plugin.loss.shift import shift_left
-from dwl_plugin.metrics import PaidTokens
+from dwl_plugin.loss.token_losses import Power
 from tests.loss.test_every_model import SPECS, batch, build, difference, eager, gradients, ours, weighted_nll
 
 with warnings.catch_warnings(action="ignore"):  # torchao's docstrings, where nothing compiled is kept
@@ -47,7 +47,7 @@ def want(model: nn.Module, spec: LossSpec, **inputs: Any) -> tuple[torch.Tensor,
 def got(model: nn.Module, spec: LossSpec, **inputs: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     ids, labels, class_ids = batch()
     seam = Seam(model, lambda line: None)
-    step = LossStep(spec, labels, class_ids if len(spec.weight) > 1 else None)
+    step = PendingLoss(spec, labels, class_ids if len(spec.weight) > 1 else None)
     try:
         with seam.armed(step):
             loss = model(input_ids=ids, labels=labels, **inputs).loss
@@ -225,7 +225,7 @@ def check_sharded(rank: int, world: int, port: int, modes: list[str]) -> None:
             shard(model, mode, mesh)
             mine = slice(rank * len(ids) // world, (rank + 1) * len(ids) // world)
             seam = Seam(model, print)
-            with seam.armed(LossStep(WEIGHTED, labels[mine], class_ids[mine], denominator=targets / world)):
+            with seam.armed(PendingLoss(WEIGHTED, labels[mine], class_ids[mine], denominator=targets / world)):
                 out = model(input_ids=ids[mine], labels=labels[mine])
             model.zero_grad()
             out.loss.backward()
@@ -290,7 +290,7 @@ def test_shift_labels_are_not_shifted_again() -> None:
     ids, labels, class_ids = batch()
     want_loss, want_gradients = want(model, WEIGHTED)
     seam = Seam(model, print)
-    step = LossStep(WEIGHTED, labels, shift_left(class_ids), shifted=True)
+    step = PendingLoss(WEIGHTED, labels, shift_left(class_ids), shifted=True)
     with seam.armed(step):
         loss = model(input_ids=ids, labels=labels, shift_labels=shift_left(labels)).loss
     torch.testing.assert_close(loss.detach(), want_loss)
@@ -302,7 +302,7 @@ def test_class_ids_of_a_model_that_shifts_labels_itself_are_shifted_too() -> Non
     ids, labels, class_ids = batch()
     want_loss, _ = want(model, WEIGHTED)
     seam = Seam(model, print)
-    with seam.armed(LossStep(WEIGHTED, labels, class_ids)):  # as GIT does: shift_labels that are not the host's
+    with seam.armed(PendingLoss(WEIGHTED, labels, class_ids)):  # as GIT does: shift_labels that are not the host's
         loss = model(input_ids=ids, labels=labels, shift_labels=shift_left(labels)).loss
     torch.testing.assert_close(loss.detach(), want_loss)
 
@@ -311,7 +311,10 @@ def test_labels_in_an_unknown_order_with_classes_stop_the_run() -> None:
     model = llama()
     ids, labels, class_ids = batch()
     seam = Seam(model, print)
-    with pytest.raises(LossNotTakenError, match="cannot be matched"), seam.armed(LossStep(WEIGHTED, labels, class_ids)):
+    with (
+        pytest.raises(LossNotTakenError, match="cannot be matched"),
+        seam.armed(PendingLoss(WEIGHTED, labels, class_ids)),
+    ):
         model(input_ids=ids, labels=labels, shift_labels=shift_left(labels).flip(0))
 
 
@@ -320,7 +323,7 @@ def test_a_denominator_divides_the_sum() -> None:
     ids, labels, _ = batch()
     targets = int((labels[:, 1:] != -100).sum())
     seam = Seam(model, print)
-    with seam.armed(LossStep(LossSpec(), labels, denominator=torch.tensor(7))):
+    with seam.armed(PendingLoss(LossSpec(), labels, denominator=torch.tensor(7))):
         loss = model(input_ids=ids, labels=labels).loss
     torch.testing.assert_close(loss * 7 / targets, model(input_ids=ids).logits.new_tensor(_plain(model, ids, labels)))
 
@@ -334,18 +337,18 @@ def test_a_denominator_counts_each_target_once_however_many_streams_predict_it()
     model = build("ProphetNetForCausalLM")
     ids, labels, class_ids = batch()
     seam = Seam(model, print)
-    with seam.armed(LossStep(WEIGHTED, labels, class_ids)):
+    with seam.armed(PendingLoss(WEIGHTED, labels, class_ids)):
         mean = model(input_ids=ids, labels=labels).loss
-    with seam.armed(LossStep(WEIGHTED, labels, class_ids, denominator=(labels != -100).sum())):
+    with seam.armed(PendingLoss(WEIGHTED, labels, class_ids, denominator=(labels != -100).sum())):
         torch.testing.assert_close(model(input_ids=ids, labels=labels).loss, mean)
 
 
 def test_tokens_reach_the_metrics_with_their_class_and_weight() -> None:
     model = llama()
     ids, labels, class_ids = batch()
-    seen: list[PaidTokens] = []
+    seen: list[ForwardMetrics] = []
     seam = Seam(model, print)
-    step = LossStep(WEIGHTED, labels, class_ids, on_tokens=seen.append)
+    step = PendingLoss(WEIGHTED, labels, class_ids, on_tokens=seen.append)
     with seam.armed(step):
         model(input_ids=ids, labels=labels)
     nll, classes = seen[0].nll_N, seen[0].members.ids_N
@@ -421,7 +424,7 @@ def test_a_loss_that_is_more_than_a_cross_entropy_stops_the_run(name: str) -> No
     ids, labels, _ = batch()
     model = Meddling(FOREIGN_LOSSES[name])
     seam = Seam(model, lambda line: None)
-    with pytest.raises(LossNotTakenError, match="did not compute"), seam.armed(LossStep(DFT, labels)):
+    with pytest.raises(LossNotTakenError, match="did not compute"), seam.armed(PendingLoss(DFT, labels)):
         model(ids, labels)
     seam.detach()
     handle = attach(model, say=lambda line: None)
@@ -435,7 +438,7 @@ def test_a_sum_that_the_model_divides_itself_is_refused_where_a_host_counts() ->
     ids, labels, _ = batch()
     model = Meddling(OWN_LOSSES["sum over its own count"])
     seam = Seam(model, lambda line: None)
-    with pytest.raises(LossNotTakenError), seam.armed(LossStep(DFT, labels, denominator=torch.tensor(40))):
+    with pytest.raises(LossNotTakenError), seam.armed(PendingLoss(DFT, labels, denominator=torch.tensor(40))):
         model(ids, labels)
 
 
@@ -536,7 +539,7 @@ def test_a_second_seam_takes_the_place_of_the_first() -> None:
     first, second = Seam(model, print), Seam(model, print)
     first.detach()  # too late to matter
     ids, labels, _ = batch()
-    with second.armed(LossStep(DFT, labels)):
+    with second.armed(PendingLoss(DFT, labels)):
         model(input_ids=ids, labels=labels)
     second.detach()
     assert state(model) == before
@@ -618,7 +621,7 @@ def test_a_compiled_model_is_exact() -> None:
     ids, labels, class_ids = batch()
     seam = Seam(model, print)
     for denominator in (None, torch.tensor(10)):
-        with seam.armed(LossStep(WEIGHTED, labels, class_ids, denominator=denominator)):
+        with seam.armed(PendingLoss(WEIGHTED, labels, class_ids, denominator=denominator)):
             loss = compiled(input_ids=ids, labels=labels).loss
     loss = loss * 10 / (shift_left(labels) != -100).sum()
     torch.testing.assert_close(loss.detach(), want_loss)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dwl_plugin.cli.analysis import examine
 from dwl_plugin.cli.check import class_table, print_findings, progress
-from dwl_plugin.cli.examination import examine
-from dwl_plugin.cli.inspect.shown import shown_rows
+from dwl_plugin.cli.inspect.rows import shown_rows
 from dwl_plugin.cli.inspect.terminal import print_rows
 from dwl_plugin.files import write_whole
 

@@ -15,10 +15,10 @@ from importlib.metadata import version
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
+from dwl_plugin.cli.analysis import Examination
 from dwl_plugin.cli.check import class_figures
-from dwl_plugin.cli.examination import Examination
 from dwl_plugin.cli.inspect.palette import look
-from dwl_plugin.cli.inspect.shown import MASKED, ShownRow, row_notes
+from dwl_plugin.cli.inspect.rows import MASKED, ShownRow, row_notes
 
 __all__ = ["render_page"]
 

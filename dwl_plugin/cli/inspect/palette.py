@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dwl_plugin.cli.figures import PALETTE
+from dwl_plugin.cli.plots import PALETTE
 
 __all__ = ["UNDERLINES", "look"]
 

@@ -10,9 +10,9 @@ from rich.rule import Rule
 from rich.style import Style
 from rich.text import Text
 
-from dwl_plugin.cli.examination import Examination
+from dwl_plugin.cli.analysis import Examination
 from dwl_plugin.cli.inspect.palette import look
-from dwl_plugin.cli.inspect.shown import MASKED, ShownRow, ShownSample, row_notes
+from dwl_plugin.cli.inspect.rows import MASKED, ShownRow, ShownSample, row_notes
 
 __all__ = ["print_rows"]
 

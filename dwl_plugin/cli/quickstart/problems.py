@@ -72,10 +72,12 @@ def _collection(rng: random.Random) -> Problem:
     lost = rng.randint(2, bags * each // 2)
     product, total = _work_out(bags, "*", each)
     difference, left = _work_out(total, "-", lost)
-    question = rng.choice((
-        f"{name} has {bags} bags with {each} {goods} in each and gives away {lost} {goods}. How many {goods} are left?",
-        f"There are {each} {goods} in every one of {name}'s {bags} bags. After {lost} get lost, how many remain?",
-    ))  # fmt: skip
+    question = rng.choice(
+        (
+            f"{name} has {bags} bags with {each} {goods} in each and gives away {lost} {goods}. How many {goods} are left?",
+            f"There are {each} {goods} in every one of {name}'s {bags} bags. After {lost} get lost, how many remain?",
+        )
+    )
     return Problem(
         question, (f"The bags hold {product} {goods}.", f"Without the {lost} there are {difference}."), str(left)
     )
@@ -89,12 +91,14 @@ def _shopping(rng: random.Random) -> Problem:
     product, cost = _work_out(price, "*", count)
     paid = (int(cost) // 10 + rng.randint(1, 2)) * 10
     difference, change = _work_out(paid, "-", cost)
-    question = rng.choice((
-        f"At the {shop}, {name} buys {count} {goods} at {price} dollars each and pays with {paid} dollars. "
-        f"How many dollars come back?",
-        f"{name} pays {paid} dollars at the {shop} for {count} {goods} that cost {price} dollars each. "
-        f"How much is the change?",
-    ))  # fmt: skip
+    question = rng.choice(
+        (
+            f"At the {shop}, {name} buys {count} {goods} at {price} dollars each and pays with {paid} dollars. "
+            f"How many dollars come back?",
+            f"{name} pays {paid} dollars at the {shop} for {count} {goods} that cost {price} dollars each. "
+            f"How much is the change?",
+        )
+    )
     return Problem(
         question, (f"The {goods} cost {product} dollars.", f"The change is {difference} dollars."), str(change)
     )
@@ -106,12 +110,14 @@ def _journey(rng: random.Random) -> Problem:
     first, cycled = _work_out(speeds[0], "*", hours[0])
     second, driven = _work_out(speeds[1], "*", hours[1])
     total, distance = _work_out(cycled, "+", driven)
-    question = rng.choice((
-        f"{name} cycles {hours[0]} hours at {speeds[0]} km per hour and then rides a train for {hours[1]} hours at "
-        f"{speeds[1]} km per hour. How many km is the whole way?",
-        f"How far does {name} get with {hours[0]} hours on a bike at {speeds[0]} km/h and {hours[1]} hours on a train "
-        f"at {speeds[1]} km/h?",
-    ))  # fmt: skip
+    question = rng.choice(
+        (
+            f"{name} cycles {hours[0]} hours at {speeds[0]} km per hour and then rides a train for {hours[1]} hours at "
+            f"{speeds[1]} km per hour. How many km is the whole way?",
+            f"How far does {name} get with {hours[0]} hours on a bike at {speeds[0]} km/h and {hours[1]} hours on a train "
+            f"at {speeds[1]} km/h?",
+        )
+    )
     steps = (f"The bike covers {first} km.", f"The train covers {second} km.", f"Together that is {total} km.")
     return Problem(question, steps, str(distance))
 
@@ -122,12 +128,14 @@ def _sharing(rng: random.Random) -> Problem:
     start = friends * each + kept
     difference, shared = _work_out(start, "-", kept)
     quotient, part = _work_out(shared, "/", friends)
-    question = rng.choice((
-        f"{name} keeps {kept} of {start} {goods} and splits the others evenly among {friends} friends. "
-        f"How many {goods} does each friend get?",
-        f"Of {start} {goods}, {kept} stay with {name}. {friends} friends share the remaining ones equally. "
-        f"How many {goods} is that for each?",
-    ))  # fmt: skip
+    question = rng.choice(
+        (
+            f"{name} keeps {kept} of {start} {goods} and splits the others evenly among {friends} friends. "
+            f"How many {goods} does each friend get?",
+            f"Of {start} {goods}, {kept} stay with {name}. {friends} friends share the remaining ones equally. "
+            f"How many {goods} is that for each?",
+        )
+    )
     return Problem(question, (f"To share: {difference} {goods}.", f"For each friend: {quotient}."), str(part))
 
 
@@ -136,11 +144,13 @@ def _saving(rng: random.Random) -> Problem:
     start, weekly, weeks = rng.randint(10, 120), rng.randint(5, 35), rng.randint(4, 16)
     product, saved = _work_out(weekly, "*", weeks)
     total, money = _work_out(start, "+", saved)
-    question = rng.choice((
-        f"{name} has {start} dollars and saves {weekly} dollars a week. How much money is there after {weeks} weeks?",
-        f"Every week for {weeks} weeks {name} adds {weekly} dollars to a jar that already held {start}. "
-        f"What is in the jar?",
-    ))  # fmt: skip
+    question = rng.choice(
+        (
+            f"{name} has {start} dollars and saves {weekly} dollars a week. How much money is there after {weeks} weeks?",
+            f"Every week for {weeks} weeks {name} adds {weekly} dollars to a jar that already held {start}. "
+            f"What is in the jar?",
+        )
+    )
     return Problem(
         question, (f"Saved in {weeks} weeks: {product}.", f"With the first {start} it is {total}."), str(money)
     )
@@ -152,12 +162,14 @@ def _garden(rng: random.Random) -> Problem:
     bed = rng.randint(6, 38)
     product, area = _work_out(length, "*", width)
     difference, grass = _work_out(area, "-", bed)
-    question = rng.choice((
-        f"{name}'s garden is {length} m long and {width} m wide. A pond takes {bed} square metres. "
-        f"How many square metres are left for grass?",
-        f"A lawn of {length} m by {width} m loses {bed} square metres to {name}'s new flower bed. "
-        f"How big is the lawn now?",
-    ))  # fmt: skip
+    question = rng.choice(
+        (
+            f"{name}'s garden is {length} m long and {width} m wide. A pond takes {bed} square metres. "
+            f"How many square metres are left for grass?",
+            f"A lawn of {length} m by {width} m loses {bed} square metres to {name}'s new flower bed. "
+            f"How big is the lawn now?",
+        )
+    )
     return Problem(
         question, (f"All of it measures {product} square metres.", f"What is left: {difference}."), str(grass)
     )
@@ -171,12 +183,14 @@ def _reading(rng: random.Random) -> Problem:
     pages = read + remaining
     difference, missing = _work_out(pages, "-", read)
     quotient, more = _work_out(missing, "/", daily)
-    question = rng.choice((
-        f"{name} reads {daily} pages a day of a book with {pages} pages. "
-        f"After {days} days, how many more days will it take?",
-        f"A book has {pages} pages. {name} has read {daily} of them on each of {days} days. "
-        f"How many days are still to come?",
-    ))  # fmt: skip
+    question = rng.choice(
+        (
+            f"{name} reads {daily} pages a day of a book with {pages} pages. "
+            f"After {days} days, how many more days will it take?",
+            f"A book has {pages} pages. {name} has read {daily} of them on each of {days} days. "
+            f"How many days are still to come?",
+        )
+    )
     steps = (f"Read so far: {product} pages.", f"Still to read: {difference} pages.", f"That takes {quotient} days.")
     return Problem(question, steps, str(more))
 

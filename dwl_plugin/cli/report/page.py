@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dwl_plugin.cli import figures
-from dwl_plugin.cli.figures import PALETTE, Line, Panel, Style, style_of, to_svg
+from dwl_plugin.cli import plots
+from dwl_plugin.cli.plots import PALETTE, Line, Panel, Style, style_of, to_svg
 from dwl_plugin.cli.report import tables
 from dwl_plugin.cli.report.run import Curve, Run
 from dwl_plugin.config import REST
@@ -23,7 +23,7 @@ __all__ = ["page"]
 
 def page(runs: Sequence[Run]) -> str:
     """The whole HTML document. Needs matplotlib and jinja2."""
-    figures.need_matplotlib()
+    plots.need_matplotlib()
     import jinja2
 
     environment = jinja2.Environment(
@@ -86,14 +86,14 @@ def _figures_of_one(run: Run) -> Iterator[Drawn]:
             _line(name, run.curve(f"dwl/alpha/{name}"), _class_style(run, name), limit=200) for name in run.classes
         ]
         caption = "How much each class counts, step by step. They sum to 1."
-        yield _drawn("α over the run", caption, figures.draw_labelled(Panel("", lines), "α"))
+        yield _drawn("α over the run", caption, plots.draw_labelled(Panel("", lines), "α"))
     for what, title in tables.MOVING.items():
         curves = {name: run.curve(f"dwl/{what}/{name}") for name in run.classes}
         shown = [_line(name, curve, _class_style(run, name), limit=200) for name, curve in curves.items() if curve]
         if shown:
-            yield _drawn(title, _CAPTIONS[what], figures.draw_labelled(Panel("", shown), what))
+            yield _drawn(title, _CAPTIONS[what], plots.draw_labelled(Panel("", shown), what))
     caption = "The plain cross-entropy in nats per token, whatever α was. A gap: no such token in those steps."
-    yield _drawn("nll by class", caption, figures.draw_grid(_train_and_held_out(run), "nll"))
+    yield _drawn("nll by class", caption, plots.draw_grid(_train_and_held_out(run), "nll"))
     if many and run.train:
         rows = [(row.name, row.token_share, *row.loss_share) for row in tables.rows_of(run) if row.name is not None]
         names, tokens, start, end = zip(*rows, strict=True)
@@ -101,11 +101,11 @@ def _figures_of_one(run: Run) -> Iterator[Drawn]:
             "Right of its bar, a class has more say than its number of tokens; left of it, less. "
             "Start and end are means over a tenth of the logged steps."
         )
-        shares = figures.draw_shares([tables.printable(name) for name in names], tokens, start, end)
+        shares = plots.draw_shares([tables.printable(name) for name in names], tokens, start, end)
         yield _drawn("Share of the loss, share of the tokens", caption, shares)
     if run.train:
         caption = "The weighted loss moves when α moves; nll is what compares."
-        yield _drawn(_LOSS, caption, figures.draw_labelled(Panel("", _loss_lines(run)), "nats per token"))
+        yield _drawn(_LOSS, caption, plots.draw_labelled(Panel("", _loss_lines(run)), "nats per token"))
 
 
 def _figures_of_many(runs: Sequence[Run]) -> Iterator[Drawn]:
@@ -118,7 +118,7 @@ def _figures_of_many(runs: Sequence[Run]) -> Iterator[Drawn]:
             Panel(name, [_line(run.name, run.curve(key), style_of(at)) for at, run in enumerate(runs) if run in shown])
             for name, key in keys.items()
         ]
-        return _drawn(title, caption, figures.draw_grid(panels, y_label, from_zero=y_label != "nll"))
+        return _drawn(title, caption, plots.draw_grid(panels, y_label, from_zero=y_label != "nll"))
 
     caption = "The plain cross-entropy in nats per token, on the same axes for every run and class."
     yield by_class("nll of the training batches", caption, "nll", _nll_keys(classes))
@@ -128,7 +128,7 @@ def _figures_of_many(runs: Sequence[Run]) -> Iterator[Drawn]:
             for title, key in _nll_keys(classes).items()
         ]
         caption = "Exact over each run's evaluation set."
-        yield _drawn("nll of the held-out rows", caption, figures.draw_grid(panels, "nll"))
+        yield _drawn("nll of the held-out rows", caption, plots.draw_grid(panels, "nll"))
     if named:
         weighing = [run for run in runs if run.weighs_classes]
         if weighing:
@@ -139,7 +139,7 @@ def _figures_of_many(runs: Sequence[Run]) -> Iterator[Drawn]:
         yield by_class("Share of the loss by class", caption, "share of the loss", keys)
     panels = [Panel(tables.printable(run.name), _loss_lines(run)) for run in runs]
     caption = "Losses of different α do not compare; nll does."
-    yield _drawn(_LOSS, caption, figures.draw_grid(panels, "nats per token", from_zero=True))
+    yield _drawn(_LOSS, caption, plots.draw_grid(panels, "nats per token", from_zero=True))
 
 
 _CAPTIONS = {

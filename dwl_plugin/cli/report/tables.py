@@ -90,8 +90,9 @@ def print_run(console: Console, run: Run) -> None:
             table.add_section()
         cells = (percent(row.token_share), arrow(row.loss_share, _brief), arrow(row.alpha, "{:.2f}".format))
         change = Text(change_of(row.nll), style=_colour(row.nll))
-        table.add_row(_name(row.name), *cells, arrow(row.nll, "{:.3f}".format), change,
-                      style="bold" if row.name is None else "")  # fmt: skip
+        table.add_row(
+            _name(row.name), *cells, arrow(row.nll, "{:.3f}".format), change, style="bold" if row.name is None else ""
+        )
     console.print(table)
     loss = run.curve("loss")
     if loss:
@@ -141,8 +142,10 @@ def compared(runs: Sequence[Run]) -> tuple[list[ComparedRow], str, list[str]]:
         notes.append(f"The runs have not come equally far: {steps} steps.")
     shares = {tuple(_three(_share(run, name, held_out)) for name in names) for run in runs}
     if held_out and len(shares) > 1:
-        notes.append("The classes hold different shares of the evaluation sets: other classes or other data, so nll of a class "
-                     "is not of the same tokens.")  # fmt: skip
+        notes.append(
+            "The classes hold different shares of the evaluation sets: other classes or other data, so nll of a class "
+            "is not of the same tokens."
+        )
     return rows, source, notes
 
 

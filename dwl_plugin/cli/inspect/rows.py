@@ -1,0 +1,131 @@
+"""Rows as they are shown: every token with its text, its class and what it weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dwl_plugin.cli.analysis import Examination
+from dwl_plugin.cli.check import class_figures
+from dwl_plugin.errors import DWLError
+
+__all__ = ["MASKED", "ShownRow", "ShownSample", "ShownToken", "row_notes", "shown_rows"]
+
+MASKED = -1
+"""The class index of a token that is no target."""
+
+
+@dataclass(frozen=True)
+class ShownToken:
+    """`classes` are indices into `Examination.class_names`, the one that wins first; empty for a token that is no target."""
+
+    token_id: int
+    text: str
+    classes: tuple[int, ...]
+    weight: float | None
+
+    @property
+    def class_index(self) -> int:
+        """The class it is coloured by."""
+        return self.classes[0] if self.classes else MASKED
+
+
+@dataclass(frozen=True)
+class ShownSample:
+    tokens: tuple[ShownToken, ...]
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are trained on."""
+        return sum(bool(token.classes) for token in self.tokens)
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row of a batch; several samples where rows are packed."""
+
+    samples: tuple[ShownSample, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of all samples, padding left out."""
+        return sum(len(sample.tokens) for sample in self.samples)
+
+
+def row_notes(seen: Examination) -> list[str]:
+    """How the rows shown differ from the run's."""
+    assert seen.rows is not None
+    packed = (
+        ["packed among themselves, where the run packs them with all the others"] if seen.rows.packs is not None else []
+    )
+    return [*seen.rows.notes, *packed]
+
+
+def shown_rows(seen: Examination) -> list[ShownRow]:
+    """The rows looked at; padding is left out."""
+    assert seen.rows is not None
+    text_of = _spelling(seen.tokenizer)
+    weights = _weights(seen)
+    samples = [_sample(_without_padding(sample), seen, text_of, weights) for sample in seen.rows.samples]
+    if seen.rows.packs is not None:
+        return [ShownRow(tuple(shown for index in pack for shown in samples[index])) for pack in seen.rows.packs]
+    return [ShownRow(tuple(shown)) for shown in samples]
+
+
+def _sample(
+    sample: dict[str, Any], seen: Examination, text_of: Callable[[int], str], weights: list[float] | None
+) -> list[ShownSample]:
+    """One sample; or, of a stream that packs its rows itself, each that begins where the positions do."""
+    ids = sample["input_ids"]
+    positions = sample.get("position_ids")
+    members_CT = seen.members(sample, matched=True)
+    summed = seen.labeller is not None and seen.labeller.overlap == "sum"
+    tokens = []
+    for t, token_id in enumerate(ids):
+        classes = tuple(np.flatnonzero(members_CT[:, t]).tolist())
+        weight = (
+            None if weights is None or not classes else sum(weights[c] for c in (classes if summed else classes[:1]))
+        )
+        tokens.append(ShownToken(int(token_id), text_of(int(token_id)), classes, weight))
+    starts = [0] if positions is None else [t for t in range(len(ids)) if t == 0 or positions[t] <= positions[t - 1]]
+    return [ShownSample(tuple(tokens[a:b])) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
+
+
+def _without_padding(sample: dict[str, Any]) -> dict[str, Any]:
+    mask = sample.get("attention_mask")
+    if mask is None or all(mask) or len(mask) != len(sample["input_ids"]):
+        return sample
+    kept = [t for t, value in enumerate(mask) if value]
+    return {key: [values[t] for t in kept] if len(values) == len(mask) else values for key, values in sample.items()}
+
+
+def _weights(seen: Examination) -> list[float] | None:
+    """What one token of each class counts against one of SFT, where that is known."""
+    if seen.survey is None or seen.block is None or seen.block.loss != "dwl" or seen.problems:
+        return None
+    return [figure["one_token_vs_sft"] for figure in class_figures(seen)]
+
+
+def _spelling(tokenizer: Any) -> Callable[[int], str]:
+    """The text of a token; a byte that is no character by itself as ‹e2›."""
+    from dwl_plugin.classes import TokenTable
+    from dwl_plugin.classes.token_bytes import as_text
+
+    try:
+        table = TokenTable.of(tokenizer)
+    except DWLError:  # no bytes to be had: the tokenizer's own names
+        return lambda token_id: str(tokenizer.convert_ids_to_tokens(token_id))
+    cache: dict[int, str] = {}
+
+    def spell(token_id: int) -> str:
+        if token_id not in cache:
+            text = as_text(table.spelling(token_id)) if 0 <= token_id < table.size else f"‹token {token_id}›"
+            cache[token_id] = "".join(
+                f"‹{ord(char) - 0xDC00:02x}›" if "\udc80" <= char <= "\udcff" else char for char in text
+            )
+        return cache[token_id]
+
+    return spell

@@ -1,0 +1,54 @@
+"""The nll of one token, exact from p → 0 to p → 1. Every way of computing the loss ends here.
+
+Shapes: N target tokens. Probabilities are never formed by a subtraction: the target's exponential stays out of the
+sum, so a token the model is certain of keeps its last digits (nll ≈ 1e-7 is not 0).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["LinearCrossEntropyOutput", "exact_nll", "refuse_second_derivative", "spread"]
+
+
+class LinearCrossEntropyOutput(NamedTuple):
+    """`loss`: the weighted sum, with gradient. `nll`: −log p of each position in nats. `factors`: for each term (…), what its
+    objective multiplied nll by, before the weight. `kl`: KL(base‖θ) of each position, where there is an anchor. All but the loss
+    are detached, and 0 where ignored."""
+
+    loss: torch.Tensor
+    nll: torch.Tensor
+    factors: tuple[torch.Tensor, ...] = ()
+    kl: torch.Tensor | None = None
+
+
+def exact_nll(
+    others_N: torch.Tensor, reference_N: torch.Tensor, target_logit_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """nll = −log softmax(z)[y] and 1 − p = 1 − exp(−nll), from others = Σ_{j≠y} exp(z_j − reference) and z_y.
+
+    With x = log Σ_{j≠y} exp(z_j) − z_y they are softplus(x) and sigmoid(x); for x < 0 taken from odds = exp(x) itself,
+    since the logarithm of 1e-17 has fewer digits than 1e-17.
+    """
+    gap_N = reference_N - target_logit_N
+    x_N, odds_N = others_N.log() + gap_N, others_N * gap_N.exp()
+    likely_N = x_N < 0
+    nll_N = torch.where(likely_N, odds_N.log1p(), x_N + x_N.neg().exp().log1p())
+    return nll_N, torch.where(likely_N, odds_N / (1 + odds_N), torch.sigmoid(x_N))
+
+
+def spread(values_N: torch.Tensor, rows_N: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+    """Values of the target tokens back at their positions in `shape`, 0 everywhere else."""
+    if rows_N is None:
+        return values_N.reshape(shape)
+    return values_N.new_zeros(shape.numel()).index_copy_(0, rows_N, values_N).reshape(shape)
+
+
+def refuse_second_derivative() -> None:
+    """Gradients taken in the forward are constants: a gradient penalty on them would be wrong without a word."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused loss cannot be differentiated twice: call backward or grad without create_graph=True"
+        )

@@ -1,0 +1,199 @@
+"""From what the caller hands over to the tokens that count: checks, then compaction. Nothing is changed in place.
+
+Shapes: … any leading shape with T positions in all, N of them targets, R of a block, H hidden size, V vocabulary, K terms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from dwl_plugin.loss.anchor import Anchor
+from dwl_plugin.loss.token_losses import Power, Term, TokenStats
+
+__all__ = ["Payment", "Tokens", "brief", "require", "require_number", "select_tokens"]
+
+
+class Payment(NamedTuple):
+    """What tokens pay: Σ over the terms of weight·factor·nll, its slope in nll, and the factor of each term."""
+
+    loss_R: torch.Tensor
+    slope_R: torch.Tensor
+    factors_KR: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The target tokens of a batch. `rows` are their positions among the T, None when every position is a target.
+
+    Weights, those of the anchor too, are at the targets (N,); the anchor's hidden states are at all positions (T, H).
+    """
+
+    rows_N: torch.Tensor | None
+    targets_N: torch.Tensor
+    terms: tuple[Term, ...]
+    anchor: Anchor | None
+
+    def __len__(self) -> int:
+        return len(self.targets_N)
+
+    @property
+    def top_k(self) -> int:
+        """How many of the largest logits the objectives want to see."""
+        return max(term.objective.top_k for term in self.terms)
+
+    def gated(self, rows: slice) -> torch.Tensor | None:
+        """Which of the tokens in `rows` an objective wants to see the largest logits of; None: all of them."""
+        weights = [term.weight for term in self.terms if term.objective.top_k]
+        if any(weight is None for weight in weights):
+            return None
+        return torch.stack([weight[rows] != 0 for weight in weights if weight is not None]).any(0)
+
+    def padded(self, count: int) -> Tokens:
+        """`count` tokens: the last one again and again, weighing nothing."""
+        which = torch.arange(count, device=self.targets_N.device).clamp_(max=len(self) - 1)
+        counts_N = torch.arange(count, device=which.device) < len(self)
+
+        def weight(weight_N: torch.Tensor) -> torch.Tensor:
+            return torch.where(counts_N, weight_N[which], 0.0)
+
+        terms = tuple(
+            Term(term.objective.at(which), counts_N.float() if term.weight is None else weight(term.weight))
+            for term in self.terms
+        )
+        anchor = self.anchor and replace(self.anchor, weight=weight(self.anchor.weight))
+        rows_N = which if self.rows_N is None else self.rows_N[which]
+        return Tokens(rows_N, self.targets_N[which], terms, anchor)
+
+    def pay(self, seen: TokenStats, rows: slice) -> Payment:
+        """What the tokens in `rows` pay."""
+        losses, slopes, factors = [], [], []
+        for term in self.terms:
+            paid = term.objective.at(rows)(seen)
+            weight_R = 1.0 if term.weight is None else term.weight[rows]
+            losses.append(weight_R * paid.factor_R * seen.nll_R)
+            slopes.append(weight_R * paid.slope_R)
+            factors.append(paid.factor_R)
+        return Payment(_added(losses), _added(slopes), torch.stack(factors))
+
+
+def _added(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def require_number(name: str, value: object, *, above: float) -> None:
+    """A finite Python number greater than `above`."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    bound = "" if above == -math.inf else f" above {above:g}"
+    require(plain and math.isfinite(value) and value > above, f"{name} must be a finite number{bound}, got {value!r}")  # type: ignore[operator, arg-type]
+
+
+def select_tokens(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    ignore_index: int,
+    vocab_size: int | None,
+    dtype: torch.dtype,
+    token_weight: torch.Tensor | None,
+    exponent: torch.Tensor | float,
+    min_weight: torch.Tensor | float,
+    terms: Sequence[Term] | None,
+    anchor: Anchor | None,
+) -> Tokens:
+    """Drop the ignored positions. On CUDA this waits once for the device, to learn how many are left."""
+    require(hidden.ndim >= 1 and hidden.is_floating_point(), f"hidden must be floating (..., H), got {brief(hidden)}")
+    require(
+        targets.shape == hidden.shape[:-1],
+        f"targets must have the leading shape of hidden, {tuple(hidden.shape[:-1])}, got {tuple(targets.shape)}",
+    )
+    require(
+        not targets.is_floating_point() and not targets.is_complex() and targets.dtype != torch.bool,
+        f"targets must be integer token ids, got {targets.dtype}",
+    )
+    require(targets.device == hidden.device, f"targets must be on {hidden.device} like hidden, got {targets.device}")
+    if terms is None:
+        terms = [Term(Power(exponent, min_weight), token_weight)]
+    else:
+        plain = token_weight is None and not any(isinstance(v, torch.Tensor) or v for v in (exponent, min_weight))
+        require(
+            plain and len(terms) > 0,
+            "terms take the place of token_weight, exponent and min_weight: give one or the other",
+        )
+    for term in terms:
+        require(
+            term.weight is None or isinstance(term.weight, torch.Tensor),
+            f"token_weight must be None or a tensor like targets, got {term.weight!r}",
+        )
+    flat_T = targets.reshape(-1).long()
+    keep_T = flat_T != ignore_index
+    rows_N: torch.Tensor | None = keep_T.nonzero().squeeze(1)
+    assert rows_N is not None
+    if rows_N.numel() == flat_T.numel():
+        rows_N = None
+
+    def at_targets(name: str, value: torch.Tensor | float, floor: float) -> torch.Tensor | float:
+        if not isinstance(value, torch.Tensor):
+            plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+            require(
+                plain and math.isfinite(value) and value >= floor,
+                f"{name} must be a finite number of at least {floor:g}, or a tensor like targets, got {value!r}",
+            )
+            return float(value)
+        require(
+            value.shape in (targets.shape, torch.Size()),
+            f"{name} must have the shape of targets, {tuple(targets.shape)}, got {tuple(value.shape)}",
+        )
+        require(value.device == hidden.device, f"{name} must be on {hidden.device} like hidden, got {value.device}")
+        flat = value.detach().to(dtype).expand(targets.shape).reshape(-1)
+        flat = flat if rows_N is None else flat.index_select(0, rows_N)
+        if floor > -math.inf:
+            _check(flat, (flat >= floor) & (flat < math.inf), f"{name} must be finite and at least {floor:g}")
+        return flat
+
+    targets_N = flat_T if rows_N is None else flat_T.index_select(0, rows_N)
+    if vocab_size is not None:
+        in_range_N = (targets_N >= 0) & (targets_N < vocab_size)
+        _check(targets_N, in_range_N, f"targets must be {ignore_index} (ignored) or in [0, {vocab_size})")
+
+    def selected(term: Term) -> Term:
+        weight = None if term.weight is None else at_targets("token_weight", term.weight, -math.inf)
+        assert not isinstance(weight, float)
+        objective = term.objective
+        if isinstance(objective, Power):
+            floor = at_targets("min_weight", objective.min_weight, 0.0)
+            objective = Power(at_targets("exponent", objective.exponent, 0.0), floor, objective.threshold)
+        return Term(objective, weight)
+
+    if anchor is not None:
+        require(
+            anchor.hidden.shape[:-1] == targets.shape and anchor.hidden.device == hidden.device,
+            f"anchor.hidden must have the leading shape of targets, {tuple(targets.shape)}, on {hidden.device}, "
+            f"got {brief(anchor.hidden)} on {anchor.hidden.device}",
+        )
+        weight_N = at_targets("anchor.weight", anchor.weight, -math.inf)
+        assert isinstance(weight_N, torch.Tensor)
+        anchor = replace(anchor, weight=weight_N, hidden=anchor.hidden.detach().reshape(-1, anchor.hidden.shape[-1]))
+    return Tokens(rows_N, targets_N, tuple(selected(term) for term in terms), anchor)
+
+
+def _check(values: torch.Tensor, allowed: torch.Tensor, message: str) -> None:
+    """Name an offending value on the CPU; elsewhere let the device assert, since looking would make it wait."""
+    if values.device.type == "cpu":
+        if not bool(allowed.all()):
+            raise ValueError(f"{message}, got {values[~allowed][0].item()}")
+    elif values.device.type == "cuda":
+        torch._assert_async(allowed.all(), message)
+
+
+def brief(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"

@@ -1,0 +1,174 @@
+"""What a run says before its first step: which loss replaced which, and what α does to one token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+
+from dwl_plugin.alpha.dft import end_hints, token_losses_of
+from dwl_plugin.alpha.run_length import RunLength
+from dwl_plugin.alpha.schedule import Alpha, alpha_of
+from dwl_plugin.config import Block, ControllerOptions, DFTConfig, LossControllerOptions
+from dwl_plugin.config.token_loss import SCHEDULED
+from dwl_plugin.errors import ConfigError
+from dwl_plugin.loss.reduction import class_weights
+
+__all__ = ["ClassWeight", "class_weight_table", "hints", "opening_lines", "other_length_lines", "other_options_lines"]
+
+
+def opening_lines(
+    block: Block,
+    counts: Sequence[int] | None,
+    alpha_at: Alpha,
+    length: RunLength,
+    replaced: str,
+    best_metric: str | None,
+) -> Iterator[str]:
+    """Lines without their prefix. `counts`: what a survey found, as `ClassSurvey.counts`; `replaced`: the loss the model came
+    with; `best_metric`: what the host picks checkpoints by, if it does."""
+    yield f"dwl_plugin {version('axolotl-dwl')}: `loss: {block.loss}` replaces {replaced}"
+    if block.loss == "dft" and len(block.class_names) == 1:
+        dft = block.token_losses[0]
+        assert isinstance(dft, DFTConfig)
+        floor = f", at least {dft.min_weight:g}" if dft.min_weight else ""
+        moving = "" if dft.schedule is None else f" at first (`dft.schedule`: {dft.schedule.type})"
+        counts_as = f"a token counts p^{dft.exponent:g}{floor} times{moving}"
+        yield f"{counts_as}; compare runs by `nll`, the DFT loss itself is several times smaller"
+    if block.loss == "dwl" or len(block.class_names) > 1:
+        yield from _table(block, counts, alpha_at)
+    if block.controller is not None:
+        yield from _controller(block.controller)
+    yield from hints(block, counts, alpha_at, length, best_metric)
+
+
+class ClassWeight(NamedTuple):
+    """What α does to a class. Shares in [0, 1]; where classes overlap, the token shares add up to more than 1."""
+
+    name: str
+    alpha: float
+    token_share: float
+    one_token: float
+    """What one of its tokens counts, where a token of SFT counts 1, before any factor of its token loss."""
+    weight_share: float
+
+
+def class_weight_table(block: Block, alpha: Sequence[float], counts: Sequence[int]) -> list[ClassWeight]:
+    """One row per class, `rest` last; `counts` as `ClassSurvey.counts`, with at least one target."""
+    alpha_C = torch.tensor(alpha, dtype=torch.float64)
+    weights = class_weights(block.reduction, alpha_C, torch.tensor(counts, dtype=torch.int64)).tolist()
+    mass = [weight * count for weight, count in zip(weights, counts, strict=False)]
+    whole = math.fsum(mass) or 1.0
+    return [
+        ClassWeight(name, a, count / counts[-2], weight, part / whole)
+        for name, a, count, weight, part in zip(block.class_names, alpha, counts, weights, mass, strict=False)
+    ]
+
+
+def _table(block: Block, counts: Sequence[int] | None, alpha_at: Alpha) -> Iterator[str]:
+    names, alpha = block.class_names, alpha_at(0)
+    width = max(len("class"), *(len(name) for name in names))
+    if counts is None or not any(counts):
+        yield f"{'class':<{width}}       α"
+        yield from (f"{name:<{width}}  {a:6.3f}" for name, a in zip(names, alpha, strict=True))
+        return
+    yield f"{'class':<{width}}   tokens       α   one token, vs SFT   share of the weight"
+    for row in class_weight_table(block, alpha, counts):
+        measured = f"{row.alpha:6.3f}" if block.loss == "dwl" else "     –"
+        tokens, share = 100 * row.token_share, 100 * row.weight_share
+        yield f"{row.name:<{width}}  {tokens:5.1f} %  {measured}  {row.one_token:17.2f}×  {share:17.1f} %"
+
+
+def _schedule_hints(
+    block: Block, counts: Sequence[int] | None, alphas: Sequence[Sequence[float]], steps: int
+) -> Iterator[str]:
+    if block.schedule is not None and block.schedule.type != "constant" and len(set(alphas)) == 1:
+        yield f"hint: the schedule does not move α within the {steps} steps of this run"
+    if counts is not None and any(counts) and block.reduction == "token_mean":
+        means = [math.fsum(a * count for a, count in zip(alpha, counts, strict=False)) / counts[-2] for alpha in alphas]
+        low, high = min(means), max(means)
+        if high > 2 * low:
+            yield (
+                f"hint: the mean weight of a token goes between {low:.3f} and {high:.3f} over the schedule, and the size of the "
+                "gradients with it; `reduction: weighted_mean` keeps it steady"
+            )
+
+
+def _controller(options: ControllerOptions) -> Iterator[str]:
+    looks_at = (
+        f"by the {options.signal} nll of the classes" if isinstance(options, LossControllerOptions) else "by itself"
+    )
+    every = "step" if options.every == 1 else f"{options.every} steps"
+    warmup = f", from {options.warmup} on" if options.warmup else ""
+    yield f"{options.type} moves α every {every} {looks_at}{warmup}; no class falls below {options.min_alpha:g}"
+
+
+def other_length_lines(block: Block, trained_for: RunLength, length: RunLength, tau: int) -> Iterator[str]:
+    """A resumed run that is not as long as its checkpoint was trained for: shares and epochs lie elsewhere now."""
+    if trained_for == length or not block.moves:
+        return
+    for what, old, new in (
+        ("steps", trained_for.total_steps, length.total_steps),
+        ("steps per epoch", trained_for.steps_per_epoch, length.steps_per_epoch),
+    ):
+        if old != new:
+            yield f"resumed at step {tau}: the checkpoint was trained for {_known(old)} {what}, this run has {_known(new)}"
+    for path in block.schedules:
+        try:
+            before, now = (_numbers(block, path, run, tau) for run in (trained_for, length))
+        except ConfigError:  # the run before could not place its positions in the way they are written now
+            continue
+        if before != now:
+            told = ", ".join(f"{name} {a:.3f} → {now[name]:.3f}" for name, a in before.items())
+            what = "α jumps" if path == "dwl.schedule" else "its numbers jump"
+            yield f"positions of `{path}` count in this run's length, so {what} at step {tau}: {told}"
+
+
+def _numbers(block: Block, path: str, length: RunLength, tau: int) -> dict[str, float]:
+    """What the schedule at `path` makes of its numbers at τ."""
+    if path == "dwl.schedule":
+        return dict(zip(block.class_names, alpha_of(block, length)(tau), strict=True))
+    at = token_losses_of(block, length)
+    assert at is not None
+    loss = at(tau)[block.dft_paths.index(path.removesuffix(".schedule"))]
+    return {name: getattr(loss, name) for name in SCHEDULED}
+
+
+def other_options_lines(options: ControllerOptions, saved: Mapping[str, Any]) -> Iterator[str]:
+    """A resumed run whose controller has other options than its checkpoint's, as `Controller.state` keeps them."""
+    now = options.model_dump(mode="json")
+    changed = [key for key in now.keys() | saved.keys() if now.get(key) != saved.get(key)]
+    if changed:
+        told = ", ".join(f"`{key}` {saved.get(key)} → {now.get(key)}" for key in sorted(changed))
+        yield f"the controller goes on with what it has learned and with other options than its checkpoint's: {told}"
+
+
+def _known(number: float | None) -> str:
+    return "an unknown number of" if number is None else f"{number:g}"
+
+
+def hints(
+    block: Block, counts: Sequence[int] | None, alpha_at: Alpha, length: RunLength, best_metric: str | None
+) -> Iterator[str]:
+    """What is likely not meant, in the arguments of `opening_lines`."""
+    moves = block.schedule is not None or block.controller is not None
+    if length.total_steps:
+        yield from end_hints(block, length)
+    if block.schedule is not None and length.total_steps:
+        alphas = [alpha_at(tau) for tau in sorted({round((length.total_steps - 1) * k / 500) for k in range(501)})]
+        yield from _schedule_hints(block, counts, alphas, length.total_steps)
+    if block.reduction == "sequence_mean_token_sum" and counts is not None and counts[-1]:
+        length_of_one = counts[-2] / counts[-1]
+        yield (
+            f"hint: the loss sums over a sample ({length_of_one:.0f} targets on average), so it and its gradients are that much "
+            "larger than a mean over tokens; look at `max_grad_norm`"
+        )
+    if best_metric is not None and best_metric.removeprefix("eval_") == "loss" and (moves or block.loss == "dft"):
+        why = "α moves" if moves else "is the DFT loss"
+        yield (
+            f"hint: checkpoints are picked by `eval_loss`, which {why}; `metric_for_best_model: eval_nll` compares "
+            "what stays the same"
+        )

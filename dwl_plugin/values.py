@@ -1,0 +1,182 @@
+"""The values a YAML holds, checked one by one: steps, shares and epochs, weights, patterns, token ids."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from math import isfinite
+from typing import Annotated, Literal
+
+import regex
+from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from dwl_plugin.config.pattern_size import unrolled_size
+
+__all__ = [
+    "FIRST_TARGET",
+    "IGNORE_INDEX",
+    "MAX_UNROLLED",
+    "MOST_OVERLAPPING",
+    "REST",
+    "Overlap",
+    "Pattern",
+    "Position",
+    "PositionKey",
+    "Strict",
+    "Text",
+    "TokenId",
+    "Weight",
+    "Word",
+    "position",
+]
+
+IGNORE_INDEX = -100
+"""The label of a position that is no target."""
+
+FIRST_TARGET = 1 << 62
+"""Added to the class id of the first target of each sample, so that samples can be counted in any layout of a batch."""
+
+MOST_OVERLAPPING = 62
+"""Classes that an integer below `FIRST_TARGET` has bits for."""
+
+Overlap = Literal["first", "sum"]
+"""`first`: a token is in the first class that matches. `sum`: in every class that matches."""
+
+REST = "rest"
+"""The class of every target token that no other class claims."""
+
+MAX_UNROLLED = 100_000
+"""Parts of a pattern after its repetitions are written out; at ten times as many, compiling takes a second and 400 MB."""
+
+_POSITION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|ep)|(?P<step>\d+)")
+_FRACTION = re.compile(r"\d*\.\d+")
+_TOKEN_ID = re.compile(r"(?P<first>\d+)(?:\s*-\s*(?P<last>\d+))?")
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+def position(value: object) -> object:
+    """A step (`200`), a share of the run (`10%`) or an epoch (`2ep`)."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("dwl", "YAML read this as a boolean, not as a position")
+    if isinstance(value, int):
+        if value < 0:
+            raise PydanticCustomError("dwl", "a step cannot be negative")
+        return value
+    if isinstance(value, float) or (isinstance(value, str) and _FRACTION.fullmatch(value.strip())):
+        share = f"{float(value) * 100:g}%"
+        raise PydanticCustomError(
+            "dwl", f"is {value} a share of the run or a step? Write `{share}` or a whole number of steps"
+        )
+    match = _POSITION.fullmatch(str(value).strip())
+    if match is None:
+        raise PydanticCustomError(
+            "dwl", "not a position: write steps (`200`), a share of the run (`10%`), epochs (`2ep`)"
+        )
+    if match["step"] is not None:
+        return int(match["step"])
+    if not isfinite(float(match["number"])):
+        raise PydanticCustomError("dwl", "past the end of any run")
+    if match["unit"] == "%" and float(match["number"]) > 100:
+        raise PydanticCustomError("dwl", "past the end of the run: a share is at most `100%`")
+    return f"{Decimal(match['number']).normalize():f}{match['unit']}"
+
+
+_POSITION_SCHEMA = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0},
+        {"type": "string", "pattern": r"^\s*(\d+(\.\d+)?\s*(%|ep)|\d+)\s*$"},
+    ]
+}
+
+Position = Annotated[int | str, BeforeValidator(position), WithJsonSchema(_POSITION_SCHEMA)]
+PositionKey = Annotated[str, BeforeValidator(lambda value: str(position(value)))]
+"""A position that names an entry of a mapping: always a string, since the host sorts the keys of a config it writes down."""
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise PydanticCustomError("dwl", "YAML read this as a boolean; a number is needed")
+    return value
+
+
+Weight = Annotated[float, BeforeValidator(_number)]
+
+
+def _pattern(value: object) -> object:
+    if value is None:
+        raise PydanticCustomError(
+            "dwl", "the pattern is empty: an unquoted `#` starts a YAML comment, so put the pattern in single quotes"
+        )
+    if isinstance(value, bool):
+        raise PydanticCustomError("dwl", "YAML read this as a boolean; put the pattern in single quotes")
+    if not isinstance(value, str):
+        raise PydanticCustomError("dwl", "a pattern is a string; put it in single quotes")
+    if value == "":
+        raise PydanticCustomError("dwl", "an empty pattern matches nothing")
+    size = unrolled_size(value)
+    if size > MAX_UNROLLED:
+        raise PydanticCustomError(
+            "dwl",
+            "too large: with its repetitions written out, as the compiler does, it has {size} parts",
+            {"size": f"{size:,}"},
+        )
+    try:
+        regex.compile(value)
+    except RecursionError:
+        raise PydanticCustomError("dwl", "its groups are nested too deep") from None
+    except regex.error as error:
+        position = getattr(error, "pos", None)
+        at = "" if position is None else f" at position {position}, before {value[position : position + 12]!r}"
+        why = f"{getattr(error, 'msg', error)}{at}"
+        raise PydanticCustomError("dwl", "this does not compile: {why}", {"why": why}) from None
+    return value
+
+
+Pattern = Annotated[str, BeforeValidator(_pattern)]
+
+
+def _text(value: object) -> object:
+    if isinstance(value, bool):
+        raise PydanticCustomError("dwl", "YAML reads yes, no, on, off, true and false as booleans: put it in quotes")
+    if value is None or value == "":
+        raise PydanticCustomError("dwl", "empty: an unquoted `#` starts a YAML comment, so put the text in quotes")
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+
+
+def _word(value: object) -> object:
+    value = _text(value)
+    if isinstance(value, str) and not regex.match(r"\w", value):
+        raise PydanticCustomError("dwl", "a keyword begins with a letter, a digit or _; for other text use `regex`")
+    return value
+
+
+Word = Annotated[str, BeforeValidator(_word)]
+
+
+def _token_id(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value < 0:
+            raise PydanticCustomError("dwl", "a token id cannot be negative")
+        return value
+    match = _TOKEN_ID.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise PydanticCustomError(
+            "dwl", 'a token id is a whole number (`11`) or a range with both ends in it (`"100-199"`)'
+        )
+    if match["last"] is not None and int(match["last"]) < int(match["first"]):
+        raise PydanticCustomError("dwl", "the range ends before it begins")
+    return f"{match['first']}-{match['last']}" if match["last"] is not None else int(match["first"])
+
+
+_TOKEN_ID_SCHEMA = {
+    "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\s*\d+(\s*-\s*\d+)?\s*$"}]
+}
+
+TokenId = Annotated[int | str, BeforeValidator(_token_id), WithJsonSchema(_TOKEN_ID_SCHEMA)]

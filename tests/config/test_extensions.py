@@ -1,0 +1,178 @@
+"""Schedules and controllers of another package, which a YAML can name once it is installed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dwl_plugin.alpha.controllers import Controller
+from dwl_plugin.alpha.run_length import RunLength
+from dwl_plugin.alpha.schedule import alpha_of
+from dwl_plugin.config import Block, parse
+from dwl_plugin.errors import ConfigError, DWLError
+
+LENGTH = RunLength(100, 10.0)
+
+MODULE = '''
+from dwl_plugin.config import LossControllerOptions, Position, ScheduleOptions, Weight
+
+class BounceOptions(ScheduleOptions):
+    vector_keys = ("to",)
+    to: dict[str, Weight]
+    every: Position = 10
+
+class Bounce:
+    Options = BounceOptions
+
+    def __init__(self, options, run):
+        self.every, self.first, self.to = run.step(options.every, "every"), run.first, run.vector(options.to)
+
+    def __call__(self, tau):
+        return self.to if tau // self.every % 2 else self.first
+
+class Off(Bounce):
+    def __call__(self, tau):
+        return [2.0, -1.0]
+
+class LeaderOptions(LossControllerOptions):
+    lead: Weight = 2.0
+
+class Leader:
+    """The class of the largest loss so far has `lead` nats more than the others."""
+    Options = LeaderOptions
+
+    def __init__(self, options):
+        self.lead = options.lead
+
+    def __call__(self, window, memory):
+        memory["most"] = max(memory.get("most", 0.0), float(window.signal_C.max()))
+        return window.prior_C + self.lead * (window.signal_C == memory["most"])
+
+class Lost(Leader):
+    def __call__(self, window, memory):
+        return [float("nan")] * 2
+
+class Bare:
+    pass
+'''
+
+POINTS = """
+[dwl_plugin.schedules]
+bounce = little_extension:Bounce
+off = little_extension:Off
+bare = little_extension:Bare
+gone = little_extension.nowhere:Gone
+
+[dwl_plugin.controllers]
+leader = little_extension:Leader
+lost = little_extension:Lost
+bounce_too = little_extension:Bounce
+"""
+
+
+def install(folder: Path, name: str, points: str) -> None:
+    """What an installer leaves behind, as far as entry points go."""
+    info = folder / f"{name.replace('-', '_')}-1.5.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.5\n", encoding="utf-8")
+    (info / "entry_points.txt").write_text(points, encoding="utf-8")
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "little_extension.py").write_text(MODULE, encoding="utf-8")
+    install(tmp_path, "little-extension", POINTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "little_extension", raising=False)
+    return tmp_path
+
+
+def parsed(key: str, **options: Any) -> Block:
+    block = parse({"loss": "dwl", "dwl": {"classes": {"a": {"regex": "a"}}, key: options}})
+    assert block is not None
+    return block
+
+
+def problem(key: str, **options: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parsed(key, **options)
+    (found,) = caught.value.problems
+    assert found.path.startswith(f"dwl.{key}")
+    return str(found)
+
+
+@pytest.mark.usefixtures("site")
+def test_a_schedule_of_another_package_moves_alpha() -> None:
+    block = parsed("schedule", type="bounce", to={"a": 3, "rest": 1}, every="20%")
+    assert parse(block.dump()) == block
+    alpha = alpha_of(block, LENGTH)
+    assert [alpha(tau) for tau in (0, 19, 20, 39, 40)] == [(0.5, 0.5)] * 2 + [(0.75, 0.25)] * 2 + [(0.5, 0.5)]
+
+
+@pytest.mark.usefixtures("site")
+def test_a_controller_of_another_package_moves_alpha_and_its_memory_is_kept() -> None:
+    block = parsed("controller", type="leader", lead=1.0, every=1, ema=0.0, min_alpha=0.0)
+    assert parse(block.dump()) == block
+    first, second = Controller(block, LENGTH), Controller(block, LENGTH)
+    first.update(1, [3.0, 1.0], [1, 1])
+    e = 2.718281828459045
+    assert first.alpha == pytest.approx((e / (1 + e), 1 / (1 + e)), abs=1e-12)
+    second.load(first.state())
+    second.update(2, [2.0, 1.0], [1, 1])
+    assert second.alpha == (0.5, 0.5), "3 was more, and is remembered"
+
+
+@pytest.mark.usefixtures("site")
+def test_its_options_are_checked_like_ours() -> None:
+    assert "did you mean `every`" in problem("schedule", type="bounce", to={"a": 1, "rest": 1}, evry=3)
+    assert "missing: rest" in problem("schedule", type="bounce", to={"a": 1})
+    assert "did you mean `lead`" in problem("controller", type="leader", leed=3)
+
+
+@pytest.mark.usefixtures("site")
+def test_an_unknown_name_lists_what_is_installed() -> None:
+    said = problem("schedule", type="bonce")
+    assert "warmup, cyclic, bare, bounce, gone, off" in said
+    assert "did you mean `bounce`" in said
+    assert "once that package is installed" in problem("controller", type="magic")
+
+
+@pytest.mark.usefixtures("site")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gone", "`little_extension.nowhere:Gone`, which cannot be imported: ModuleNotFoundError"),
+        ("bare", "needs `Options`, derived from ScheduleOptions"),
+    ],
+)
+def test_what_cannot_be_used_is_named_with_its_package(name: str, words: str) -> None:
+    said = problem("schedule", type=name)
+    assert words in said
+    assert "little-extension 1.5" in said
+
+
+@pytest.mark.usefixtures("site")
+def test_a_schedule_is_no_controller() -> None:
+    assert "derived from ControllerOptions" in problem("controller", type="bounce_too")
+
+
+def test_a_name_that_two_packages_offer_is_refused(site: Path) -> None:
+    install(site, "other-extension", "[dwl_plugin.schedules]\nbounce = elsewhere:Bounce\n")
+    assert "little-extension 1.5 and other-extension 1.5 both offer" in problem("schedule", type="bounce")
+
+
+@pytest.mark.usefixtures("site")
+def test_numbers_that_are_no_weights_stop_the_run_and_name_who_gave_them() -> None:
+    with pytest.raises(DWLError, match="schedule `off` gave"):
+        alpha_of(parsed("schedule", type="off", to={"a": 1, "rest": 1}), LENGTH)(3)
+    with pytest.raises(DWLError, match="controller `lost` gave"):
+        Controller(parsed("controller", type="lost"), LENGTH).update(10, [1.0, 1.0], [1, 1])
+
+
+def test_without_other_packages_there_are_only_ours() -> None:
+    assert (
+        "allowed: softmax_loss, dwa, softadapt, group_dro, doremi, rlw\n" in problem("controller", type="leadre") + "\n"
+    )

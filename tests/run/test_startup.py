@@ -1,0 +1,107 @@
+"""What α does to one token, as the run says it: literal counts, by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dwl_plugin.alpha.run_length import RunLength
+from dwl_plugin.alpha.schedule import alpha_of
+from dwl_plugin.config import Block, parse
+from dwl_plugin.run.startup import class_weight_table, hints, other_length_lines, other_options_lines
+
+COUNTS = (20, 30, 50, 100, 4)
+"""Two classes and `rest`, 100 targets, 4 samples."""
+OVERLAPPING = (60, 50, 10, 100, 4)
+
+
+def block(**dwl: Any) -> Block:
+    classes = {"a": {"token_ids": [1]}, "b": {"token_ids": [2]}}
+    parsed = parse({"loss": "dwl", "dwl": {"classes": classes, "alpha": {"a": 5, "b": 3, "rest": 2}, **dwl}})
+    assert parsed is not None
+    return parsed
+
+
+@pytest.mark.parametrize(
+    ("reduction", "one_token"),
+    [
+        ("token_mean", (0.5, 0.3, 0.2)),
+        ("weighted_mean", (0.5 / 0.29, 0.3 / 0.29, 0.2 / 0.29)),
+        ("class_mean", (2.5, 1.0, 0.4)),
+        ("sequence_mean_token_sum", (12.5, 7.5, 5.0)),
+    ],
+)
+def test_a_token_counts_what_its_reduction_makes_of_alpha(reduction: str, one_token: tuple[float, ...]) -> None:
+    found = block(reduction=reduction)
+    rows = class_weight_table(found, found.alpha, COUNTS)
+    assert [row.one_token for row in rows] == pytest.approx(one_token)
+    assert [row.token_share for row in rows] == pytest.approx([0.2, 0.3, 0.5])
+    assert sum(row.weight_share for row in rows) == pytest.approx(1)
+
+
+def test_overlapping_classes_share_more_than_all_tokens_and_all_of_the_weight() -> None:
+    found = block(reduction="weighted_mean", overlap="sum")
+    rows = class_weight_table(found, found.alpha, OVERLAPPING)
+    mass = 0.5 * 60 + 0.3 * 50 + 0.2 * 10
+    assert [row.token_share for row in rows] == pytest.approx([0.6, 0.5, 0.1])
+    assert [row.one_token for row in rows] == pytest.approx([0.5 * 100 / mass, 0.3 * 100 / mass, 0.2 * 100 / mass])
+    assert [row.weight_share for row in rows] == pytest.approx([30 / mass, 15 / mass, 2 / mass])
+
+
+TO = {"a": 1, "b": 1, "rest": 8}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "option", "step"),
+    [
+        ({"type": "linear", "to": TO, "end": 150}, "end", 150),
+        ({"type": "step", "to": TO, "at": 101}, "at", 101),
+        ({"type": "keyframes", "at": {50: TO, "2.5ep": TO}}, "at.2.5ep", 125),
+        ({"type": "warmup", "to": TO, "end": "3ep"}, "end", 150),
+    ],
+)
+def test_a_schedule_that_ends_past_the_run_is_said(schedule: dict[str, Any], option: str, step: int) -> None:
+    def said(total: int) -> list[str]:
+        found, length = block(schedule=schedule), RunLength(total, 50)
+        return [line for line in hints(found, None, alpha_of(found, length), length, None) if "end of its" in line]
+
+    (line,) = said(100)
+    assert line.startswith(f"hint: `dwl.schedule.{option}` is step {step} and this run ends at step 100")
+    assert not said(150)
+
+
+def test_a_dft_schedule_that_ends_past_the_run_is_said_once() -> None:
+    found = parse(
+        {
+            "loss": "dwl",
+            "dft": {"schedule": {"type": "linear", "to": {"exponent": 0}, "end": 20}},
+            "dwl": {"classes": {"a": {"token_ids": [1]}}, "token_loss": "dft"},
+        }
+    )
+    assert found is not None
+    length = RunLength(10, None)
+    (line,) = hints(found, None, alpha_of(found, length), length, None)
+    assert line.startswith("hint: `dft.schedule.end` is step 20 and this run ends at step 10")
+
+
+def test_a_dft_schedule_of_another_length_is_said() -> None:
+    found = parse({"loss": "dft", "dft": {"exponent": 0, "schedule": {"type": "linear", "to": {"exponent": 1}}}})
+    assert found is not None
+    lines = list(other_length_lines(found, RunLength(10, None), RunLength(20, None), 5))
+    assert lines[0] == "resumed at step 5: the checkpoint was trained for 10 steps, this run has 20"
+    assert "`dft.schedule`" in lines[1]
+    assert "exponent 0.500 → 0.250" in lines[1]
+    assert not list(other_length_lines(found, RunLength(10, None), RunLength(10, None), 5))
+
+
+def test_other_options_of_a_controller_are_said_in_a_line() -> None:
+    before, after = (
+        block(controller={"type": "group_dro", **more}).controller for more in ({}, {"eta": 0.5, "every": 3})
+    )
+    assert before is not None
+    assert after is not None
+    saved = before.model_dump(mode="json")
+    (line,) = other_options_lines(after, saved)
+    assert "`eta` 0.01 → 0.5, `every` 10 → 3" in line
+    assert not list(other_options_lines(before, saved))
