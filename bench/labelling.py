@@ -63,9 +63,7 @@ def main() -> None:
         return lambda: labeller.label_batch(ids[None], labels[None], positions[None], packed=True)
 
     def made(**classes: dict[str, Any]) -> Labeller:
-        configs = {
-            name: class_of({**spec, "allow_empty": True}, f"dwl.classes.{name}", []) for name, spec in classes.items()
-        }
+        configs = {name: class_of({**spec, "allow_empty": True}, f"dwl.classes.{name}", []) for name, spec in classes.items()}
         return build_labeller({name: config for name, config in configs.items() if config is not None}, tokenizer)
 
     regexes = {name: {"regex": pattern} for name, pattern in REGEXES.items()}
@@ -86,16 +84,12 @@ def main() -> None:
 
     targets = int((labels != -100).sum())
     tokenising, decoding = (milliseconds[name] for name in ("tokenising the text", "decoding token by token"))
-    table = Table(
-        title=f"{len(ids):,} tokens in {len(samples)} samples, {targets:,} of them targets; medians of {options.rounds}"
-    )
+    table = Table(title=f"{len(ids):,} tokens in {len(samples)} samples, {targets:,} of them targets; medians of {options.rounds}")
     for column in ("", "ms", "M tokens/s", "of tokenising", "decoding takes"):
         table.add_column(column, justify="left" if not column else "right")
     for name, ms in milliseconds.items():
         count = options.step if name.startswith("a training") else len(ids)
-        table.add_row(
-            name, f"{ms:,.2f}", f"{count / ms / 1e3:,.2f}", f"{ms / tokenising:.1%}", f"{decoding / ms:,.1f}×"
-        )
+        table.add_row(name, f"{ms:,.2f}", f"{count / ms / 1e3:,.2f}", f"{ms / tokenising:.1%}", f"{decoding / ms:,.1f}×")
     console.print(table)
     one = statistics.mean(ms for name, ms in milliseconds.items() if name.startswith("1 regex"))
     console.print(
@@ -103,12 +97,7 @@ def main() -> None:
     )
     console.print(f"{KEYWORDS:,} keywords: {milliseconds[f'{KEYWORDS:,} keywords'] / one:.2f}× the mean of one regex")
     if options.step:
-        share = (
-            milliseconds["8 regexes"]
-            / len(ids)
-            * options.step
-            / milliseconds[f"a training step on {options.step:,} tokens"]
-        )
+        share = milliseconds["8 regexes"] / len(ids) * options.step / milliseconds[f"a training step on {options.step:,} tokens"]
         console.print(f"8 regexes: {share:.3%} of a training step")
 
 

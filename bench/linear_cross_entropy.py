@@ -32,13 +32,7 @@ import torch.nn.functional as F
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 IGNORED = -100
 REFERENCE = "ours, nll"
-UNWEIGHTED = (
-    "F.cross_entropy",
-    "TRL chunked_nll",
-    "Apple CCE, compiled",
-    "torch F.linear_cross_entropy, 256 rows",
-    "Liger fused",
-)
+UNWEIGHTED = ("F.cross_entropy", "TRL chunked_nll", "Apple CCE, compiled", "torch F.linear_cross_entropy, 256 rows", "Liger fused")
 
 
 @dataclass(frozen=True)
@@ -97,12 +91,7 @@ def builders(case: Case, device: str) -> dict[str, Callable[[], Loss]]:
         """Objectives side by side, each on its share of the tokens."""
         from dwl_plugin.loss.token_losses import EntropyGate, Focal, Objective, Power, Term
 
-        every: dict[str, Objective] = {
-            "nll": Power(),
-            "threshold": Power(1.0, 0.0, 0.7),
-            "focal": Focal(),
-            "eaft": EntropyGate(),
-        }
+        every: dict[str, Objective] = {"nll": Power(), "threshold": Power(1.0, 0.0, 0.7), "focal": Focal(), "eaft": EntropyGate()}
         turn = torch.arange(case.tokens, device=device) % len(names)
         return ours(terms=[Term(every[name], (turn == k).float()) for k, name in enumerate(names)])
 
@@ -132,9 +121,7 @@ def builders(case: Case, device: str) -> dict[str, Callable[[], Loss]]:
         return lambda h, w, t: F.cross_entropy(logits_of(h, w).float(), t)
 
     def full() -> Loss:
-        return lambda h, w, t: (
-            (F.cross_entropy(logits_of(h, w).float(), t, reduction="none") * token_weight).sum() / mean(t)
-        )
+        return lambda h, w, t: (F.cross_entropy(logits_of(h, w).float(), t, reduction="none") * token_weight).sum() / mean(t)
 
     def full_compacted() -> Loss:
         def loss(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -340,9 +327,7 @@ def figure(results: dict[Case, dict[str, tuple[float, float, float]]], path: Pat
     if len(results) > 1:
         axes[0].legend(loc="lower right", fontsize=8)
     case = next(iter(results))
-    fig.suptitle(
-        f"{case.tokens:,} tokens, H = {case.hidden}, V = {case.vocab:,}: forward and backward of head and loss"
-    )
+    fig.suptitle(f"{case.tokens:,} tokens, H = {case.hidden}, V = {case.vocab:,}: forward and backward of head and loss")
     fig.savefig(path, dpi=150)
 
 

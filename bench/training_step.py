@@ -42,11 +42,7 @@ USUAL = ("stock", "use_dft", "loss: dft", "loss: dwl")
 
 def config(folder: Path, model: Path, loss: str, tokens: int, adapter: str, steps: int) -> dict[str, Any]:
     lora = {"lora_r": 16, "lora_alpha": 32, "lora_target_linear": True}
-    adapters = {
-        "lora": {"adapter": "lora", **lora},
-        "qlora": {"adapter": "qlora", "load_in_4bit": True, **lora},
-        "full": {},
-    }
+    adapters = {"lora": {"adapter": "lora", **lora}, "qlora": {"adapter": "qlora", "load_in_4bit": True, **lora}, "full": {}}
     return {
         "base_model": str(model),
         "plugins": ["dwl_plugin.DWLPlugin"],
@@ -237,9 +233,7 @@ def main() -> None:
     first = options.losses[0]
     name = f"random Llama {options.random}" if options.random else "SmolLM2-135M"
     print(f"\n{name}, {options.adapter}, {options.tokens:,} tokens, {options.steps - 1} steps of each\n")
-    print(
-        f"| loss | seconds per step | against {first} | peak memory, MiB | against {first} |\n|---|---:|---:|---:|---:|"
-    )
+    print(f"| loss | seconds per step | against {first} | peak memory, MiB | against {first} |\n|---|---:|---:|---:|---:|")
     for loss in options.losses:
         counted = seconds[loss][1:]
         ratio = statistics.median(a / b for a, b in zip(counted, seconds[first][1:], strict=True))

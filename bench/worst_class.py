@@ -93,12 +93,7 @@ def run(rule: str, seed: int, steps: int, folder: Path) -> list[dict[str, float]
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=260,
-            hidden_size=48,
-            intermediate_size=96,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
+            vocab_size=260, hidden_size=48, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
         )
     )
     samples = rows(seed)
@@ -146,9 +141,7 @@ def child(rules: list[str], seed: int, steps: int) -> None:
 def curve(history: list[dict[str, float]], what: str) -> tuple[list[int], list[float]]:
     """Steps, and the largest of a number over the classes."""
     entries = [entry for entry in history if f"{what}/hard" in entry]
-    return [int(entry["step"]) for entry in entries], [
-        max(entry[f"{what}/{name}"] for name in CLASSES) for entry in entries
-    ]
+    return [int(entry["step"]) for entry in entries], [max(entry[f"{what}/{name}"] for name in CLASSES) for entry in entries]
 
 
 def draw(found: dict[str, dict[int, list[dict[str, float]]]], path: Path) -> None:
@@ -186,16 +179,7 @@ def main() -> None:
     rules = [BASELINE, *(rule for rule in options.rules if rule != BASELINE)]
     found: dict[str, dict[int, list[dict[str, float]]]] = {rule: {} for rule in rules}
     for seed in options.seeds:
-        command = [
-            sys.executable,
-            __file__,
-            "--child",
-            str(seed),
-            "--steps",
-            str(options.steps),
-            "--rules",
-            *rules,
-        ]
+        command = [sys.executable, __file__, "--child", str(seed), "--steps", str(options.steps), "--rules", *rules]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(f"seed {seed} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
@@ -204,15 +188,11 @@ def main() -> None:
                 one = json.loads(line.removeprefix("BENCH "))
                 found[one["rule"]][seed] = one["history"]
     draw(found, options.figure)
-    print(
-        "| | worst class, by seed | mean | worst easy class, mean | α of `hard` at the end, mean |\n|---|---|---:|---:|---:|"
-    )
+    print("| | worst class, by seed | mean | worst easy class, mean | α of `hard` at the end, mean |\n|---|---|---:|---:|---:|")
     for rule, runs in found.items():
         last = [[entry for entry in history if "eval_nll" in entry][-1] for history in runs.values()]
         worst = [max(entry[f"eval_dwl/nll/{name}"] for name in CLASSES) for entry in last]
-        easy = statistics.mean(
-            max(entry[f"eval_dwl/nll/{name}"] for name in CLASSES if name != "hard") for entry in last
-        )
+        easy = statistics.mean(max(entry[f"eval_dwl/nll/{name}"] for name in CLASSES if name != "hard") for entry in last)
         alpha = statistics.mean([e for e in history if "loss" in e][-1]["dwl/alpha/hard"] for history in runs.values())
         by_seed = " ".join(f"{value:.3f}" for value in worst)
         print(f"| {rule} | {by_seed} | {statistics.mean(worst):.3f} | {easy:.3f} | {alpha:.2f} |")

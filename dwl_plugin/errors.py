@@ -59,6 +59,11 @@ class ConfigError(DWLError):
         head = f"[dwl] {count} problem{'s' if count != 1 else ''} in the config; nothing was trained."
         super().__init__("\n".join([head, *(f"  {_indent(str(p))}" for p in self.problems)]))
 
+    @classmethod
+    def at(cls, path: str, message: str, value: Any = _ABSENT, allowed: str = "", hint: str = "") -> ConfigError:
+        """An error of one `Problem`."""
+        return cls([Problem(path, message, value, allowed, hint)])
+
     def __reduce__(self) -> tuple[Any, ...]:  # raised in loader workers, so it has to survive pickling
         return (type(self), (self.problems,))
 

@@ -39,9 +39,7 @@ def load(kind: Kind, name: str, options: type[BaseModel], path: str) -> Any:
     points = installed(kind)[name]
     if len(points) > 1:
         owners = " and ".join(sorted(_owner(point) for point in points))
-        raise ConfigError(
-            [Problem(path, f"{owners} both offer a {kind} of this name", name, hint="uninstall one of them")]
-        )
+        raise ConfigError([Problem(path, f"{owners} both offer a {kind} of this name", name, hint="uninstall one of them")])
     point = points[0]
     try:
         found = point.load()

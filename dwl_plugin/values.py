@@ -68,14 +68,10 @@ def position(value: object) -> object:
         return value
     if isinstance(value, float) or (isinstance(value, str) and _FRACTION.fullmatch(value.strip())):
         share = f"{float(value) * 100:g}%"
-        raise PydanticCustomError(
-            "dwl", f"is {value} a share of the run or a step? Write `{share}` or a whole number of steps"
-        )
+        raise PydanticCustomError("dwl", f"is {value} a share of the run or a step? Write `{share}` or a whole number of steps")
     match = _POSITION.fullmatch(str(value).strip())
     if match is None:
-        raise PydanticCustomError(
-            "dwl", "not a position: write steps (`200`), a share of the run (`10%`), epochs (`2ep`)"
-        )
+        raise PydanticCustomError("dwl", "not a position: write steps (`200`), a share of the run (`10%`), epochs (`2ep`)")
     if match["step"] is not None:
         return int(match["step"])
     if not isfinite(float(match["number"])):
@@ -86,10 +82,7 @@ def position(value: object) -> object:
 
 
 _POSITION_SCHEMA = {
-    "anyOf": [
-        {"type": "integer", "minimum": 0},
-        {"type": "string", "pattern": r"^\s*(\d+(\.\d+)?\s*(%|ep)|\d+)\s*$"},
-    ]
+    "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\s*(\d+(\.\d+)?\s*(%|ep)|\d+)\s*$"}]
 }
 
 Position = Annotated[int | str, BeforeValidator(position), WithJsonSchema(_POSITION_SCHEMA)]
@@ -120,9 +113,7 @@ def _pattern(value: object) -> object:
     size = unrolled_size(value)
     if size > MAX_UNROLLED:
         raise PydanticCustomError(
-            "dwl",
-            "too large: with its repetitions written out, as the compiler does, it has {size} parts",
-            {"size": f"{size:,}"},
+            "dwl", "too large: with its repetitions written out, as the compiler does, it has {size} parts", {"size": f"{size:,}"}
         )
     try:
         regex.compile(value)
@@ -167,16 +158,12 @@ def _token_id(value: object) -> object:
         return value
     match = _TOKEN_ID.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:
-        raise PydanticCustomError(
-            "dwl", 'a token id is a whole number (`11`) or a range with both ends in it (`"100-199"`)'
-        )
+        raise PydanticCustomError("dwl", 'a token id is a whole number (`11`) or a range with both ends in it (`"100-199"`)')
     if match["last"] is not None and int(match["last"]) < int(match["first"]):
         raise PydanticCustomError("dwl", "the range ends before it begins")
     return f"{match['first']}-{match['last']}" if match["last"] is not None else int(match["first"])
 
 
-_TOKEN_ID_SCHEMA = {
-    "anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\s*\d+(\s*-\s*\d+)?\s*$"}]
-}
+_TOKEN_ID_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": r"^\s*\d+(\s*-\s*\d+)?\s*$"}]}
 
 TokenId = Annotated[int | str, BeforeValidator(_token_id), WithJsonSchema(_TOKEN_ID_SCHEMA)]

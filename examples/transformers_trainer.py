@@ -49,11 +49,7 @@ def main() -> None:
         """The reply is what is trained on: labels are −100 elsewhere."""
         question = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, return_dict=False)
         ids = tokenizer.apply_chat_template(row["messages"], return_dict=False)
-        return {
-            "input_ids": ids,
-            "attention_mask": [1] * len(ids),
-            "labels": [-100] * len(question) + ids[len(question) :],
-        }
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(question) + ids[len(question) :]}
 
     data = Dataset.from_list([tokenize(problem.row()) for problem in generate(160, seed=7)])
     trainer = Trainer(

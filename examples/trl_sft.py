@@ -70,11 +70,7 @@ def main() -> None:
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
-    for key in (
-        "eval_nll",
-        "eval_mean_token_accuracy",
-        *(f"eval_dwl/nll/{name}" for name in yaml.safe_load(LOSS)["dwl"]["alpha"]),
-    ):
+    for key in ("eval_nll", "eval_mean_token_accuracy", *(f"eval_dwl/nll/{name}" for name in yaml.safe_load(LOSS)["dwl"]["alpha"])):
         print(f"{key:<26} {before[key]:6.3f} → {after[key]:6.3f}")
 
 

@@ -151,12 +151,7 @@ def with_local_data(path: Path, folder: Path) -> dict[str, Any]:
     (dataset,) = example["datasets"]
     data = harness.write_rows(folder / "rows.jsonl", rows(dataset))
     local = {key: value for key, value in dataset.items() if key not in ("name", "split")} | {"path": str(data)}
-    return {
-        **example,
-        "datasets": [local],
-        "dataset_prepared_path": str(folder / "prepared"),
-        "output_dir": str(folder / "out"),
-    }
+    return {**example, "datasets": [local], "dataset_prepared_path": str(folder / "prepared"), "output_dir": str(folder / "out")}
 
 
 @pytest.mark.slow

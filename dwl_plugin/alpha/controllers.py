@@ -86,9 +86,7 @@ class Controller:
         missing = [name for name in self.names if name not in nll]
         if missing:
             why = f"no token of {', '.join(missing)} was in the rows that the base model was measured on"
-            raise ConfigError(
-                [Problem(f"{PATH}.reference", why, "base", hint="raise `reference_rows`, or write the numbers")]
-            )
+            raise ConfigError([Problem(f"{PATH}.reference", why, "base", hint="raise `reference_rows`, or write the numbers")])
         self._reference_C = np.array([nll[name] for name in self.names])
 
     def is_due(self, steps: int) -> bool:
@@ -183,13 +181,9 @@ class Controller:
 
     def _log_weights(self, window: Window) -> Numbers:
         weights_C = np.asarray(self._rule(window, self._memory), dtype=np.float64)
-        usable = (
-            weights_C.shape == window.prior_C.shape and (weights_C < math.inf).all() and np.isfinite(weights_C).any()
-        )
+        usable = weights_C.shape == window.prior_C.shape and (weights_C < math.inf).all() and np.isfinite(weights_C).any()
         if not usable:
-            raise DWLError(
-                f"[dwl] the controller `{self.options.type}` gave {weights_C.tolist()}, which are no log-weights"
-            )
+            raise DWLError(f"[dwl] the controller `{self.options.type}` gave {weights_C.tolist()}, which are no log-weights")
         return weights_C
 
     def _floored(self, weights_C: Numbers) -> Numbers:

@@ -132,11 +132,7 @@ def _cyclic(options: Any, context: ScheduleContext) -> Curve:
 
     def curve(tau: int) -> Vector:
         phase = max(tau - start, 0.0) / period % 1.0
-        s = (
-            1.0 - abs(2.0 * phase - 1.0)
-            if options.shape == "triangular"
-            else (1.0 - math.cos(2.0 * math.pi * phase)) / 2.0
-        )
+        s = 1.0 - abs(2.0 * phase - 1.0) if options.shape == "triangular" else (1.0 - math.cos(2.0 * math.pi * phase)) / 2.0
         return _mix(context.first, to, s)
 
     return curve

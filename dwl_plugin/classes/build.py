@@ -30,14 +30,7 @@ from dwl_plugin.classes.selectors import (
     covers,
     negation,
 )
-from dwl_plugin.classes.token_bytes import (
-    TokenTable,
-    added_ids,
-    as_bytes,
-    as_text,
-    special_ids,
-    vocabulary_size,
-)
+from dwl_plugin.classes.token_bytes import TokenTable, added_ids, as_bytes, as_text, special_ids, vocabulary_size
 from dwl_plugin.config import REST, Block, ClassConfig, Overlap
 from dwl_plugin.config.selectors import (
     AddedSelector,
@@ -122,8 +115,7 @@ def _table(classes: Mapping[str, ClassConfig], tokenizer: Any) -> TokenTable:
             Problem(
                 f"dwl.classes.{name}",
                 f"needs the text of tokens, and {error}",
-                hint="use the fast version of this "
-                "tokenizer, or select by `token_ids`, `special`, `added`, `turn` or `position`",
+                hint="use the fast version of this tokenizer, or select by `token_ids`, `special`, `added`, `turn` or `position`",
             )
             for name, config in classes.items()
             if not all(isinstance(kind, _WITHOUT_TEXT) for _, kind in walk(config, ""))
@@ -205,9 +197,7 @@ class _Making:
             if ids:
                 continue
             becomes = [table.spelling(token_id) for token_id in tokenizer.encode(text, add_special_tokens=False)]
-            message = (
-                f"not one token of this tokenizer; it becomes {', '.join(repr(as_text(part)) for part in becomes)}"
-            )
+            message = f"not one token of this tokenizer; it becomes {', '.join(repr(as_text(part)) for part in becomes)}"
             hint = "for a text of several tokens use `regex`, or `between`"
             if table.ids_of(as_bytes(f" {text}")):
                 hint = f"did you mean {' ' + text!r}, with its space?"

@@ -40,9 +40,7 @@ class ByteTokenizer:
 
     def get_vocab(self) -> dict[bytes, int]:
         """Every token's bytes."""
-        return {bytes([byte]): byte for byte in range(256)} | {
-            as_bytes(text): token_id for text, token_id in self._id_of.items()
-        }
+        return {bytes([byte]): byte for byte in range(256)} | {as_bytes(text): token_id for text, token_id in self._id_of.items()}
 
     @property
     def all_special_ids(self) -> list[int]:

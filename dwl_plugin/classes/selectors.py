@@ -122,9 +122,7 @@ class InText:
         attempts = None if known is None else known.steps(longest, starts) * (1 if starts else pieces.most_siblings)
         timed = attempts is None or attempts > FAST_STEPS
         found_P = self._search_timed(pieces) if timed else self._search(pieces)
-        begin_M, end_M = (
-            _flat(chain.from_iterable(found_P)) + np.repeat(pieces.first_char, list(map(len, found_P)))[:, None]
-        ).T
+        begin_M, end_M = (_flat(chain.from_iterable(found_P)) + np.repeat(pieces.first_char, list(map(len, found_P)))[:, None]).T
         return begin_M, end_M
 
     def _spans_in_joined(self, pieces: Pieces) -> tuple[Ints, Ints] | None:

@@ -109,19 +109,9 @@ def class_figures(seen: Examination) -> list[dict[str, Any]]:
     rows = class_weight_table(seen.block, alpha, seen.survey.counts)
     figures = []
     for row, last, tokens, without in zip(rows, end, seen.survey.tokens, seen.survey.rows_without, strict=True):
-        figure: dict[str, Any] = {
-            "name": row.name,
-            "tokens": tokens,
-            "token_share": row.token_share,
-            "rows_without": without,
-        }
+        figure: dict[str, Any] = {"name": row.name, "tokens": tokens, "token_share": row.token_share, "rows_without": without}
         if seen.block.loss == "dwl" and not seen.problems:
-            figure |= {
-                "alpha": row.alpha,
-                "alpha_end": last,
-                "one_token_vs_sft": row.one_token,
-                "weight_share": row.weight_share,
-            }
+            figure |= {"alpha": row.alpha, "alpha_end": last, "one_token_vs_sft": row.one_token, "weight_share": row.weight_share}
         figures.append(figure)
     return figures
 
@@ -146,9 +136,7 @@ def overlaps(seen: Examination) -> list[tuple[str, str, int]]:
     names = seen.labeller.names[:-1]
     shared = np.zeros((len(names), len(names)), np.int64)
     for sample in seen.rows.samples:
-        members = seen.labeller.members(sample["input_ids"], sample["labels"], sample.get("position_ids")).astype(
-            np.int64
-        )
+        members = seen.labeller.members(sample["input_ids"], sample["labels"], sample.get("position_ids")).astype(np.int64)
         shared += members @ members.T
     pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names)) if shared[i, j]]
     return [(names[i], names[j], int(shared[i, j])) for i, j in pairs]

@@ -50,9 +50,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[Problem]]:
                 if node is None:
                     raise ConfigError([Problem(str(path), "the file is empty")])
                 if _nodes(node, {}) > _MAX_NODES:
-                    raise ConfigError(
-                        [Problem(str(path), "its anchors and aliases multiply without end, or nearly so")]
-                    )
+                    raise ConfigError([Problem(str(path), "its anchors and aliases multiply without end, or nearly so")])
                 raw = loader.construct_document(node)
         finally:
             loader.dispose()
@@ -63,9 +61,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], list[Problem]]:
     except UnicodeDecodeError as error:
         raise ConfigError([Problem(str(path), f"not UTF-8: {error.reason} at byte {error.start}")]) from None
     if not isinstance(raw, dict):
-        raise ConfigError(
-            [Problem(str(path), f"a config is a mapping of keys to values, and this is a {type(raw).__name__}")]
-        )
+        raise ConfigError([Problem(str(path), f"a config is a mapping of keys to values, and this is a {type(raw).__name__}")])
     return raw, loader.doubled
 
 

@@ -38,9 +38,7 @@ def main() -> None:
     show_default=True,
     help="Folder for the data, the YAML and the trained adapter.",
 )
-@click.option(
-    "--steps", type=click.IntRange(min=1), default=None, help="Optimizer steps, instead of the YAML's own number."
-)
+@click.option("--steps", type=click.IntRange(min=1), default=None, help="Optimizer steps, instead of the YAML's own number.")
 def quickstart(out: Path, steps: int | None) -> None:
     """Fine-tune a small real model on this machine's CPU and show what every token class learned."""
     from dwl_plugin.cli.quickstart import run
@@ -50,9 +48,7 @@ def quickstart(out: Path, steps: int | None) -> None:
 
 @main.command()
 @click.argument("runs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--html", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Write a page with figures here, too."
-)
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Write a page with figures here, too.")
 @click.option("--compare", is_flag=True, help="Lay several runs over one another; changes are against the first.")
 def report(runs: tuple[Path, ...], html: Path | None, compare: bool) -> None:
     """What every token class learned in a run, after it or while it goes on.
@@ -71,17 +67,11 @@ def report(runs: tuple[Path, ...], html: Path | None, compare: bool) -> None:
 @main.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
-    "--steps",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Optimizer steps of the run, where the YAML has no max_steps.",
+    "--steps", type=click.IntRange(min=1), default=None, help="Optimizer steps of the run, where the YAML has no max_steps."
 )
 @click.option("--epoch-steps", type=click.IntRange(min=1), default=None, help="Optimizer steps of one epoch.")
 @click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=None,
-    help="Draw the curves here: .png, .svg or .pdf.",
+    "--plot", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Draw the curves here: .png, .svg or .pdf."
 )
 @click.option("--trust", is_flag=True, help="Go on although a pack has to be fetched.")
 def schedule(config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None, trust: bool) -> None:
@@ -91,9 +81,7 @@ def schedule(config: Path, steps: int | None, epoch_steps: int | None, plot: Pat
     from dwl_plugin.cli.schedule import IMAGE_SUFFIXES, schedule
 
     if plot is not None and plot.suffix.lower() not in IMAGE_SUFFIXES:
-        raise click.UsageError(
-            f"--plot draws {', '.join(IMAGE_SUFFIXES)}, and not {plot.suffix or 'a file without suffix'!r}."
-        )
+        raise click.UsageError(f"--plot draws {', '.join(IMAGE_SUFFIXES)}, and not {plot.suffix or 'a file without suffix'!r}.")
     schedule(Console(highlight=False), config, steps, epoch_steps, plot, trust=trust)
 
 
@@ -181,9 +169,7 @@ def check(config: Path, samples: int, trust: bool, as_json: bool) -> None:
 @main.command()
 @_config
 @_samples(16)
-@click.option(
-    "--html", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Write one page here instead."
-)
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Write one page here instead.")
 @_trust
 def inspect(config: Path, samples: int, html: Path | None, trust: bool) -> None:
     """The rows that CONFIG trains on, coloured by class: masks, truncation and packing as in the run."""

@@ -55,9 +55,7 @@ def show_pack(console: Console, name: str) -> None:
     """The text of a pack file up to its cases: the patterns as they were written, with their comments."""
     source = read_pack(_reference(name), [Path()], "pack")
     pack = parse_pack(source)
-    console.print(
-        Syntax(source.text.partition("\ntests:")[0].strip(), "yaml", background_color="default", word_wrap=True)
-    )
+    console.print(Syntax(source.text.partition("\ntests:")[0].strip(), "yaml", background_color="default", word_wrap=True))
     console.print(f"\n{len(pack.tests)} cases; `dwl packs test {name}` runs them.", highlight=False, markup=False)
 
 
@@ -111,9 +109,7 @@ def markdown_table() -> str:
         pack = read(name)
         weights = pack.alpha or {}
         members = ", ".join(f"`{member}` {weights[member]:g}" for member in pack.classes)
-        lines.append(
-            f"| `{name}` | {members}; `rest` {weights['rest']:g} | {pack.description.replace('|', chr(92) + '|')} |"
-        )
+        lines.append(f"| `{name}` | {members}; `rest` {weights['rest']:g} | {pack.description.replace('|', chr(92) + '|')} |")
     return "\n".join(lines) + "\n"
 
 

@@ -205,9 +205,7 @@ def to_svg(figure: Figure, label: str) -> str:
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
-    )
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1)
     text = text.replace("<svg ", f'<svg role="img" aria-label="{_attribute(label)}" ', 1)
     for colour, name in ((INK, "ink"), (GRID, "grid"), *((colour, f"c{at}") for at, colour in enumerate(PALETTE))):
         text = text.replace(colour, f"var(--{name})")
@@ -218,9 +216,7 @@ def to_image(figure: Figure, suffix: str) -> bytes:
     """`figure` as a file of that suffix: .png, .svg, .pdf. On white."""
     out = io.BytesIO()
     with _style():
-        figure.savefig(
-            out, format=suffix.removeprefix("."), dpi=160, metadata={"Date": None} if suffix == ".svg" else None
-        )
+        figure.savefig(out, format=suffix.removeprefix("."), dpi=160, metadata={"Date": None} if suffix == ".svg" else None)
     return out.getvalue()
 
 

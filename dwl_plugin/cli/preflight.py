@@ -108,11 +108,7 @@ def measure(
             predicted_T = np.asarray(sample["labels"]) != IGNORE_INDEX
             predicted_T[0] = False
             if predicted_T.any():
-                with (
-                    torch.no_grad(),
-                    quiet(),
-                    seam.armed(PendingLoss(LossSpec(), labels=given["labels"], on_tokens=keep)),
-                ):
+                with torch.no_grad(), quiet(), seam.armed(PendingLoss(LossSpec(), labels=given["labels"], on_tokens=keep)):
                     model(**given)
                 members.append(seen.members(sample)[:, predicted_T])
             step()
@@ -123,9 +119,7 @@ def measure(
     return np.concatenate(nlls), np.concatenate(members, 1)
 
 
-def summarise(
-    names: tuple[str, ...], nll_N: NDArray[np.float64], members_CN: NDArray[np.bool_]
-) -> list[ClassProbabilities]:
+def summarise(names: tuple[str, ...], nll_N: NDArray[np.float64], members_CN: NDArray[np.bool_]) -> list[ClassProbabilities]:
     """One entry per class and, last, one for all targets. The mean is of p, not of its logarithm."""
     groups = [(name, nll_N[members_N]) for name, members_N in zip(names, members_CN, strict=True)]
     return [_probabilities(name, nll) for name, nll in [*groups, ("all", nll_N)]]
@@ -152,9 +146,7 @@ def _probabilities(name: str, nll: NDArray[np.float64]) -> ClassProbabilities:
         return ClassProbabilities(name, 0, math.nan, math.nan, math.nan, (0,) * BINS)
     p = np.exp(-nll)
     histogram = np.histogram(p, bins=BINS, range=(0.0, 1.0))[0]
-    return ClassProbabilities(
-        name, len(p), float(p.mean()), float(np.median(p)), float(nll.mean()), tuple(histogram.tolist())
-    )
+    return ClassProbabilities(name, len(p), float(p.mean()), float(np.median(p)), float(nll.mean()), tuple(histogram.tolist()))
 
 
 def _restarts(sample: dict[str, Any]) -> bool:

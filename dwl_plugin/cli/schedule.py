@@ -32,13 +32,7 @@ _POINTS = 400
 
 
 def schedule(
-    console: Console,
-    config: Path,
-    steps: int | None,
-    epoch_steps: int | None,
-    plot: Path | None,
-    *,
-    trust: bool = False,
+    console: Console, config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None, *, trust: bool = False
 ) -> None:
     """The whole command. Raises `DWLError` where the config is wrong, or a position needs a length that nobody gave."""
     raw, overrides = _read(config, trust), overrides_of(os.environ)
@@ -52,16 +46,12 @@ def schedule(
     except ConfigError as error:
         raise DWLError(f"{error}{_what_is_needed(length, config)}") from error
     if block is None or (alpha_at is None and dft is None):
-        raise DWLError(
-            f"{config} has no α: `loss: {'…' if block is None else block.loss}` gives every class the same weight."
-        )
+        raise DWLError(f"{config} has no α: `loss: {'…' if block is None else block.loss}` gives every class the same weight.")
     end = length.total_steps or _last_position(block)
     if block.controller is not None:
         kind = block.controller.type
         if plot is not None and dft is None:
-            raise DWLError(
-                f"There is no curve to draw before the run: the controller `{kind}` moves α by the losses it will see."
-            )
+            raise DWLError(f"There is no curve to draw before the run: the controller `{kind}` moves α by the losses it will see.")
         console.print(
             f"The controller `{kind}` moves α by the losses it will see, so only where α starts is known before the run. "
             "`dwl report` shows where it went.",
@@ -90,9 +80,7 @@ def _dft_curve(block: Block, length: RunLength) -> tuple[tuple[str, ...], Curve]
     at = token_losses_of(block, length)
     if at is None:
         return None
-    moving = [
-        c for c, loss in enumerate(block.token_losses) if isinstance(loss, DFTConfig) and loss.schedule is not None
-    ]
+    moving = [c for c, loss in enumerate(block.token_losses) if isinstance(loss, DFTConfig) and loss.schedule is not None]
     several = len(block.class_names) > 1
     names = tuple(f"{option} {block.class_names[c]}" if several else option for c in moving for option in SCHEDULED)
     return names, lambda tau: tuple(getattr(at(tau)[c], option) for c in moving for option in SCHEDULED)
@@ -143,9 +131,7 @@ def _last_position(block: Block) -> int:
     return 10 * math.ceil(0.12 * max([1, *steps]))
 
 
-def _print_tables(
-    console: Console, names: Sequence[str], alpha_at: Curve, at: Sequence[int], total: int | None
-) -> None:
+def _print_tables(console: Console, names: Sequence[str], alpha_at: Curve, at: Sequence[int], total: int | None) -> None:
     """A row a step, downwards in time; a column a class with α and a bar. As many tables as it takes for the width."""
     alphas = [alpha_at(tau) for tau in at]
     top = max(max(alpha) for alpha in alphas) or 1.0

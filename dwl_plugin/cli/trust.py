@@ -63,9 +63,7 @@ def _repository(value: Any) -> bool:
 
 
 def _remote_code(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(
-        value.get(key) for key in ("trust_remote_code", "auto_map", "code_revision")
-    )
+    return isinstance(value, Mapping) and any(value.get(key) for key in ("trust_remote_code", "auto_map", "code_revision"))
 
 
 def _url(value: Any) -> bool:
@@ -94,8 +92,7 @@ def _on_hub(kind: str) -> Callable[[Any], bool]:
 
 def _offline() -> bool:
     return any(
-        os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON")
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+        os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     )
 
 
@@ -104,18 +101,7 @@ def _hub_cache() -> Path:
     return Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()
 
 
-_PACKAGED = (
-    "json",
-    "csv",
-    "parquet",
-    "arrow",
-    "text",
-    "xml",
-    "webdataset",
-    "imagefolder",
-    "audiofolder",
-    "videofolder",
-)
+_PACKAGED = ("json", "csv", "parquet", "arrow", "text", "xml", "webdataset", "imagefolder", "audiofolder", "videofolder")
 
 
 def _data_on_hub(value: Any) -> bool:
@@ -132,22 +118,12 @@ RULES: tuple[Rule, ...] = (
     Rule("plugins.*", "runs code", "Axolotl imports this module and runs its hooks", _foreign_plugin),
     Rule("trust_remote_code", "runs code", "Python that lies beside the model's weights is run"),
     *(Rule(f"{key}.*.trust_remote_code", "runs code", "Python that lies beside the data is run") for key in _DATASETS),
-    Rule(
-        "overrides_of_model_config", "runs code", "turns on Python that lies beside the model's weights", _remote_code
-    ),
-    Rule(
-        "overrides_of_model_kwargs", "runs code", "turns on Python that lies beside the model's weights", _remote_code
-    ),
+    Rule("overrides_of_model_config", "runs code", "turns on Python that lies beside the model's weights", _remote_code),
+    Rule("overrides_of_model_kwargs", "runs code", "turns on Python that lies beside the model's weights", _remote_code),
     Rule("cls_model_config", "runs code", "Axolotl imports this class by its path", _module_path),
     Rule("trainer_cls", "runs code", "Axolotl imports this class and trains with it"),
-    *(
-        Rule(f"{key}.*.type", "runs code", "Axolotl imports this module to read the data", _module_path)
-        for key in _DATASETS
-    ),
-    *(
-        Rule(f"{key}.*.input_transform", "runs code", "Axolotl imports this function to read the data")
-        for key in _DATASETS
-    ),
+    *(Rule(f"{key}.*.type", "runs code", "Axolotl imports this module to read the data", _module_path) for key in _DATASETS),
+    *(Rule(f"{key}.*.input_transform", "runs code", "Axolotl imports this function to read the data") for key in _DATASETS),
     *(
         Rule(f"{key}.*.{field}", "runs code", "a dataset script is Python that is run", _script)
         for key in _DATASETS
@@ -165,10 +141,7 @@ RULES: tuple[Rule, ...] = (
     ),
     *(Rule(f"{key}.*.path", "fetches", "the data comes over the network", _data_on_hub) for key in _DATASETS),
     Rule("pretraining_dataset", "fetches", "the data comes over the network", _on_hub("dataset")),
-    *(
-        Rule(f"{key}.*.ds_type", "fetches", "the reader of the data comes from the hub", _data_on_hub)
-        for key in _DATASETS
-    ),
+    *(Rule(f"{key}.*.ds_type", "fetches", "the reader of the data comes from the hub", _data_on_hub) for key in _DATASETS),
     *(Rule(f"{key}.*.data_files", "fetches", "the data comes over the network", _url) for key in _DATASETS),
     Rule("dwl.**", "fetches", "a pack of classes comes from the hub", _pack_on_hub),
 )

@@ -5,14 +5,7 @@ the rest of the package reads; `Block.dump` gives back a mapping that parses to 
 """
 
 from dwl_plugin.config.block import Block, DWLConfig, LossName, Reduction
-from dwl_plugin.config.classes import (
-    BetweenClass,
-    ClassConfig,
-    RegexClass,
-    TokenIdsClass,
-    TokenRegexClass,
-    TokensClass,
-)
+from dwl_plugin.config.classes import BetweenClass, ClassConfig, RegexClass, TokenIdsClass, TokenRegexClass, TokensClass
 from dwl_plugin.config.controllers import (
     ControllerOptions,
     DoReMiController,

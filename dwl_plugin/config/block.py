@@ -11,14 +11,7 @@ from pydantic import Field
 from dwl_plugin.config.classes import ClassConfig, OneOfTheClasses
 from dwl_plugin.config.controllers import Controller, ControllerOptions
 from dwl_plugin.config.schedules import Schedule, ScheduleOptions
-from dwl_plugin.config.token_loss import (
-    TOKEN_LOSSES,
-    DFTConfig,
-    EAFTConfig,
-    FocalConfig,
-    TokenLossConfig,
-    TokenLossName,
-)
+from dwl_plugin.config.token_loss import TOKEN_LOSSES, DFTConfig, EAFTConfig, FocalConfig, TokenLossConfig, TokenLossName
 from dwl_plugin.values import REST, Overlap, Strict, Weight
 
 __all__ = ["Block", "DWLConfig", "LossName", "Reduction"]
@@ -39,16 +32,13 @@ class DWLConfig(Strict):
     focal: FocalConfig | None = Field(None, description="Options of the focal token loss.")
     eaft: EAFTConfig | None = Field(None, description="Options of the eaft token loss.")
     classes: dict[str, OneOfTheClasses] = Field(
-        default_factory=dict,
-        description="name -> selector; the order is the priority, the first class that matches wins.",
+        default_factory=dict, description="name -> selector; the order is the priority, the first class that matches wins."
     )
     overlap: Overlap = Field(
         "first",
         description="first: a token belongs to the first class that matches. sum: to every class that matches, and pays in each.",
     )
-    reduction: Reduction = Field(
-        "token_mean", description="How token losses become one number; see the README's table."
-    )
+    reduction: Reduction = Field("token_mean", description="How token losses become one number; see the README's table.")
     alpha: dict[str, Weight] | None = Field(
         None, description="class -> proportion, `rest` included; normalised to sum to 1. Absent: uniform."
     )

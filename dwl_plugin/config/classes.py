@@ -60,15 +60,10 @@ class ClassConfig(Selector):
     """What every class may say beside its selector."""
 
     token_loss: TokenLossName | None = Field(
-        None,
-        description="What a token of this class pays: nll, dft, focal or eaft. Default: dwl.token_loss.",
+        None, description="What a token of this class pays: nll, dft, focal or eaft. Default: dwl.token_loss."
     )
-    dft: DFTConfig | None = Field(
-        None, description="Options of this class's dft token loss. Default: the top-level `dft`."
-    )
-    focal: FocalConfig | None = Field(
-        None, description="Options of this class's focal token loss. Default: `dwl.focal`."
-    )
+    dft: DFTConfig | None = Field(None, description="Options of this class's dft token loss. Default: the top-level `dft`.")
+    focal: FocalConfig | None = Field(None, description="Options of this class's focal token loss. Default: `dwl.focal`.")
     eaft: EAFTConfig | None = Field(None, description="Options of this class's eaft token loss. Default: `dwl.eaft`.")
     allow_empty: bool = Field(False, description="Do not stop when the class matches nothing in a sample of the data.")
 

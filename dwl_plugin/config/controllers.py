@@ -39,9 +39,7 @@ class ControllerOptions(Strict):
     type: str = Field(description="Which controller.")
     every: int = Field(10, ge=1, description="Optimizer steps in a window; α is updated at the end of each.")
     warmup: Position = Field(0, description="α stays at `alpha` until here: a step, `10%` of the run, or `1ep`.")
-    min_alpha: Weight = Field(
-        0.01, ge=0.0, lt=1.0, description="No class falls below: α is (1 − K·min_alpha)·α + min_alpha."
-    )
+    min_alpha: Weight = Field(0.01, ge=0.0, lt=1.0, description="No class falls below: α is (1 − K·min_alpha)·α + min_alpha.")
     max_change: Weight | None = Field(
         None, gt=0.0, le=1.0, description="The most that the α of any class moves in one update. Absent: no limit."
     )
@@ -57,21 +55,16 @@ class LossControllerOptions(ControllerOptions):
         "raw", description="What is compared: L, L over its first value, or L minus `reference`."
     )
     reference: dict[str, Weight] | Literal["base"] | None = Field(
-        None,
-        description="class -> nll to compare with, or `base`: measured before the first step, without the adapter.",
+        None, description="class -> nll to compare with, or `base`: measured before the first step, without the adapter."
     )
-    reference_rows: int = Field(
-        256, ge=1, description="Rows of the training set that `reference: base` is measured on."
-    )
+    reference_rows: int = Field(256, ge=1, description="Rows of the training set that `reference: base` is measured on.")
 
 
 class SoftmaxLossController(LossControllerOptions):
     """α ∝ α⁰·e^(L/temperature): arXiv 2412.14780."""
 
     type: Literal["softmax_loss"]
-    temperature: Weight = Field(
-        3.0, gt=0.0, description="Nats by which a loss must be larger to count e times as much."
-    )
+    temperature: Weight = Field(3.0, gt=0.0, description="Nats by which a loss must be larger to count e times as much.")
 
 
 class DWAController(LossControllerOptions):
@@ -163,9 +156,7 @@ Controller = Annotated[
 ]
 
 
-def controller_problems(
-    options: ControllerOptions | None, path: str, alpha: object, names: Sequence[str]
-) -> Iterator[Problem]:
+def controller_problems(options: ControllerOptions | None, path: str, alpha: object, names: Sequence[str]) -> Iterator[Problem]:
     """What no single option can see; `alpha` is the one of the YAML, as it was written, and `names` all classes."""
     if options is None:
         return
@@ -184,9 +175,7 @@ def _floor_problems(options: ControllerOptions, path: str, alpha: object, names:
             allowed=f"at most {1 / len(names):.4g}",
         )
         return
-    if not isinstance(alpha, Mapping) or any(
-        isinstance(v, bool) or not isinstance(v, (int, float)) for v in alpha.values()
-    ):
+    if not isinstance(alpha, Mapping) or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in alpha.values()):
         return  # reported elsewhere, or uniform
     total = sum(alpha.values())
     for name, value in alpha.items():
@@ -224,12 +213,7 @@ def _reference_problems(options: LossControllerOptions, path: str, names: Sequen
     if isinstance(reference, Mapping):
         for name in reference:
             if name not in names:
-                yield Problem(
-                    f"{path}.reference.{name}",
-                    "no such class",
-                    allowed=", ".join(names),
-                    hint=did_you_mean(name, names),
-                )
+                yield Problem(f"{path}.reference.{name}", "no such class", allowed=", ".join(names), hint=did_you_mean(name, names))
         missing = [name for name in names if name not in reference]
         if missing:
             yield Problem(f"{path}.reference", f"every class needs a number; missing: {', '.join(missing)}")

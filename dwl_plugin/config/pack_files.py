@@ -127,11 +127,7 @@ def _from_hub(address: str, path: str) -> PackText:
             ]
         )
     if _COMMIT.fullmatch(match["commit"] or "") is None:
-        why = (
-            "a branch or a tag can be moved to other content"
-            if match["commit"]
-            else "without one the content can change"
-        )
+        why = "a branch or a tag can be moved to other content" if match["commit"] else "without one the content can change"
         raise ConfigError(
             [
                 Problem(
@@ -145,16 +141,9 @@ def _from_hub(address: str, path: str) -> PackText:
     try:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     except ImportError:
-        raise ConfigError(
-            [Problem(path, "needs the package huggingface_hub, which is not installed", address)]
-        ) from None
+        raise ConfigError([Problem(path, "needs the package huggingface_hub, which is not installed", address)]) from None
     kind = "dataset" if match["kind"] else "model"
-    where: dict[str, Any] = {
-        "repo_id": match["repo"],
-        "filename": match["file"],
-        "repo_type": kind,
-        "revision": match["commit"],
-    }
+    where: dict[str, Any] = {"repo_id": match["repo"], "filename": match["file"], "repo_type": kind, "revision": match["commit"]}
     try:
         if not isinstance(try_to_load_from_cache(**where), str):
             size = get_hf_file_metadata(hf_hub_url(**where)).size
@@ -165,9 +154,7 @@ def _from_hub(address: str, path: str) -> PackText:
         file = Path(hf_hub_download(**where))
     except ConfigError:
         raise
-    except (
-        Exception
-    ) as error:  # the client's errors have no common base: offline, no such repository, no such file, ...
+    except Exception as error:  # the client's errors have no common base: offline, no such repository, no such file, ...
         first = str(error).strip().partition("\n")[0]
         hint = "without a network, download the file once and name it as `./file.yml`"
         raise ConfigError(
@@ -191,9 +178,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[object] = set()
         for key, _ in node.value:
             if key.value in seen and isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
             if isinstance(key, yaml.ScalarNode):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -209,9 +194,7 @@ def read_yaml(pack: PackText) -> Any:
             at = pack.name if event.start_mark is None else f"{pack.name}:{event.start_mark.line + 1}"
             tag = getattr(event, "tag", None)
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-                problem = Problem(
-                    at, "a pack has no anchors and aliases (`&` and `*`); write it out, or put it in quotes"
-                )
+                problem = Problem(at, "a pack has no anchors and aliases (`&` and `*`); write it out, or put it in quotes")
             elif tag:
                 problem = Problem(at, "a pack has no tags", tag)
             elif depth > MAX_NESTING:

@@ -88,15 +88,11 @@ class Pack(Strict):
         (), description="Where the formats are described: addresses of papers, model cards, documentation."
     )
     classes: dict[str, OneOfTheClasses] = Field(
-        min_length=1,
-        max_length=MAX_CLASSES,
-        description="As `dwl.classes`: name -> selector, the order is the priority.",
+        min_length=1, max_length=MAX_CLASSES, description="As `dwl.classes`: name -> selector, the order is the priority."
     )
     alpha: dict[str, Weight] | None = Field(None, description="The suggested α, `rest` included.")
     reduction: Reduction | None = Field(None, description="The reduction that the suggested α is meant for.")
-    tests: tuple[PackCase, ...] = Field(
-        (), max_length=MAX_CASES, description="Samples and the spans that each class has in them."
-    )
+    tests: tuple[PackCase, ...] = Field((), max_length=MAX_CASES, description="Samples and the spans that each class has in them.")
 
     @field_validator("sources")
     @classmethod
@@ -139,9 +135,7 @@ def parse_pack(source: PackText) -> Pack:
         specs = dict(islice(specs.items(), MAX_CLASSES + 1))  # with one more, the model will say so
         built = {str(name): class_of(spec, f"{top}classes.{name}", problems) for name, spec in specs.items()}
         chosen["classes"] = {
-            name: _inside_a_pack(config, f"{top}classes.{name}", problems)
-            for name, config in built.items()
-            if config is not None
+            name: _inside_a_pack(config, f"{top}classes.{name}", problems) for name, config in built.items() if config is not None
         }
         problems += group_problems(chosen["classes"], f"{top}classes")
         names = [*(str(name) for name in specs), REST]
@@ -278,9 +272,7 @@ def _options(config: ClassConfig) -> dict[str, Any]:
 def _inside_a_pack(config: ClassConfig, path: str, problems: list[Problem]) -> ClassConfig:
     """A pack's class with the shipped packs it uses in place."""
     foreign = [
-        Problem(
-            f"{at}.pack", "a pack can use only the packs of this package", selector.pack, ", ".join(shipped_packs())
-        )
+        Problem(f"{at}.pack", "a pack can use only the packs of this package", selector.pack, ", ".join(shipped_packs()))
         for at, selector in walk(config, path)
         if isinstance(selector, PackSelector) and not PackReference.of(selector.pack).is_shipped  # type: ignore[union-attr]
     ]
@@ -307,8 +299,5 @@ def _unknown_in_cases(cases: object, path: str, names: Sequence[str]) -> Iterato
         for name in spans if isinstance(spans, Mapping) else ():
             if name not in names:
                 yield Problem(
-                    f"{path}[{index}].spans.{name}",
-                    "no such class",
-                    allowed=", ".join(names),
-                    hint=did_you_mean(name, names),
+                    f"{path}[{index}].spans.{name}", "no such class", allowed=", ".join(names), hint=did_you_mean(name, names)
                 )

@@ -82,9 +82,7 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
         chosen = dict(dwl)
         if isinstance(dwl.get("classes"), Mapping):
             built = {
-                name: class_of(
-                    _with_dft_chosen(spec, f"dwl.classes.{name}.dft", problems), f"dwl.classes.{name}", problems
-                )
+                name: class_of(_with_dft_chosen(spec, f"dwl.classes.{name}.dft", problems), f"dwl.classes.{name}", problems)
                 for name, spec in dwl["classes"].items()
             }
             chosen["classes"] = classes = {
@@ -123,14 +121,10 @@ def _unfit(ours: Mapping[str, Any]) -> Iterator[Problem]:
         seen += 1
         top = path.partition(".")[0]
         if depth > MAX_DEPTH:
-            yield Problem(
-                top, f"nested more than {MAX_DEPTH} deep", hint="an alias of YAML (`*`) may stand inside itself"
-            )
+            yield Problem(top, f"nested more than {MAX_DEPTH} deep", hint="an alias of YAML (`*`) may stand inside itself")
             return
         if seen > MAX_VALUES:
-            yield Problem(
-                top, f"holds more than {MAX_VALUES:,} values", hint="aliases of YAML (`*`) may have multiplied them"
-            )
+            yield Problem(top, f"holds more than {MAX_VALUES:,} values", hint="aliases of YAML (`*`) may have multiplied them")
             return
         inside: list[tuple[Any, Any]] = []
         if isinstance(node, Mapping):
@@ -180,9 +174,7 @@ def _cross_checks(
     problems: list[Problem] = []
     dwl = ours.get("dwl")
     if ours["loss"] == "dwl" and dwl is None:
-        problems.append(
-            Problem("dwl", "`loss: dwl` needs a `dwl` block", hint="name at least one class under `dwl.classes`")
-        )
+        problems.append(Problem("dwl", "`loss: dwl` needs a `dwl` block", hint="name at least one class under `dwl.classes`"))
     if not isinstance(dwl, Mapping):
         dwl = {}
     classes = dwl.get("classes") if isinstance(dwl.get("classes"), Mapping) else {}

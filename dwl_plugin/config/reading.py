@@ -27,9 +27,7 @@ def read_block(source: Mapping[str, Any] | str | PathLike[str]) -> Block:
     block = parse(source if isinstance(source, Mapping) else _load(fspath(source)))
     if block is None:
         hint = "add a line such as `loss: dft`, or a `loss: dwl` with its `dwl` block"
-        raise ConfigError(
-            [Problem("loss", "is missing, so there is no loss to train with", allowed=one_of(LossName), hint=hint)]
-        )
+        raise ConfigError([Problem("loss", "is missing, so there is no loss to train with", allowed=one_of(LossName), hint=hint)])
     return block
 
 
@@ -37,9 +35,7 @@ def _load(path: str) -> Mapping[str, Any]:
     try:
         raw = load_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(
-            [Problem(path, f"cannot be read: {error.strerror}", hint="a path to a YAML file, or a dict")]
-        ) from None
+        raise ConfigError([Problem(path, f"cannot be read: {error.strerror}", hint="a path to a YAML file, or a dict")]) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = " ".join(str(error).split())
         raise ConfigError([Problem(path, f"is not YAML: {where}")]) from None

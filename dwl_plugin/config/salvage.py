@@ -33,9 +33,7 @@ def salvage(
     Returns:
         None as the block where nothing of ours is left.
     """
-    ours: dict[str, Any] | None = {
-        key: copy.deepcopy(raw[key]) for key in Block.model_fields if raw.get(key) is not None
-    }
+    ours: dict[str, Any] | None = {key: copy.deepcopy(raw[key]) for key in Block.model_fields if raw.get(key) is not None}
     paths = list(leave_out)
     if paths and ours is not None:
         ours = _without(ours, [Problem(path, "") for path in paths])

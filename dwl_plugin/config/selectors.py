@@ -9,14 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import regex
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from dwl_plugin.config.pack_files import PackReference
@@ -66,9 +59,7 @@ class TokenIdsSelector(Selector):
     """Tokens by id."""
 
     key = "token_ids"
-    token_ids: tuple[TokenId, ...] = Field(
-        min_length=1, description='Ids and ranges with both ends in, e.g. [11, "100-199"].'
-    )
+    token_ids: tuple[TokenId, ...] = Field(min_length=1, description='Ids and ranges with both ends in, e.g. [11, "100-199"].')
 
 
 class TokensSelector(Selector):
@@ -112,9 +103,7 @@ class BetweenSelector(Selector):
 def _turn(value: object) -> object:
     if value in ("first", "last") or (isinstance(value, int) and not isinstance(value, bool) and value != 0):
         return value
-    raise PydanticCustomError(
-        "dwl", "not a turn: write `first`, `last`, or its number, 1 for the first, -1 for the last"
-    )
+    raise PydanticCustomError("dwl", "not a turn: write `first`, `last`, or its number, 1 for the first, -1 for the last")
 
 
 class TurnSelector(Selector):
@@ -177,8 +166,7 @@ def _pack(value: object) -> object:
     if isinstance(value, str) and PackReference.of(value) is not None:
         return value
     raise PydanticCustomError(
-        "dwl",
-        "not a pack: write `name`, `./file.yml` or `hf://user/repo@<commit>/file.yml`, and for a member a dot and its name",
+        "dwl", "not a pack: write `name`, `./file.yml` or `hf://user/repo@<commit>/file.yml`, and for a member a dot and its name"
     )
 
 

@@ -44,10 +44,7 @@ class DFTConfig(Strict):
 
     exponent: Weight = Field(1.0, ge=0.0, description="a in the token weight p^a: 0 is plain NLL, 1 is DFT.")
     min_weight: Weight = Field(
-        0.0,
-        ge=0.0,
-        le=1.0,
-        description="Floor of the token weight, so that tokens of tiny p (EOS, format) still learn.",
+        0.0, ge=0.0, le=1.0, description="Floor of the token weight, so that tokens of tiny p (EOS, format) still learn."
     )
     threshold: Weight = Field(
         1.0,
@@ -76,9 +73,7 @@ def dft_problems(dft: object, path: str) -> Iterator[Problem]:
         for name, value in numbers.items():
             if name not in SCHEDULED:
                 hint = did_you_mean(name, SCHEDULED)
-                yield Problem(
-                    f"{where}.{name}", "not an option of dft that can move", allowed=", ".join(SCHEDULED), hint=hint
-                )
+                yield Problem(f"{where}.{name}", "not an option of dft that can move", allowed=", ".join(SCHEDULED), hint=hint)
             elif isinstance(value, (int, float)) and not 0 <= value <= (1 if name == "min_weight" else value):
                 allowed = "numbers from 0 to 1" if name == "min_weight" else "numbers from 0 up"
                 yield Problem(f"{where}.{name}", "out of range", value, allowed=allowed)
@@ -95,9 +90,7 @@ class EAFTConfig(Strict):
     """Token loss −sg(H/ln k)^exponent·log p, H the entropy over the top_k most likely tokens (arXiv 2601.02151)."""
 
     exponent: Weight = Field(1.0, ge=0.0, description="Power of the normalised entropy: 0 is plain NLL.")
-    top_k: int = Field(
-        20, ge=2, le=1024, description="k: how many of the most likely tokens the entropy is taken over."
-    )
+    top_k: int = Field(20, ge=2, le=1024, description="k: how many of the most likely tokens the entropy is taken over.")
 
 
 TokenLossConfig = DFTConfig | FocalConfig | EAFTConfig

@@ -42,9 +42,7 @@ def _problem(item: Any, model: type[BaseModel], prefix: str) -> Problem:
         return Problem(path, "unknown key", item["input"], ", ".join(known), did_you_mean(item["loc"][-1], known))
     if item["type"] == "literal_error":
         allowed = str(item["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
-        return Problem(
-            path, "not a known value", item["input"], allowed, did_you_mean(item["input"], allowed.split(", "))
-        )
+        return Problem(path, "not a known value", item["input"], allowed, did_you_mean(item["input"], allowed.split(", ")))
     return Problem(path, item["msg"], item["input"], allowed, hint)
 
 

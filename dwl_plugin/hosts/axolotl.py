@@ -59,12 +59,7 @@ class DWLPlugin(BasePlugin):
             say(newer)
         if "loss" in AxolotlInputConfig.model_fields:
             raise ConfigError(
-                [
-                    Problem(
-                        "loss",
-                        "this version of Axolotl has a `loss` key of its own; install a dwl_plugin that knows it",
-                    )
-                ]
+                [Problem("loss", "this version of Axolotl has a `loss` key of its own; install a dwl_plugin that knows it")]
             )
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:

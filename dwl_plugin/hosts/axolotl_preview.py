@@ -95,11 +95,7 @@ def quiet() -> Iterator[None]:
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -223,9 +219,7 @@ def plugin_is_active(raw: Mapping[str, Any]) -> bool:
         from axolotl.integrations import base
 
         names = [str(name) for name in raw.get("plugins") or ()]
-        installed: tuple[str, ...] = getattr(
-            base, "get_builtin_plugins", tuple
-        )()  # Axolotl 0.21 finds installed plugins by itself
+        installed: tuple[str, ...] = getattr(base, "get_builtin_plugins", tuple)()  # Axolotl 0.21 finds installed plugins by itself
     return any("dwl_plugin" in name for name in (*names, *installed))
 
 
@@ -340,11 +334,7 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     if cfg.sample_packing:
         kept, _ = sft.process_datasets_for_packing(cfg, short, None)
     rows_ = Rows(
-        _samples(kept),
-        total=total,
-        looked_at=len(merged),
-        too_long=len(merged) - len(short),
-        masked=len(short) - len(kept),
+        _samples(kept), total=total, looked_at=len(merged), too_long=len(merged) - len(short), masked=len(short) - len(kept)
     )
     return _packed(rows_, cfg)
 
@@ -368,9 +358,7 @@ def _raw_datasets(cfg: Any, tokenizer: Any) -> list[tuple[Any, Any]]:
     sft.get_dataset_wrapper = keep
     try:
         for config in datasets_with_name_generator(cfg.datasets):
-            sft._load_and_process_single_dataset(
-                dataset_config=config, cfg=cfg, tokenizer=tokenizer, split="train", seed=cfg.seed
-            )
+            sft._load_and_process_single_dataset(dataset_config=config, cfg=cfg, tokenizer=tokenizer, split="train", seed=cfg.seed)
     finally:
         sft.get_dataset_wrapper = tokenise
     return sources
@@ -383,8 +371,7 @@ def _order_of_the_run(lengths: list[int], cfg: Any) -> Any:
     from datasets import Dataset
 
     numbers = [
-        Dataset.from_dict({"source": [number] * length, "row": list(range(length))})
-        for number, length in enumerate(lengths)
+        Dataset.from_dict({"source": [number] * length, "row": list(range(length))}) for number, length in enumerate(lengths)
     ]
     return sft._apply_dataset_sharding(merge_datasets(numbers, cfg), cfg)
 
@@ -396,9 +383,7 @@ def _training_rows(rows: int, cfg: Any) -> int:
 
 
 def _samples(dataset: Any) -> list[Sample]:
-    columns = [
-        name for name in ("input_ids", "labels", "position_ids", "attention_mask") if name in dataset.column_names
-    ]
+    columns = [name for name in ("input_ids", "labels", "position_ids", "attention_mask") if name in dataset.column_names]
     if "labels" not in columns:
         raise NotSeenError("datasets: the labels of this kind of data are made only when a batch is")
     return [dict(row) for row in dataset.select_columns(columns).with_format(None)]
@@ -479,14 +464,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _about_the_network(error: BaseException) -> bool:
-    known = (
-        "offline",
-        "connection",
-        "max retries",
-        "couldn't reach",
-        "could not be loaded",
-        "doesn't exist on the hub",
-    )
+    known = ("offline", "connection", "max retries", "couldn't reach", "could not be loaded", "doesn't exist on the hub")
     return any(word in str(error).lower() for word in known)
 
 

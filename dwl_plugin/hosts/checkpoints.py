@@ -28,14 +28,8 @@ def choose_checkpoint(cfg: Any) -> str | None:
         why = unfinished(Path(asked))
         if why is not None:
             whole = [folder for folder in folders if unfinished(folder) is None]
-            hint = (
-                f"the newest whole one is `{whole[-1]}`"
-                if whole
-                else f"no checkpoint in `{cfg['output_dir']}` is whole"
-            )
-            raise ConfigError(
-                [Problem("resume_from_checkpoint", f"this checkpoint is damaged: {why}", asked, hint=hint)]
-            )
+            hint = f"the newest whole one is `{whole[-1]}`" if whole else f"no checkpoint in `{cfg['output_dir']}` is whole"
+            raise ConfigError([Problem("resume_from_checkpoint", f"this checkpoint is damaged: {why}", asked, hint=hint)])
         return None
     if asked is not None or not cfg.get("auto_resume_from_checkpoints") or not folders:
         return None

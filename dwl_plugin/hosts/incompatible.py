@@ -27,9 +27,7 @@ def _plugin(name: str) -> Callable[[Any, Config], bool]:
 
 def _cuts_in_forward(block: Any, _: Config) -> bool:
     """The sequence is cut up in front of the model's forward, after the collator."""
-    return isinstance(block, Mapping) and (
-        block.get("shard_in_collator") is False or block.get("load_balance") == "distflash"
-    )
+    return isinstance(block, Mapping) and (block.get("shard_in_collator") is False or block.get("load_balance") == "distflash")
 
 
 def _classifies(value: Any, _: Config) -> bool:
@@ -74,9 +72,7 @@ _LANGUAGE_MODEL = "write `AutoModelForCausalLM`, or delete this line"
 _CUT_LATE = "the sequence is cut up after the collator, and class ids are not cut with it"
 
 REFUSALS: tuple[Refusal, ...] = (
-    Refusal(
-        "use_dft", "both weight every token by its probability", "delete `use_dft`; `loss: dft` is the same objective"
-    ),
+    Refusal("use_dft", "both weight every token by its probability", "delete `use_dft`; `loss: dft` is the same objective"),
     Refusal(
         "use_eaft",
         "it weights tokens by entropy, a different objective",
@@ -89,9 +85,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("rl", "preference and reinforcement learning compute their own loss"),
     Refusal("reward_model", "a reward model has no next-token loss"),
     Refusal("process_reward_model", "a process reward model has no next-token loss"),
-    Refusal(
-        "model_type", "a classifier predicts no tokens", _LANGUAGE_MODEL, _classifies, "`model_type` of a classifier"
-    ),
+    Refusal("model_type", "a classifier predicts no tokens", _LANGUAGE_MODEL, _classifies, "`model_type` of a classifier"),
     Refusal("type_of_model", "a classifier predicts no tokens", _LANGUAGE_MODEL, _classifies, "`type_of_model` of one"),
     Refusal("diffusion", "a diffusion model has no next-token loss"),
     Refusal("diffusion_lm", "a diffusion model has no next-token loss"),
@@ -103,10 +97,7 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("llmcompressor", "llm_compressor replaces the trainer's loss"),
     Refusal("plugins", "distillation computes its own loss", when=_plugin("integrations.kd."), name="the kd plugin"),
     Refusal(
-        "plugins",
-        "a diffusion model has no next-token loss",
-        when=_plugin("integrations.diffusion"),
-        name="the diffusion plugins",
+        "plugins", "a diffusion model has no next-token loss", when=_plugin("integrations.diffusion"), name="the diffusion plugins"
     ),
     Refusal(
         "plugins",
@@ -157,9 +148,7 @@ def refused(cfg: Config, loss: LossName) -> Iterator[Problem]:
     for refusal in REFUSALS:
         value = cfg.get(refusal.key)
         if value is not None and refusal.when(value, cfg):
-            yield Problem(
-                refusal.key, f"cannot be combined with `loss: {loss}`: {refusal.why}", value, hint=refusal.instead
-            )
+            yield Problem(refusal.key, f"cannot be combined with `loss: {loss}`: {refusal.why}", value, hint=refusal.instead)
 
 
 def refusal_table() -> str:
@@ -177,6 +166,4 @@ def without_base_model(block: Block) -> Iterator[Problem]:
     for path, dft in {"dft": block.dft, **options}.items():
         if dft is not None and dft.anchor > 0:
             why = "is held to the base model, which is the model with its adapter switched off, and this run trains without one"
-            yield Problem(
-                f"{path}.anchor", why, dft.anchor, hint="write `adapter: lora` or `qlora`, or delete `anchor`"
-            )
+            yield Problem(f"{path}.anchor", why, dft.anchor, hint="write `adapter: lora` or `qlora`, or delete `anchor`")

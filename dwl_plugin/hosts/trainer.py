@@ -66,12 +66,7 @@ class Session:
     """One trainer's run with our loss: the settings, and what changes from step to step."""
 
     def __init__(
-        self,
-        trainer: Trainer,
-        block: Block,
-        labeller: Labeller | None,
-        survey: ClassSurvey | None,
-        taken_over: Sequence[str],
+        self, trainer: Trainer, block: Block, labeller: Labeller | None, survey: ClassSurvey | None, taken_over: Sequence[str]
     ) -> None:
         self.block, self.labeller, self.survey = block, labeller, survey
         self.names = block.class_names
@@ -150,9 +145,7 @@ class Session:
     def step(self, inputs: dict[str, Any], counts: torch.Tensor, denominator: Any, training: bool) -> PendingLoss:
         """What the seam needs for one forward."""
         device = counts.device  # where the counts are, so that nothing waits for them
-        weight_C = class_weights(
-            self.block.reduction, torch.tensor(self.alpha, dtype=widest(device), device=device), counts
-        )
+        weight_C = class_weights(self.block.reduction, torch.tensor(self.alpha, dtype=widest(device), device=device), counts)
         class_ids = inputs.pop(CLASS_IDS, None)
         if class_ids is None and self.labeller is not None:
             raise LossNotTakenError(
@@ -233,9 +226,7 @@ class TrainerMixin(Trainer):
         if not training and step.on_tokens is not None:
             step.on_tokens = self._without_repeated_rows(inputs, step.on_tokens)
         with session.seam.armed(step):
-            result = super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
+            result = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
             if session.keeps_logits:
                 outputs = result[1]
                 if isinstance(outputs, dict) and isinstance(outputs.get("logits"), DeferredLogits):

@@ -147,9 +147,7 @@ def _refused(trainer: Trainer) -> Iterator[Problem]:
         yield from _refused_liger(args, is_trl=_is_sft_trainer(host))
     if args.n_gpu > 1:
         hint = "start one process for each GPU: `torchrun` or `accelerate launch`"
-        yield Problem(
-            "args", f"one process with {args.n_gpu} GPUs runs copies of the model, and the loss is in none", hint=hint
-        )
+        yield Problem("args", f"one process with {args.n_gpu} GPUs runs copies of the model, and the loss is in none", hint=hint)
     if trainer.model_init is not None:
         hint = "build the model, and pass it as `model`"
         yield Problem("model_init", "makes another model when training starts, without this loss", hint=hint)
@@ -165,9 +163,7 @@ def _refused(trainer: Trainer) -> Iterator[Problem]:
 def _refused_liger(args: Any, is_trl: bool) -> Iterator[Problem]:
     """Its fused loss is on unless it is switched off; TRL counts on that loss being there."""
     options = args.liger_kernel_config or {}
-    fused = [
-        key for key, on in (("fused_linear_cross_entropy", True), ("cross_entropy", False)) if options.get(key, on)
-    ]
+    fused = [key for key, on in (("fused_linear_cross_entropy", True), ("cross_entropy", False)) if options.get(key, on)]
     if is_trl:
         hint = "leave it out; Liger's other kernels can be put on the model before the trainer is built"
     elif fused:
@@ -367,6 +363,4 @@ def _pick_the_lower_nll(trainer: Trainer) -> None:
     args = trainer.args
     if less_is_better(args.metric_for_best_model) and args.greater_is_better:
         args.greater_is_better = False
-        say(
-            f"`metric_for_best_model: {args.metric_for_best_model}` is best where it is lowest: greater_is_better is now False"
-        )
+        say(f"`metric_for_best_model: {args.metric_for_best_model}` is best where it is lowest: greater_is_better is now False")

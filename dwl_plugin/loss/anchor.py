@@ -39,17 +39,11 @@ class Anchor:
 class BaseWalk:
     """The base model's softmax beside ours, over one block of rows: Σ e^b, Σ e^b·(b − z) and Σ e^b·slope·W, b its logits."""
 
-    def __init__(
-        self, hidden_RH: torch.Tensor, base: Head, ours: Head, operand: torch.dtype, *, hidden: bool, kept: bool
-    ) -> None:
+    def __init__(self, hidden_RH: torch.Tensor, base: Head, ours: Head, operand: torch.dtype, *, hidden: bool, kept: bool) -> None:
         self._hidden_RH = hidden_RH.to(base.multiplied).to(operand)
         self._base, self._ours, self._operand, self._keeps = base, ours, operand, kept
         zeros_R = torch.zeros(len(hidden_RH), dtype=ours.summed, device=hidden_RH.device)
-        self._total_R, self._cross_R, self._reference_R = (
-            zeros_R,
-            zeros_R,
-            torch.full_like(zeros_R, torch.finfo(ours.summed).min),
-        )
+        self._total_R, self._cross_R, self._reference_R = (zeros_R, zeros_R, torch.full_like(zeros_R, torch.finfo(ours.summed).min))
         self._summed_RH = torch.zeros(hidden_RH.shape, dtype=ours.summed, device=hidden_RH.device) if hidden else None
         self._kept: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
 

@@ -20,10 +20,7 @@ from dwl_plugin.loss.top_logits import TopLogits
 
 __all__ = ["module_cross_entropy"]
 
-_CHUNK_BYTES = {
-    "cpu": 64 * 2**20,
-    "cuda": 512 * 2**20,
-}  # of fp32 logits; about three times as much is alive in a backward
+_CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of fp32 logits; about three times as much is alive in a backward
 
 
 def module_cross_entropy(
@@ -79,9 +76,7 @@ def module_cross_entropy(
         # One row of logits, none of it used: a zero with a graph, for heads that cannot take an empty batch.
         loss = head(hidden_TH[:1])[:0].sum(dtype=_summed(hidden))
         nothing = loss.new_zeros(targets.shape)
-        return LinearCrossEntropyOutput(
-            loss, nothing, (nothing,) * len(tokens.terms), None if anchor is None else nothing
-        )
+        return LinearCrossEntropyOutput(loss, nothing, (nothing,) * len(tokens.terms), None if anchor is None else nothing)
 
     def chunk_loss(rows_RH: torch.Tensor, chunk: slice) -> _Part:
         base_RV = None

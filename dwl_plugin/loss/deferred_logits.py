@@ -219,9 +219,7 @@ class DeferredLogits:
     def _become(self, result: Any) -> DeferredLogits:
         """The result of an operation in place, which the model may not look at again."""
         if not isinstance(result, DeferredLogits):  # true logits, under a head that does nothing
-            result = replace(
-                self, hidden=result, head=_identity, operations=(), vocab_size=result.shape[-1], dtype=result.dtype
-            )
+            result = replace(self, hidden=result, head=_identity, operations=(), vocab_size=result.shape[-1], dtype=result.dtype)
         self.__dict__.update(vars(result))
         return self
 
@@ -308,9 +306,7 @@ class DeferredLogits:
         elif plain and items and sum(item is not None for item in items) < self.ndim:
             return self._rows_become(self.hidden[tuple(items)])
         elif len(items) < self.ndim and all(isinstance(item, (slice, int, torch.Tensor)) for item in items):
-            masked = sum(
-                item.ndim if isinstance(item, torch.Tensor) and item.dtype == torch.bool else 1 for item in items
-            )
+            masked = sum(item.ndim if isinstance(item, torch.Tensor) and item.dtype == torch.bool else 1 for item in items)
             if masked < self.ndim:  # rows picked by a mask or by indices
                 return self._rows_become(self.hidden[index])
         return self.materialise("indexing")[index]
@@ -384,18 +380,7 @@ _RECORDED = {
 
 # Attributes of a tensor that tell nothing of its values.
 _WITHOUT_VALUES = frozenset(
-    [
-        "element_size",
-        "get_device",
-        "is_cuda",
-        "itemsize",
-        "layout",
-        "new_empty",
-        "new_full",
-        "new_ones",
-        "new_tensor",
-        "new_zeros",
-    ]
+    ["element_size", "get_device", "is_cuda", "itemsize", "layout", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"]
 )
 
 

@@ -183,9 +183,7 @@ def _block(
         pull_R = pull_R + anchor_R * miss_R
         target_R = target_R - anchor_R * nll_R.neg().exp()
     taken.loss[block], taken.nll_N[block], taken.factors_KN[:, block] = loss_R, nll_R, paid.factors_KR
-    others_R = (
-        pull_R * head.scale / state.others_R.clamp(min=torch.finfo(head.summed).tiny)
-    )  # no others: a vocabulary of one
+    others_R = pull_R * head.scale / state.others_R.clamp(min=torch.finfo(head.summed).tiny)  # no others: a vocabulary of one
     target_R = target_R * head.scale
     if head.softcap is not None:
         target_R = target_R * (1 - state.target_R.square())
@@ -242,9 +240,7 @@ class _Plan:
         return (slice(start, min(start + self.width, V)) for start in range(0, V, self.width))
 
 
-def _plan(
-    N: int, V: int, H: int, device: str, kept: bool, operand: torch.dtype, *, softmaxes: int, rounded: bool
-) -> _Plan:
+def _plan(N: int, V: int, H: int, device: str, kept: bool, operand: torch.dtype, *, softmaxes: int, rounded: bool) -> _Plan:
     """Even blocks of rows and even tiles of the vocabulary whose buffers fit their budgets, whatever N and V. `rounded`: a few
     tokens more and tiles of one size, so that few different shapes come up."""
     kind = "cpu" if device == "cpu" else "cuda"
@@ -353,15 +349,7 @@ class _Workspace:
             if watch is not None:
                 watch(logits_of(logits_RW, bias_W, scale, softcap), weight_WH, tile)
             exp_RW, shrink_R, *now = _fused_step()(
-                logits_RW,
-                local_R,
-                bias_W,
-                scale,
-                softcap,
-                self.operands.first,
-                state.others_R,
-                state.reference_R,
-                state.target_R,
+                logits_RW, local_R, bias_W, scale, softcap, self.operands.first, state.others_R, state.reference_R, state.target_R
             )
             state.others_R, state.reference_R, state.target_R = now
             return exp_RW, shrink_R
@@ -381,11 +369,7 @@ class _Workspace:
 
 
 def _step_in_place(
-    state: _Softmax,
-    logits_RW: torch.Tensor,
-    local_R: torch.Tensor,
-    unit: float,
-    slope_RW: torch.Tensor | None,
+    state: _Softmax, logits_RW: torch.Tensor, local_R: torch.Tensor, unit: float, slope_RW: torch.Tensor | None
 ) -> torch.Tensor | None:
     """On a CPU: one buffer from logits to exponentials. Returns what earlier ones must be multiplied by."""
     rows_E = ((local_R >= 0) & (local_R < logits_RW.shape[1])).nonzero()[:, 0]

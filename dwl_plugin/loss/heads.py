@@ -36,9 +36,7 @@ class Head:
         return self.softcap or 1.0
 
 
-def logits_of(
-    product_RW: torch.Tensor, bias_W: torch.Tensor | None, scale: float, softcap: float | None
-) -> torch.Tensor:
+def logits_of(product_RW: torch.Tensor, bias_W: torch.Tensor | None, scale: float, softcap: float | None) -> torch.Tensor:
     """From hidden Wᵀ, in units of a softcap; `scale` is divided by it already."""
     logits_RW = (product_RW if bias_W is None else product_RW + bias_W) * scale
     return logits_RW if softcap is None else torch.tanh(logits_RW)

@@ -67,8 +67,8 @@ def linear_cross_entropy(
 
     Returns:
         LinearCrossEntropyOutput(loss, nll, factors, kl). `loss`: a scalar, in nats; with no target it is 0 and still has its
-        graph. `nll`: (…), detached, 0 at ignored positions; `factors`: likewise, one per term; `kl`: likewise, of an anchor. All are fp32 (fp64 if
-        the matmul is) whatever the inputs; gradients have the inputs' dtypes.
+        graph. `nll`: (…), detached, 0 at ignored positions; `factors`: likewise, one per term; `kl`: likewise, of an anchor. All
+        are fp32 (fp64 if the matmul is) whatever the inputs; gradients have the inputs' dtypes.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range. On CUDA, values inside tensors are asserted
@@ -144,17 +144,13 @@ def linear_cross_entropy(
 
 
 def _base_head(anchor: Anchor, ours: Head) -> Head:
-    require(
-        not callable(anchor.head),
-        "anchor.head must be None or (weight, bias) here; `module_cross_entropy` takes a callable",
-    )
+    require(not callable(anchor.head), "anchor.head must be None or (weight, bias) here; `module_cross_entropy` takes a callable")
     if anchor.head is None:
         return ours
     assert isinstance(anchor.head, tuple)
     weight, bias = anchor.head
     require(
-        weight.shape == (ours.weight_VH.shape[0], anchor.hidden.shape[-1])
-        and (bias is None or bias.shape == weight.shape[:1]),
+        weight.shape == (ours.weight_VH.shape[0], anchor.hidden.shape[-1]) and (bias is None or bias.shape == weight.shape[:1]),
         f"anchor.head must be a (V, H) weight with V = {ours.weight_VH.shape[0]} and a (V,) bias or None, got {brief(weight)}",
     )
     bias = None if bias is None else bias.detach()
@@ -195,9 +191,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         taken = call.take(hidden)
         ctx.call, ctx.gradients = call, taken.gradients
         ctx.save_for_backward(hidden, weight, bias)
-        detached = (
-            (taken.nll_N, taken.factors_KN) if taken.kl_N is None else (taken.nll_N, taken.factors_KN, taken.kl_N)
-        )
+        detached = (taken.nll_N, taken.factors_KN) if taken.kl_N is None else (taken.nll_N, taken.factors_KN, taken.kl_N)
         ctx.mark_non_differentiable(*detached)
         return taken.loss, taken.nll_N, taken.factors_KN, taken.kl_N
 

@@ -108,10 +108,7 @@ class Seam:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        say: Callable[[str], None],
-        as_base: Callable[[], AbstractContextManager[Any]] | None = None,
+        self, model: nn.Module, say: Callable[[str], None], as_base: Callable[[], AbstractContextManager[Any]] | None = None
     ) -> None:
         self.model = _base_model(model)
         # Older PEFT calls the model inside it past its hooks, so both carry them.
@@ -235,9 +232,7 @@ class Seam:
     # awake
 
     def _materialised(self, asked_by: str) -> None:
-        self._say_once(
-            f"{type(self.model).__name__} uses `{asked_by}` on its logits, so they are computed in full (more memory)."
-        )
+        self._say_once(f"{type(self.model).__name__} uses `{asked_by}` on its logits, so they are computed in full (more memory).")
 
     def _causal_loss(
         self,
@@ -281,14 +276,7 @@ class Seam:
         if step is None or not plain or not known or targets.is_floating_point():
             true = logits.materialise("cross_entropy") if isinstance(logits, DeferredLogits) else logits
             return F.cross_entropy(
-                true.as_subclass(torch.Tensor),
-                targets,
-                weight,
-                size_average,
-                ignore_index,
-                reduce,
-                reduction,
-                label_smoothing,
+                true.as_subclass(torch.Tensor), targets, weight, size_average, ignore_index, reduce, reduction, label_smoothing
             )
         if isinstance(logits, torch.Tensor) and logits.ndim > 2:  # (B, V, …)
             logits = logits.movedim(1, -1)
@@ -303,11 +291,7 @@ class Seam:
         if step.class_ids is None or step.labels is None:
             raise self._unmatched()
         labels_BT, class_BT = step.labels.to(targets.device), step.class_ids.to(targets.device)
-        layouts = (
-            (labels_BT[..., 1:], class_BT[..., 1:]),
-            (shift_left(labels_BT), shift_left(class_BT)),
-            (labels_BT, class_BT),
-        )
+        layouts = ((labels_BT[..., 1:], class_BT[..., 1:]), (shift_left(labels_BT), shift_left(class_BT)), (labels_BT, class_BT))
         wanted = targets.reshape(copies, -1)
 
         def fits(labels: torch.Tensor) -> torch.Tensor:
@@ -363,22 +347,15 @@ class Seam:
         weight_C = weight_C.to(device=device, dtype=torch.float32, non_blocking=True)
         term_C = self._constant(tuple(spec.terms.index(objective) for objective in spec.objective), device)
         paying = members if spec.classes_pay else Membership.all_rest(is_target_N, classes, spec.overlap)
-        terms = [
-            Term(objective, paying.weigh(torch.where(term_C == k, weight_C, 0.0)))
-            for k, objective in enumerate(spec.terms)
-        ]
+        terms = [Term(objective, paying.weigh(torch.where(term_C == k, weight_C, 0.0))) for k, objective in enumerate(spec.terms)]
         options: dict[str, Any] = {"terms": terms, "ignore_index": ignore_index}
         anchor_C = None
         if spec.is_anchored:
             anchor_C = self._constant(spec.anchor, device)
-            options["anchor"] = Anchor(
-                paying.weigh(weight_C * anchor_C), _rows_like(step.base, logits, self._unmatched).to(device)
-            )
+            options["anchor"] = Anchor(paying.weigh(weight_C * anchor_C), _rows_like(step.base, logits, self._unmatched).to(device))
         out = self._token_loss(logits, targets_N, options, step.base)
         if step.on_tokens is not None:
-            step.on_tokens(
-                ForwardMetrics(members, paying, out.nll, torch.stack(out.factors), term_C, weight_C, out.kl, anchor_C)
-            )
+            step.on_tokens(ForwardMetrics(members, paying, out.nll, torch.stack(out.factors), term_C, weight_C, out.kl, anchor_C))
         denominator = step.denominator
         if denominator is None:
             return out.loss / is_target_N.sum().clamp(min=1)
@@ -545,9 +522,7 @@ class _Folded:
 def _fold(logits: DeferredLogits) -> _Folded | None:
     """The recorded operations as softcap·tanh(logit_scale·z / softcap) over a slice of the vocabulary; None if they are not."""
     before, after, capped, vocab = 1.0, 1.0, False, slice(None)
-    operations = (
-        logits.operations[:-1] if logits.is_log_probability else logits.operations
-    )  # a cross-entropy takes either
+    operations = logits.operations[:-1] if logits.is_log_probability else logits.operations  # a cross-entropy takes either
     for operation in operations:
         if operation.kind == "cast":
             continue
@@ -574,9 +549,7 @@ def _base_model(model: Any) -> nn.Module:
 def _output_head(model: Any) -> nn.Module:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Module):
-        raise LossNotTakenError(
-            f"[dwl] {type(model).__name__} has no output head to take the loss from; it is no language model."
-        )
+        raise LossNotTakenError(f"[dwl] {type(model).__name__} has no output head to take the loss from; it is no language model.")
     return head
 
 
@@ -599,9 +572,7 @@ def _has_head(module: Any, head: nn.Module) -> bool:
 
 
 def _rows_like(
-    base: DeferredLogits | torch.Tensor | None,
-    logits: DeferredLogits | torch.Tensor,
-    unmatched: Callable[[], Exception],
+    base: DeferredLogits | torch.Tensor | None, logits: DeferredLogits | torch.Tensor, unmatched: Callable[[], Exception]
 ) -> torch.Tensor:
     """The base model's hidden states, or logits, at the rows of `logits`: all positions, or all but the last of each row."""
     rows = logits.numel() // logits.shape[-1]

@@ -24,9 +24,7 @@ class LinearCrossEntropyOutput(NamedTuple):
     kl: torch.Tensor | None = None
 
 
-def exact_nll(
-    others_N: torch.Tensor, reference_N: torch.Tensor, target_logit_N: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def exact_nll(others_N: torch.Tensor, reference_N: torch.Tensor, target_logit_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """nll = −log softmax(z)[y] and 1 − p = 1 − exp(−nll), from others = Σ_{j≠y} exp(z_j − reference) and z_y.
 
     With x = log Σ_{j≠y} exp(z_j) − z_y they are softplus(x) and sigmoid(x); for x < 0 taken from odds = exp(x) itself,
@@ -49,6 +47,4 @@ def spread(values_N: torch.Tensor, rows_N: torch.Tensor | None, shape: torch.Siz
 def refuse_second_derivative() -> None:
     """Gradients taken in the forward are constants: a gradient penalty on them would be wrong without a word."""
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            "the fused loss cannot be differentiated twice: call backward or grad without create_graph=True"
-        )
+        raise RuntimeError("the fused loss cannot be differentiated twice: call backward or grad without create_graph=True")

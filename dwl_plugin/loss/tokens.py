@@ -62,8 +62,7 @@ class Tokens:
             return torch.where(counts_N, weight_N[which], 0.0)
 
         terms = tuple(
-            Term(term.objective.at(which), counts_N.float() if term.weight is None else weight(term.weight))
-            for term in self.terms
+            Term(term.objective.at(which), counts_N.float() if term.weight is None else weight(term.weight)) for term in self.terms
         )
         anchor = self.anchor and replace(self.anchor, weight=weight(self.anchor.weight))
         rows_N = which if self.rows_N is None else self.rows_N[which]
@@ -125,10 +124,7 @@ def select_tokens(
         terms = [Term(Power(exponent, min_weight), token_weight)]
     else:
         plain = token_weight is None and not any(isinstance(v, torch.Tensor) or v for v in (exponent, min_weight))
-        require(
-            plain and len(terms) > 0,
-            "terms take the place of token_weight, exponent and min_weight: give one or the other",
-        )
+        require(plain and len(terms) > 0, "terms take the place of token_weight, exponent and min_weight: give one or the other")
     for term in terms:
         require(
             term.weight is None or isinstance(term.weight, torch.Tensor),

@@ -49,9 +49,7 @@ def require_places(block: Block, total_steps: int | None, steps_per_epoch: float
         raise
 
 
-def look_at(
-    labeller: Labeller, samples: Iterable[Mapping[str, Any]], classes: Mapping[str, ClassConfig]
-) -> ClassSurvey | None:
+def look_at(labeller: Labeller, samples: Iterable[Mapping[str, Any]], classes: Mapping[str, ClassConfig]) -> ClassSurvey | None:
     """What the classes find in `samples`; None where there are none.
 
     Raises:

@@ -21,12 +21,7 @@ __all__ = ["ClassWeight", "class_weight_table", "hints", "opening_lines", "other
 
 
 def opening_lines(
-    block: Block,
-    counts: Sequence[int] | None,
-    alpha_at: Alpha,
-    length: RunLength,
-    replaced: str,
-    best_metric: str | None,
+    block: Block, counts: Sequence[int] | None, alpha_at: Alpha, length: RunLength, replaced: str, best_metric: str | None
 ) -> Iterator[str]:
     """Lines without their prefix. `counts`: what a survey found, as `ClassSurvey.counts`; `replaced`: the loss the model came
     with; `best_metric`: what the host picks checkpoints by, if it does."""
@@ -82,9 +77,7 @@ def _table(block: Block, counts: Sequence[int] | None, alpha_at: Alpha) -> Itera
         yield f"{row.name:<{width}}  {tokens:5.1f} %  {measured}  {row.one_token:17.2f}×  {share:17.1f} %"
 
 
-def _schedule_hints(
-    block: Block, counts: Sequence[int] | None, alphas: Sequence[Sequence[float]], steps: int
-) -> Iterator[str]:
+def _schedule_hints(block: Block, counts: Sequence[int] | None, alphas: Sequence[Sequence[float]], steps: int) -> Iterator[str]:
     if block.schedule is not None and block.schedule.type != "constant" and len(set(alphas)) == 1:
         yield f"hint: the schedule does not move α within the {steps} steps of this run"
     if counts is not None and any(counts) and block.reduction == "token_mean":
@@ -98,9 +91,7 @@ def _schedule_hints(
 
 
 def _controller(options: ControllerOptions) -> Iterator[str]:
-    looks_at = (
-        f"by the {options.signal} nll of the classes" if isinstance(options, LossControllerOptions) else "by itself"
-    )
+    looks_at = f"by the {options.signal} nll of the classes" if isinstance(options, LossControllerOptions) else "by itself"
     every = "step" if options.every == 1 else f"{options.every} steps"
     warmup = f", from {options.warmup} on" if options.warmup else ""
     yield f"{options.type} moves α every {every} {looks_at}{warmup}; no class falls below {options.min_alpha:g}"
@@ -150,9 +141,7 @@ def _known(number: float | None) -> str:
     return "an unknown number of" if number is None else f"{number:g}"
 
 
-def hints(
-    block: Block, counts: Sequence[int] | None, alpha_at: Alpha, length: RunLength, best_metric: str | None
-) -> Iterator[str]:
+def hints(block: Block, counts: Sequence[int] | None, alpha_at: Alpha, length: RunLength, best_metric: str | None) -> Iterator[str]:
     """What is likely not meant, in the arguments of `opening_lines`."""
     moves = block.schedule is not None or block.controller is not None
     if length.total_steps:

@@ -46,12 +46,7 @@ GIVEN = "{a: 1, b: 1, rest: 1}"
         ("type: doremi, reference: {a: 1, b: 1}", "", "controller.reference", "missing: rest"),
         ("type: doremi, reference: {a: 1, b: 1, rest: 1, bb: 2}", "", "controller.reference.bb", "did you mean `b`"),
         ("type: dwa", "alpha: {a: 0, b: 1, rest: 1},", "alpha.a", "0 stays 0"),
-        (
-            "type: dwa, min_alpha: 0.2",
-            "alpha: {a: 1, b: 4, rest: 5},",
-            "alpha.a",
-            "0.1, is below `dwl.controller.min_alpha`",
-        ),
+        ("type: dwa, min_alpha: 0.2", "alpha: {a: 1, b: 4, rest: 5},", "alpha.a", "0.1, is below `dwl.controller.min_alpha`"),
         ("type: dwa", "schedule: {type: constant},", "controller", "`dwl.schedule` moves α already"),
     ],
 )
@@ -97,11 +92,7 @@ def test_a_warm_up_that_the_run_cannot_place_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("controller", "classes"),
-    [
-        ("type: rlw", "{a: {regex: a}}"),
-        ("type: dwa", "{b: {regex: a}}"),
-        ("type: dwa", "{a: {regex: a}, b: {regex: b}}"),
-    ],
+    [("type: rlw", "{a: {regex: a}}"), ("type: dwa", "{b: {regex: a}}"), ("type: dwa", "{a: {regex: a}, b: {regex: b}}")],
 )
 def test_the_state_of_another_controller_or_other_classes_is_refused(controller: str, classes: str) -> None:
     with pytest.raises(ConfigError, match="written by `dwa` over a, rest"):

@@ -139,18 +139,11 @@ def test_every_type_has_a_paper_here() -> None:
 CASES = [
     {**options, **PLAIN, **more}
     for options, _ in PAPERS.values()
-    for more in (
-        {},
-        {"min_alpha": 0.05, "max_change": 0.02},
-        {"min_alpha": 0.25},
-        {"every": 3, "warmup": "10%"},
-    )
+    for more in ({}, {"min_alpha": 0.05, "max_change": 0.02}, {"min_alpha": 0.25}, {"every": 3, "warmup": "10%"})
 ]
 
 
-@pytest.mark.parametrize(
-    "options", CASES, ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items() if k != "reference")
-)
+@pytest.mark.parametrize("options", CASES, ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items() if k != "reference"))
 def test_alpha_is_on_the_simplex_above_its_floor_and_changes_as_little_as_it_may(options: dict[str, Any]) -> None:
     means, tokens = random_windows(seed=1)
     tokens[::7, 1] = 0

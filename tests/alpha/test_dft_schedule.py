@@ -83,10 +83,7 @@ def test_without_a_schedule_nothing_is_computed() -> None:
     ("place", "text"),
     [
         ("dft", "{{loss: dft, dft: {{schedule: {0}}}}}"),
-        (
-            "dwl.classes.a.dft",
-            "{{loss: dwl, dwl: {{classes: {{a: {{regex: a, token_loss: dft, dft: {{schedule: {0}}}}}}}}}}}",
-        ),
+        ("dwl.classes.a.dft", "{{loss: dwl, dwl: {{classes: {{a: {{regex: a, token_loss: dft, dft: {{schedule: {0}}}}}}}}}}}"),
     ],
 )
 def test_the_error_names_the_option(place: str, text: str, schedule: str, path: str, words: str) -> None:

@@ -103,10 +103,7 @@ CURVES: dict[str, tuple[dict[str, Any], Callable[[int], np.ndarray]]] = {
     "keyframes": ({"type": "keyframes", "at": AT}, frames(*KNOTS, s=lambda x: x)),
     "keyframes, hold": ({"type": "keyframes", "at": AT, "interpolation": "hold"}, frames(*KNOTS, s=lambda x: 0.0)),
     "keyframes, cosine": ({"type": "keyframes", "at": AT, "interpolation": "cosine"}, frames(*KNOTS, s=cosine)),
-    "warmup": (
-        {"type": "warmup", "start": 10, "hold": "0.5ep", "decay": "60%"},
-        frames(*HUMP, s=lambda x: x),
-    ),
+    "warmup": ({"type": "warmup", "start": 10, "hold": "0.5ep", "decay": "60%"}, frames(*HUMP, s=lambda x: x)),
     "warmup, elsewhere": (
         {"type": "warmup", "interpolation": "cosine", "final": proportions(THIRD, 2)},
         frames((0, START), (20, TO), (180, TO), (200, THIRD), s=cosine),
@@ -170,21 +167,14 @@ def test_a_position_keeps_every_digit_that_was_written() -> None:
         ({"type": "linear", "start": "10%"}, RunLength(None, 60.0), "start", "no known length"),
         ({"type": "linear", "start": 0, "end": "2ep"}, RunLength(200, None), "end", "epochs"),
         ({"type": "linear", "start": "2ep", "end": 100}, LENGTH, "end", "`start` is step 120"),
-        (
-            {"type": "keyframes", "at": {"50%": proportions(TO, 1), 90: proportions(START, 1)}},
-            LENGTH,
-            "at.90",
-            "step 100",
-        ),
+        ({"type": "keyframes", "at": {"50%": proportions(TO, 1), 90: proportions(START, 1)}}, LENGTH, "at.90", "step 100"),
         ({"type": "keyframes", "at": {"2ep": proportions(TO, 1)}}, RunLength(200, None), "at.2ep", "epochs"),
         ({"type": "step", "at": "50%"}, RunLength(None, 60.0), "at", "no known length"),
         ({"type": "warmup", "hold": 190}, LENGTH, "decay", "`hold` is step 190"),
         ({"type": "cyclic", "period": "10%"}, RunLength(None, None), "period", "no known length"),
     ],
 )
-def test_positions_this_run_cannot_place_are_errors(
-    schedule: dict[str, Any], length: RunLength, path: str, words: str
-) -> None:
+def test_positions_this_run_cannot_place_are_errors(schedule: dict[str, Any], length: RunLength, path: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         alpha_of(block(**schedule), length)
     assert [problem.path for problem in caught.value.problems] == [f"dwl.schedule.{path}"]

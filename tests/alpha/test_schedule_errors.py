@@ -81,9 +81,7 @@ def test_what_is_right_survives_its_own_dump(schedule: str) -> None:
 
 def test_a_keyframe_written_as_a_number_is_a_string_from_here_on() -> None:
     """The host writes its config down with sorted keys, and those must all be strings."""
-    block = parse(
-        {"loss": "dwl", "dwl": {"schedule": {"type": "keyframes", "at": {200: {"rest": 1}, "50%": {"rest": 1}}}}}
-    )
+    block = parse({"loss": "dwl", "dwl": {"schedule": {"type": "keyframes", "at": {200: {"rest": 1}, "50%": {"rest": 1}}}}})
     assert block is not None
     assert isinstance(block.schedule, KeyframesSchedule)
     assert list(block.schedule.at) == ["200", "50%"]

@@ -39,9 +39,7 @@ def _byte_level_backend() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    )
+    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
     return backend
 
 
@@ -61,9 +59,7 @@ def sentencepiece() -> Any:
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     ascii_only = ["".join(char for char in text if char.isascii()) for text in CORPUS]
     specials = ["<unk>", *BYTES]
-    backend.train_from_iterator(
-        ascii_only, trainers.BpeTrainer(vocab_size=500, special_tokens=specials, show_progress=False)
-    )
+    backend.train_from_iterator(ascii_only, trainers.BpeTrainer(vocab_size=500, special_tokens=specials, show_progress=False))
     trained = Tokenizer(backend.model)  # without the byte tokens as special ones
     trained.model.byte_fallback = True
     trained.normalizer = backend.normalizer
@@ -92,9 +88,7 @@ def wordpiece() -> Any:
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    backend.train_from_iterator(
-        CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]"], show_progress=False)
-    )
+    backend.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]"], show_progress=False))
     return _host(backend, unk_token="[UNK]")
 
 

@@ -52,9 +52,7 @@ PATTERNS = [
     (r"(\d)|(\w)", 1),
     (r"\X\B", 0),
 ]
-KEYWORDS = st.sampled_from(
-    ["a", "A", "th", "the", "1", "12", "a, b", "t h", "é", "ß", "世界", "n.", "ก็", "a\u0301", "i1"]
-)
+KEYWORDS = st.sampled_from(["a", "A", "th", "the", "1", "12", "a, b", "t h", "é", "ß", "世界", "n.", "ก็", "a\u0301", "i1"])
 SELECTORS = st.recursive(
     st.one_of(
         st.sampled_from(PATTERNS).map(lambda it: {"regex": it[0], "group": it[1]}),
@@ -244,9 +242,7 @@ def between_spans(
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(segments=SEGMENTS, classes=st.lists(CLASSES, min_size=1, max_size=3))
-def test_no_token_is_in_the_wrong_class(
-    kind: str, segments: list[tuple[str, bool, bool]], classes: list[ClassConfig]
-) -> None:
+def test_no_token_is_in_the_wrong_class(kind: str, segments: list[tuple[str, bool, bool]], classes: list[ClassConfig]) -> None:
     tokenizer = KINDS[kind]()
     named = {f"c{n}": config for n, config in enumerate(classes)}
     labeller = labeller_of(named, tokenizer)

@@ -100,12 +100,7 @@ def test_a_repetition_ends_where_the_next_character_is_none_of_it() -> None:
         return known.steps(1_000)
 
     assert steps(r"[ab]* [ab]* [ab]* x") < 5 * steps(r"[ab]* x")
-    for pattern in (
-        r"[ab ]* [ab ]* [ab ]* x",
-        r"(?i)[ab]*A[ab]*B[ab]* x",
-        r"(?i:[ab]*A[ab]*B)[ab]* x",
-        r"[ab]*[a][ab]*[b] x",
-    ):
+    for pattern in (r"[ab ]* [ab ]* [ab ]* x", r"(?i)[ab]*A[ab]*B[ab]* x", r"(?i:[ab]*A[ab]*B)[ab]* x", r"[ab]*[a][ab]*[b] x"):
         assert steps(pattern) > 100 * steps(r"[ab]* x"), pattern
 
 
@@ -114,18 +109,16 @@ PATTERNS = st.recursive(
     lambda inner: st.one_of(
         st.lists(inner, min_size=1, max_size=4).map("".join),
         st.lists(inner, min_size=2, max_size=3).map(lambda them: f"(?:{'|'.join(them)})"),
-        st.tuples(inner, st.sampled_from(["*", "+", "?", "*?", "+?", "{2}", "{1,3}", "*+"])).map(
-            lambda it: f"(?:{it[0]}){it[1]}"
-        ),
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "*?", "+?", "{2}", "{1,3}", "*+"])).map(lambda it: f"(?:{it[0]}){it[1]}"),
         inner.map(lambda it: f"(?={it})"),
         inner.map(lambda it: f"(?>{it})"),
     ),
     max_leaves=6,
 )
 TEXTS = st.one_of(
-    st.tuples(
-        st.sampled_from(["a", "b", "ab", " a", "aab "]), st.integers(1, 400), st.sampled_from(["", "!", "x", "\n"])
-    ).map(lambda it: it[0] * it[1] + it[2]),
+    st.tuples(st.sampled_from(["a", "b", "ab", " a", "aab "]), st.integers(1, 400), st.sampled_from(["", "!", "x", "\n"])).map(
+        lambda it: it[0] * it[1] + it[2]
+    ),
     st.text("ab x!\n", max_size=40),
 )
 

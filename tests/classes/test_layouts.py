@@ -27,10 +27,7 @@ def samples() -> list[dict[str, list[int]]]:
 
 @pytest.fixture(scope="module")
 def labeller() -> Labeller:
-    classes: dict[str, ClassConfig] = {
-        "number": RegexClass(regex=r"\d[\d,]*(?:\.\d+)?"),
-        "word": RegexClass(regex=r"\pL+"),
-    }
+    classes: dict[str, ClassConfig] = {"number": RegexClass(regex=r"\d[\d,]*(?:\.\d+)?"), "word": RegexClass(regex=r"\pL+")}
     return build_labeller(classes, byte_level())
 
 
@@ -74,9 +71,7 @@ def test_packed(labeller: Labeller, samples: list[dict[str, list[int]]], alone: 
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_streamed(
-    labeller: Labeller, samples: list[dict[str, list[int]]], alone: list[list[int]], packed: bool
-) -> None:
+def test_streamed(labeller: Labeller, samples: list[dict[str, list[int]]], alone: list[list[int]], packed: bool) -> None:
     """A stream is packed before the loader sees it, or gets its labels only in the collator."""
     made = pack([samples]) if packed else pad(samples)
     batch = LabellingCollator(lambda _: dict(made), labeller, packed)([{"input_ids": []}])
@@ -92,13 +87,9 @@ def test_truncated(labeller: Labeller, samples: list[dict[str, list[int]]], alon
             assert batch[CLASS_IDS].tolist() == [whole[:stop] + [-100] * (WIDTH - stop)]
 
 
-def test_all_samples_of_a_batch_are_labelled_in_one_pass(
-    labeller: Labeller, alone: list[list[int]], samples: Any
-) -> None:
+def test_all_samples_of_a_batch_are_labelled_in_one_pass(labeller: Labeller, alone: list[list[int]], samples: Any) -> None:
     empty: dict[str, list[int]] = {"input_ids": [], "labels": []}
-    rows = [
-        (sample["input_ids"], sample["labels"], None) for sample in (empty, *samples, empty, empty, samples[0], empty)
-    ]
+    rows = [(sample["input_ids"], sample["labels"], None) for sample in (empty, *samples, empty, empty, samples[0], empty)]
     assert [row.tolist() for row in labeller.label_samples(rows)] == [[], *alone, [], [], alone[0], []]
     assert labeller.label_samples([]) == []
     assert [row.tolist() for row in labeller.label_samples([([], [], None)])] == [[]]

@@ -12,12 +12,7 @@ from dwl_plugin.config import FIRST_TARGET, parse
 from dwl_plugin.errors import DWLError
 from tests.classes.little_tokenizers import END, byte_level, encode
 
-CLASSES = {
-    "number": {"regex": r"\d+"},
-    "seven": {"token_regex": "7"},
-    "end": {"tokens": [END]},
-    "tail": {"regex": r"\w+$"},
-}
+CLASSES = {"number": {"regex": r"\d+"}, "seven": {"token_regex": "7"}, "end": {"tokens": [END]}, "tail": {"regex": r"\w+$"}}
 
 
 def labeller(classes: dict[str, Any] = CLASSES, **dwl: Any) -> Labeller:
@@ -93,15 +88,9 @@ def test_every_sample_of_a_batch_is_marked_once() -> None:
     ids = [[5, 6, 7, 8, 9, 3], [5, 6, 7, 8, 0, 0]]
     labels = [[-100, 6, 7, -100, 9, 3], [-100, -100, -100, -100, -100, -100]]
     positions = [[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]]
-    assert marks(counting.label_batch(ids, labels, position_ids=positions, packed=True)) == [
-        [0, 1, 0, 0, 1, 0],
-        [0] * 6,
-    ]
+    assert marks(counting.label_batch(ids, labels, position_ids=positions, packed=True)) == [[0, 1, 0, 0, 1, 0], [0] * 6]
     numbered = [[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 0, 0]]
-    assert marks(counting.label_batch(ids, labels, attention_mask=numbered, packed=True)) == [
-        [0, 1, 0, 0, 1, 0],
-        [0] * 6,
-    ]
+    assert marks(counting.label_batch(ids, labels, attention_mask=numbered, packed=True)) == [[0, 1, 0, 0, 1, 0], [0] * 6]
     assert marks(counting.label_batch(ids, labels)) == [[0, 1, 0, 0, 0, 0], [0] * 6]
 
 

@@ -20,37 +20,17 @@ from dwl_plugin.classes.pack_cases import class_of_bytes, run_case, untouched_cl
 from dwl_plugin.config import BetweenClass, RegexClass
 from dwl_plugin.config.pack_files import PackText, shipped_packs
 from dwl_plugin.config.packs import Pack, PackCase, PackTurn, parse_pack
-from dwl_plugin.config.selectors import (
-    AllSelector,
-    AnySelector,
-    BetweenSelector,
-    NotSelector,
-    RegexSelector,
-    Selector,
-    walk,
-)
+from dwl_plugin.config.selectors import AllSelector, AnySelector, BetweenSelector, NotSelector, RegexSelector, Selector, walk
 from tests.classes.little_tokenizers import KINDS, TiktokenLike, encode
 
 FOLDER = Path(__file__).parents[2] / "dwl_plugin" / "classes" / "packs"
-PACKS = {
-    path.stem: parse_pack(PackText(path.stem, path.read_text(encoding="utf-8")))
-    for path in sorted(FOLDER.glob("*.yml"))
-}
+PACKS = {path.stem: parse_pack(PackText(path.stem, path.read_text(encoding="utf-8"))) for path in sorted(FOLDER.glob("*.yml"))}
 each = pytest.mark.parametrize("name", PACKS)
 
 
 def test_the_packs_are_these() -> None:
     assert list(PACKS) == shipped_packs()
-    assert list(PACKS) == [
-        "code",
-        "end_of_turn",
-        "json",
-        "markdown",
-        "math_answer",
-        "numbers",
-        "reasoning",
-        "tool_call",
-    ]
+    assert list(PACKS) == ["code", "end_of_turn", "json", "markdown", "math_answer", "numbers", "reasoning", "tool_call"]
 
 
 @each
@@ -63,9 +43,7 @@ def test_a_pack_is_complete(name: str) -> None:
     assert pack.alpha is not None
     assert set(pack.alpha) == {*pack.classes, "rest"}
     assert pack.reduction is not None
-    assert not all(config.allow_empty for config in pack.classes.values()), (
-        "on data it does not suit, a pack has to say so"
-    )
+    assert not all(config.allow_empty for config in pack.classes.values()), "on data it does not suit, a pack has to say so"
 
 
 @each
@@ -193,9 +171,7 @@ def without(config: Any, leaf: Selector) -> Any:
 
 @each
 def test_no_pattern_can_break_unnoticed(name: str) -> None:
-    unnoticed = [
-        path for path, mutant in mutants(PACKS[name]) if all(run_case(mutant, case).passed for case in mutant.tests)
-    ]
+    unnoticed = [path for path, mutant in mutants(PACKS[name]) if all(run_case(mutant, case).passed for case in mutant.tests)]
     assert unnoticed == []
 
 

@@ -37,16 +37,14 @@ RUNS = [-100, 1, 1, -100, 1, -100, -100, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
-    ("turn", "places"),
-    [("first", [1, 2]), ("last", [7, 8, 9]), (1, [1, 2]), (2, [4]), (-2, [4]), (-3, [1, 2]), (4, []), (-4, [])],
+    ("turn", "places"), [("first", [1, 2]), ("last", [7, 8, 9]), (1, [1, 2]), (2, [4]), (-2, [4]), (-3, [1, 2]), (4, []), (-4, [])]
 )
 def test_turns_are_runs_of_targets(turn: str | int, places: list[int]) -> None:
     assert members([40] * 10, RUNS, turn=turn) == places
 
 
 @pytest.mark.parametrize(
-    ("ends", "places"),
-    [({"first": 1}, [1, 4, 7]), ({"last": 2}, [1, 2, 4, 8, 9]), ({"first": 1, "last": 1}, [1, 2, 4, 7, 9])],
+    ("ends", "places"), [({"first": 1}, [1, 4, 7]), ({"last": 2}, [1, 2, 4, 8, 9]), ({"first": 1, "last": 1}, [1, 2, 4, 7, 9])]
 )
 def test_positions_are_counted_in_each_turn(ends: dict[str, int], places: list[int]) -> None:
     assert members([40] * 10, RUNS, position=ends) == places

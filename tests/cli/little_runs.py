@@ -14,11 +14,7 @@ Entry = dict[str, Any]
 
 DWL = {
     "loss": "dwl",
-    "dwl": {
-        "classes": {"number": {"regex": r"\d+"}},
-        "alpha": {"number": 0.2, "rest": 0.8},
-        "reduction": "weighted_mean",
-    },
+    "dwl": {"classes": {"number": {"regex": r"\d+"}}, "alpha": {"number": 0.2, "rest": 0.8}, "reduction": "weighted_mean"},
 }
 
 

@@ -116,9 +116,7 @@ def test_a_config_without_a_loss_is_told_so(dwl: Check, write_config: Write) -> 
     assert "this config has no `loss`" in result.output
 
 
-def test_a_loss_that_no_plugin_computes_is_a_problem(
-    dwl: Check, write_config: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_no_plugin_computes_is_a_problem(dwl: Check, write_config: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     from axolotl.integrations import base
 
     monkeypatch.setattr(base, "get_builtin_plugins", lambda: ())
@@ -150,9 +148,7 @@ def test_what_the_environment_overrides_is_what_is_checked(
     assert paths(dwl("check", config, "--json")) == {"dwl.alpha.contrl"}
 
 
-def test_nothing_is_written_and_no_weights_are_read(
-    dwl: Check, write_config: Write, little_model: Path, tmp_path: Path
-) -> None:
+def test_nothing_is_written_and_no_weights_are_read(dwl: Check, write_config: Write, little_model: Path, tmp_path: Path) -> None:
     import shutil
 
     bare = tmp_path / "bare"
@@ -186,11 +182,7 @@ def test_a_rare_class_is_no_mistake_before_as_many_rows_as_a_run_looks_at_are_se
 
 
 def test_six_mistakes_are_reported_at_once(dwl: Check, write_config: Write) -> None:
-    classes = {
-        "broken": {"regex": r"\d+("},
-        "none": {"all": [{"regex": "a"}, {"regxe": "b"}]},
-        "number": {"regex": r"\d+"},
-    }
+    classes = {"broken": {"regex": r"\d+("}, "none": {"all": [{"regex": "a"}, {"regxe": "b"}]}, "number": {"regex": r"\d+"}}
     result = dwl(
         "check",
         write_config(
@@ -216,9 +208,7 @@ def test_six_mistakes_are_reported_at_once(dwl: Check, write_config: Write) -> N
     }
 
 
-def test_a_model_that_cannot_be_read_is_one_sentence(
-    dwl: Check, write_config: Write, little_model: Path, tmp_path: Path
-) -> None:
+def test_a_model_that_cannot_be_read_is_one_sentence(dwl: Check, write_config: Write, little_model: Path, tmp_path: Path) -> None:
     import shutil
 
     config = write_config(model=tmp_path / "nowhere", loss="dft")
@@ -296,9 +286,7 @@ def test_before_it_is_trusted_our_own_block_is_still_checked(dwl: Check, write_c
     assert [danger["path"] for danger in findings(result)["dangers"]] == ["trust_remote_code"]
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in EXAMPLES if path.name != "quickstart.yml"], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.name != "quickstart.yml"], ids=lambda path: path.name)
 def test_an_example_whose_model_is_out_of_reach(dwl: Check, path: Path) -> None:
     result = dwl("check", path)
     assert result.exit_code == 2, result.output

@@ -23,10 +23,7 @@ def complaint(folder: Path, text: str) -> str:
 
 
 def test_a_mapping_comes_out(tmp_path: Path) -> None:
-    assert read_config(write(tmp_path, "loss: dft\ndft: {exponent: 0.5}\n")) == (
-        {"loss": "dft", "dft": {"exponent": 0.5}},
-        [],
-    )
+    assert read_config(write(tmp_path, "loss: dft\ndft: {exponent: 0.5}\n")) == ({"loss": "dft", "dft": {"exponent": 0.5}}, [])
 
 
 def test_a_key_that_stands_twice_is_named_with_its_lines(tmp_path: Path) -> None:
@@ -40,10 +37,7 @@ def test_a_key_may_stand_once_in_each_mapping(tmp_path: Path) -> None:
 
 
 def test_merged_mappings_are_not_doubled_keys(tmp_path: Path) -> None:
-    assert read_config(write(tmp_path, "a: &a {x: 1}\nb: {<<: *a, y: 2}\n")) == (
-        {"a": {"x": 1}, "b": {"x": 1, "y": 2}},
-        [],
-    )
+    assert read_config(write(tmp_path, "a: &a {x: 1}\nb: {<<: *a, y: 2}\n")) == ({"a": {"x": 1}, "b": {"x": 1, "y": 2}}, [])
 
 
 def test_double_quotes_around_a_pattern_get_a_hint(tmp_path: Path) -> None:

@@ -76,9 +76,7 @@ def tokenizer_of(model: Path) -> Any:
 def test_ids_text_and_classes_on_the_page(page: Callable[..., Page], little_model: Path) -> None:
     shown = page(4, loss="dwl", dwl={"classes": CLASSES}, shuffle_merged_datasets=False)
     tokenizer = tokenizer_of(little_model)
-    expected = [
-        tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False) for row in harness.rows(4)
-    ]
+    expected = [tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False) for row in harness.rows(4)]
     assert [int(attributes["data-id"] or "") for attributes, _ in shown.tokens] == [i for ids in expected for i in ids]
     for attributes, text in shown.tokens:
         if attributes["data-class"] == "control":
@@ -116,9 +114,7 @@ def test_a_full_disk_leaves_the_old_page_and_says_so(dwl: Run, write_config: Wri
     out.write_text("old")
     result = dwl("inspect", write_config(loss="dft"), "--samples", 1, "--html", out)
     assert result.exit_code == 1
-    assert (
-        "page.html cannot be written: No space left on device; the file that is there was not touched." in result.output
-    )
+    assert "page.html cannot be written: No space left on device; the file that is there was not touched." in result.output
     assert out.read_text() == "old"
 
 

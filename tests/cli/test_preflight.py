@@ -32,9 +32,7 @@ def p_by_hand(model: Path, count: int, network: Any = None) -> tuple[list[float]
     for row in harness.rows(count):
         ids = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
         answer = len(tokenizer.encode(row["messages"][1]["content"])) + 1
-        last = (
-            len(ids) - 1 if tokenizer.decode(ids[-1:]) == "\n" else len(ids)
-        )  # the template's line end is not trained on
+        last = len(ids) - 1 if tokenizer.decode(ids[-1:]) == "\n" else len(ids)  # the template's line end is not trained on
         with torch.no_grad():
             probabilities = network(torch.tensor([ids])).logits[0].softmax(-1)
         p = [float(probabilities[t - 1, ids[t]]) for t in range(last - answer, last)]
@@ -47,9 +45,7 @@ QLORA = {"adapter": "qlora", "load_in_4bit": True, "lora_r": 4, "lora_alpha": 8,
 
 
 @pytest.mark.slow
-def test_p_of_a_model_in_four_bits(
-    dwl: Run, write_config: Write, little_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_p_of_a_model_in_four_bits(dwl: Run, write_config: Write, little_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU as well: what is measured is the quantised model, not the one that was saved."""
     from bitsandbytes.nn import Linear4bit
 
@@ -66,9 +62,7 @@ def test_p_of_a_model_in_four_bits(
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     (model,) = loaded
-    assert (
-        sum(isinstance(module, Linear4bit) for module in model.modules()) == 2 * 7
-    )  # layers, and what each is made of
+    assert sum(isinstance(module, Linear4bit) for module in model.modules()) == 2 * 7  # layers, and what each is made of
     everything, ends = p_by_hand(little_model, 5, model)
     assert found["all"]["mean_p"] == pytest.approx(np.mean(everything), rel=1e-4)
     assert found["classes"][0]["mean_p"] == pytest.approx(np.mean(ends), rel=1e-4)

@@ -88,9 +88,7 @@ def test_packs_hold_every_row_once_and_fit(write_config: Write) -> None:
 
 
 @pytest.mark.parametrize("kind", test_datasets.KINDS)
-def test_every_kind_of_dataset_can_be_looked_at(
-    write_config: Write, tmp_path: Path, little_model: Path, kind: str
-) -> None:
+def test_every_kind_of_dataset_can_be_looked_at(write_config: Write, tmp_path: Path, little_model: Path, kind: str) -> None:
     settings = test_datasets.KINDS[kind](tmp_path, little_model)
     _, _, rows = look(write_config(loss="dft", **settings), 6)
     assert len(rows.samples) == 6
@@ -100,8 +98,6 @@ def test_every_kind_of_dataset_can_be_looked_at(
 
 def test_a_stream_that_packs_its_rows_itself(write_config: Write, tmp_path: Path, little_model: Path) -> None:
     settings = test_datasets.pretraining(tmp_path, little_model)
-    _, _, rows = look(
-        write_config(loss="dft", **settings, sample_packing=True, sequence_len=128, micro_batch_size=1), 2
-    )
+    _, _, rows = look(write_config(loss="dft", **settings, sample_packing=True, sequence_len=128, micro_batch_size=1), 2)
     assert rows.packs is None
     assert all(sample["position_ids"].count(0) > 1 for sample in rows.samples)

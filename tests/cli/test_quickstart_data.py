@@ -35,10 +35,7 @@ def test_another_seed_gives_other_problems(problems: list[Problem]) -> None:
 def test_the_text_of_a_seed_is_pinned() -> None:
     """A change of wording moves every number in the README: it should be a decision."""
     assert generate(3, 1)[0].row()["messages"] == [
-        {
-            "role": "user",
-            "content": "There are 12 stamps in every one of Chloe's 4 bags. After 5 get lost, how many remain?",
-        },
+        {"role": "user", "content": "There are 12 stamps in every one of Chloe's 4 bags. After 5 get lost, how many remain?"},
         {
             "role": "assistant",
             "content": "<think>The bags hold 4 * 12 = 48 stamps. Without the 5 there are 48 - 5 = 43.</think>\n#### 43",

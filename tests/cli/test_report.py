@@ -346,10 +346,7 @@ def test_names_from_strangers_are_text_and_nothing_else(tmp_path: Path) -> None:
         text = page_of(*arguments, at=tmp_path / "page.html")
         assert "<script" not in text
         assert "&lt;script&gt;" in text
-        drawn = [
-            "".join(ElementTree.fromstring(svg).itertext())
-            for svg in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
-        ]
+        drawn = ["".join(ElementTree.fromstring(svg).itertext()) for svg in re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)]
         assert any("$x^2$" in words for words in drawn), "a name was read as a formula"
 
 

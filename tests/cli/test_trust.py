@@ -17,9 +17,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "overrides_of_model_kwargs": {"overrides_of_model_kwargs": {"trust_remote_code": True}},
     "cls_model_config": {"cls_model_config": "somebody.Config"},
     "trainer_cls": {"trainer_cls": "somebody.Trainer"},
-    "datasets[1].type": {
-        "datasets": [{"path": "x.jsonl", "type": "alpaca"}, {"path": "y.jsonl", "type": "mine.strategy"}]
-    },
+    "datasets[1].type": {"datasets": [{"path": "x.jsonl", "type": "alpaca"}, {"path": "y.jsonl", "type": "mine.strategy"}]},
     "test_datasets[0].type": {"test_datasets": [{"path": "x.jsonl", "type": "mine.strategy"}]},
     "pretraining_dataset.type": {"pretraining_dataset": {"path": "json", "type": "mine.strategy"}},
     "datasets[0].input_transform": {"datasets": [{"path": "x.jsonl", "input_transform": "mine:change"}]},
@@ -62,9 +60,7 @@ def online(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", RUNS)
 def test_what_runs_code_is_listed(path: str) -> None:
-    assert [(danger.path, danger.does) for danger in dangers(RUNS[path]) if danger.path == path] == [
-        (path, "runs code")
-    ]
+    assert [(danger.path, danger.does) for danger in dangers(RUNS[path]) if danger.path == path] == [(path, "runs code")]
 
 
 @pytest.mark.parametrize("path", FETCHES)
@@ -87,10 +83,7 @@ def test_an_ordinary_local_config_is_trusted() -> None:
         "base_model": "./model",
         "trust_remote_code": False,
         "attn_implementation": "flash_attention_2",
-        "datasets": [
-            {"path": "rows.jsonl", "type": "chat_template"},
-            {"path": "./no/such.jsonl", "type": "context_qa.load_v2"},
-        ],
+        "datasets": [{"path": "rows.jsonl", "type": "chat_template"}, {"path": "./no/such.jsonl", "type": "context_qa.load_v2"}],
         "loss": "dwl",
         "dwl": {"classes": {"a": {"regex": "https?://"}}},
     }

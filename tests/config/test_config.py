@@ -151,22 +151,10 @@ dwl:
         ("loss: dwl\ndwl: {classes: {a: {regex: a}}, alpha: {a: yes, rest: 1}}", "dwl.alpha.a", "boolean"),
         ("loss: dwl\ndwl: {classes: {a: {regex: (a), group: 2}}}", "dwl.classes.a.group", "1 group"),
         ("loss: dwl\ndwl: {classes: {a: {regex: a, dft: {exponent: 1}}}}", "dwl.classes.a.dft", "token_loss: dft"),
-        (
-            "loss: dwl\ndwl: {classes: {a: {any: [{regex: a}, {regx: b}]}}}",
-            "dwl.classes.a.any[1]",
-            "did you mean `regex`",
-        ),
+        ("loss: dwl\ndwl: {classes: {a: {any: [{regex: a}, {regx: b}]}}}", "dwl.classes.a.any[1]", "did you mean `regex`"),
         ("loss: dwl\ndwl: {classes: {a: {any: [{regex: a}, {regex: (}]}}}", "dwl.classes.a.any[1].regex", "compile"),
-        (
-            "loss: dwl\ndwl: {classes: {a: {any: [{regex: a, token_loss: dft}]}}}",
-            "dwl.classes.a.any[0].token_loss",
-            "unknown key",
-        ),
-        (
-            "loss: dwl\ndwl: {classes: {a: {not: {all: [{regex: a, group: 1}]}}}}",
-            "dwl.classes.a.not.all[0].group",
-            "0 group",
-        ),
+        ("loss: dwl\ndwl: {classes: {a: {any: [{regex: a, token_loss: dft}]}}}", "dwl.classes.a.any[0].token_loss", "unknown key"),
+        ("loss: dwl\ndwl: {classes: {a: {not: {all: [{regex: a, group: 1}]}}}}", "dwl.classes.a.not.all[0].group", "0 group"),
         ("loss: dwl\ndwl: {classes: {a: {not: [{regex: a}]}}}", "dwl.classes.a.not", "a mapping with one selector"),
         ("loss: dwl\ndwl: {classes: {a: {all: {regex: a}}}}", "dwl.classes.a.all", "a list of selectors"),
         ("loss: dwl\ndwl: {classes: {a: {any: []}}}", "dwl.classes.a.any", "at least 1"),
@@ -175,11 +163,7 @@ dwl:
         ("loss: dwl\ndwl: {classes: {a: {turn: lst}}}", "dwl.classes.a.turn", "`first`, `last`"),
         ("loss: dwl\ndwl: {classes: {a: {turn: 0}}}", "dwl.classes.a.turn", "1 for the first"),
         ("loss: dwl\ndwl: {classes: {a: {position: {}}}}", "dwl.classes.a.position", "`first`, `last`"),
-        (
-            "loss: dwl\ndwl: {classes: {a: {position: {frist: 3}}}}",
-            "dwl.classes.a.position.frist",
-            "did you mean `first`",
-        ),
+        ("loss: dwl\ndwl: {classes: {a: {position: {frist: 3}}}}", "dwl.classes.a.position.frist", "did you mean `first`"),
         ("loss: dwl\ndwl: {classes: {a: {position: {last: 0}}}}", "dwl.classes.a.position.last", "greater than"),
         ("loss: dwl\ndwl: {classes: {a: {role: asistant}}}", "dwl.classes.a.role", "did you mean `assistant`"),
         ("loss: dwl\ndwl: {classes: {a: {special: no}}}", "dwl.classes.a.special", "use `not`"),
@@ -201,11 +185,7 @@ dwl:
         ("loss: dwl\ndwl: {overlap: summ}", "dwl.overlap", "did you mean `sum`"),
         ("loss: dft\ndft: {exponent: -1}", "dft.exponent", "greater than or equal to 0"),
         ("loss: dft\ndft: {min_weigth: 0}", "dft.min_weigth", "did you mean `min_weight`"),
-        (
-            "loss: dwl\ndwl: {schedule: {type: linear, to: {rest: 1}, start: 50%, end: 10%}}",
-            "dwl.schedule.end",
-            "after",
-        ),
+        ("loss: dwl\ndwl: {schedule: {type: linear, to: {rest: 1}, start: 50%, end: 10%}}", "dwl.schedule.end", "after"),
         ("loss: dwl\ndwl: {schedule: {type: linear, to: {rest: 1}, end: 120%}}", "dwl.schedule.end", "100%"),
         ("loss: dwl\ndwl: {schedule: {type: linear, to: {rest: 1}, end: soon}}", "dwl.schedule.end", "2ep"),
         ("loss: dwl\ndwl: {schedule: {to: {rest: 1}}}", "dwl.schedule.type", "cosine"),
@@ -224,9 +204,7 @@ JUNK = st.recursive(
     | st.integers(-5, 300)
     | st.floats()
     | st.text(max_size=6)
-    | st.sampled_from(
-        ["nll", "dft", "dwl", "10%", "2ep", "linear", "keyframes", "cyclic", r"\d+", "(", "100-199", "rest"]
-    ),
+    | st.sampled_from(["nll", "dft", "dwl", "10%", "2ep", "linear", "keyframes", "cyclic", r"\d+", "(", "100-199", "rest"]),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
@@ -282,9 +260,7 @@ JUNK = st.recursive(
 
 
 @settings(max_examples=400, deadline=None)
-@given(
-    st.fixed_dictionaries({"loss": JUNK | st.sampled_from(["nll", "dft", "dwl"])}, optional={"dft": JUNK, "dwl": JUNK})
-)
+@given(st.fixed_dictionaries({"loss": JUNK | st.sampled_from(["nll", "dft", "dwl"])}, optional={"dft": JUNK, "dwl": JUNK}))
 def test_any_mapping_gives_a_block_that_round_trips_or_our_own_error(raw: dict[str, Any]) -> None:
     try:
         block = parse(raw)

@@ -26,12 +26,8 @@ def sometimes(values: st.SearchStrategy[Any], *others: Any) -> st.SearchStrategy
     return st.one_of(values, values, values, st.sampled_from(others))
 
 
-WEIGHT = sometimes(
-    st.floats(0, 10) | st.integers(0, 5), -1, True, "1e-4", None, 10**400, float("nan"), float("inf"), [1]
-)
-POSITION = sometimes(
-    st.sampled_from([0, 10, 200, "10%", "90%", "100%", "2ep", "0.5ep", "50 %"]), 0.1, "soon", -3, "120%", True
-)
+WEIGHT = sometimes(st.floats(0, 10) | st.integers(0, 5), -1, True, "1e-4", None, 10**400, float("nan"), float("inf"), [1])
+POSITION = sometimes(st.sampled_from([0, 10, 200, "10%", "90%", "100%", "2ep", "0.5ep", "50 %"]), 0.1, "soon", -3, "120%", True)
 DFT = st.fixed_dictionaries(
     {},
     optional={
@@ -86,11 +82,7 @@ EAFT = st.fixed_dictionaries({}, optional={"k": sometimes(st.integers(1, 50), 0,
 
 @st.composite
 def a_class(draw: Callable[..., Any]) -> Any:
-    kinds = draw(
-        st.lists(st.sampled_from(sorted(SELECTORS)), min_size=1, max_size=1)
-        | st.just([])
-        | st.just(["regex", "tokens"])
-    )
+    kinds = draw(st.lists(st.sampled_from(sorted(SELECTORS)), min_size=1, max_size=1) | st.just([]) | st.just(["regex", "tokens"]))
     spec = {kind: draw(SELECTORS[kind]) for kind in kinds}
     options = st.fixed_dictionaries(
         {},
@@ -123,10 +115,7 @@ SCHEDULES: list[Callable[[Values], Values]] = [
     lambda moved: st.none(),
     lambda moved: st.sampled_from(["linear", {"type": "constant"}, {"type": "?"}, []]),
     lambda moved: st.fixed_dictionaries({"to": moved}),
-    *(
-        schedule(kind, start=st.just("10%"), end=st.just("90%"))
-        for kind in ("linear", "cosine", "exponential", "sigmoid")
-    ),
+    *(schedule(kind, start=st.just("10%"), end=st.just("90%")) for kind in ("linear", "cosine", "exponential", "sigmoid")),
     *(schedule(kind, start=POSITION, end=POSITION) for kind in ("linear", "sigmoid")),
     schedule("exponential", rate=WEIGHT),
     schedule("sigmoid", steepness=WEIGHT),
@@ -176,9 +165,7 @@ def a_block(draw: Callable[..., Any]) -> dict[str, Any]:
     moved = {name: draw(st.floats(0.01, 10)) for name in whole}
     regexes = {name: {"regex": rf"{index}\d+"} for index, name in enumerate(names)}
     dwl: dict[str, Any] = {
-        "classes": draw(
-            st.just(regexes) | st.dictionaries(sometimes(st.sampled_from(NAMES), 1, False), a_class(), max_size=3)
-        ),
+        "classes": draw(st.just(regexes) | st.dictionaries(sometimes(st.sampled_from(NAMES), 1, False), a_class(), max_size=3)),
         "reduction": draw(st.sampled_from(["token_mean", "weighted_mean", "class_mean", "class_maen"])),
         "alpha": draw(st.just(whole) | st.just(whole) | ALPHA | st.none()),
         "schedule": draw(draw(st.sampled_from(SCHEDULES))(st.just(moved))),
@@ -289,9 +276,7 @@ def check(raw: dict[str, Any]) -> None:
         assert problem.path.split(".")[0].split("[")[0] in Block.model_fields, str(error)
 
 
-QUIET = settings(
-    deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink]
-)
+QUIET = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink])
 
 
 @settings(QUIET, max_examples=60)

@@ -173,6 +173,4 @@ def test_numbers_that_are_no_weights_stop_the_run_and_name_who_gave_them() -> No
 
 
 def test_without_other_packages_there_are_only_ours() -> None:
-    assert (
-        "allowed: softmax_loss, dwa, softadapt, group_dro, doremi, rlw\n" in problem("controller", type="leadre") + "\n"
-    )
+    assert "allowed: softmax_loss, dwa, softadapt, group_dro, doremi, rlw\n" in problem("controller", type="leadre") + "\n"

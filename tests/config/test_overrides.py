@@ -125,11 +125,7 @@ def test_an_unclosed_quote_is_said() -> None:
 
 
 # The form in which a W&B agent writes down the parameters of a run.
-SWEEP = {
-    "wandb_version": 1,
-    "dwl.alpha.number": {"desc": None, "value": 0.9},
-    "learning-rate": {"desc": None, "value": 0.01},
-}
+SWEEP = {"wandb_version": 1, "dwl.alpha.number": {"desc": None, "value": 0.9}, "learning-rate": {"desc": None, "value": 0.01}}
 
 
 def test_a_wandb_agents_parameters_are_taken_as_far_as_they_are_ours(tmp_path: Path) -> None:

@@ -140,9 +140,7 @@ def test_packs_nest_in_selectors() -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     whole=st.sampled_from([None, *shipped_packs()]),
-    members=st.lists(
-        st.sampled_from([*shipped_packs(), "tool_call.name", "numbers.number", "json.syntax"]), max_size=3
-    ),
+    members=st.lists(st.sampled_from([*shipped_packs(), "tool_call.name", "numbers.number", "json.syntax"]), max_size=3),
     loss=st.sampled_from(["nll", "dft", "dwl"]),
 )
 def test_what_is_dumped_parses_to_the_same(whole: str | None, members: list[str], loss: str) -> None:
@@ -169,11 +167,7 @@ def test_what_is_dumped_parses_to_the_same(whole: str | None, members: list[str]
         ({"classes": {"a": {"pack": "a b"}}}, "dwl.classes.a.pack", "not a pack"),
         ({"classes": {"a": {"pack": "numbers", "regex": "x"}}}, "dwl.classes.a", "one selector"),
         ({"classes": {"a": {"pack": "numbers", "group": 1}}}, "dwl.classes.a.group", "unknown key"),
-        (
-            {"classes": {"a": {"not": {"pack": "numbers", "allow_empty": True}}}},
-            "dwl.classes.a.not.allow_empty",
-            "unknown key",
-        ),
+        ({"classes": {"a": {"not": {"pack": "numbers", "allow_empty": True}}}}, "dwl.classes.a.not.allow_empty", "unknown key"),
         ({"classes": {"a": {"pack": "hf://u/r/f.yml"}}}, "dwl.classes.a.pack", "full commit"),
         ({"classes": {"a": {"pack": "hf://u/r@main/f.yml"}}}, "dwl.classes.a.pack", "a branch or a tag can be moved"),
         ({"classes": {"a": {"pack": "hf://u/r@0123456/f.yml"}}}, "dwl.classes.a.pack", "40 hexadecimal digits"),

@@ -62,10 +62,7 @@ GOOD: list[dict[str, Any]] = [
                 "control": {"special": True},
                 "added": {"added": True},
                 "words": {"words": ["so", "then"]},
-                "both": {
-                    "all": [{"regex": "a"}, {"not": {"any": [{"turn": "last"}, {"token_ids": [1]}]}}],
-                    "token_loss": "dft",
-                },
+                "both": {"all": [{"regex": "a"}, {"not": {"any": [{"turn": "last"}, {"token_ids": [1]}]}}], "token_loss": "dft"},
             }
         },
     },
@@ -141,16 +138,8 @@ def test_what_does_not_parse_for_its_form_is_rejected(validator: Any, config: di
 
 def test_every_key_of_ours_says_what_it_is() -> None:
     schema = json_schema()
-    nodes = [
-        ("", schema["properties"]),
-        *((name, node.get("properties", {})) for name, node in schema["$defs"].items()),
-    ]
-    silent = [
-        f"{where}.{key}"
-        for where, properties in nodes
-        for key, node in properties.items()
-        if not node.get("description")
-    ]
+    nodes = [("", schema["properties"]), *((name, node.get("properties", {})) for name, node in schema["$defs"].items())]
+    silent = [f"{where}.{key}" for where, properties in nodes for key, node in properties.items() if not node.get("description")]
     assert [name for name in silent if not name.endswith(".type")] == []
 
 

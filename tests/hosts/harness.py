@@ -72,19 +72,12 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     texts = [message["content"] for row in rows(200) for message in row["messages"]]
     tokenizer.train_from_iterator([*texts, "user assistant system"], trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=special[1],
-        eos_token=special[2],
-        pad_token=special[0],
-        unk_token=special[0],
+        tokenizer_object=tokenizer, bos_token=special[1], eos_token=special[2], pad_token=special[0], unk_token=special[0]
     )
     fast.chat_template = CHATML
     fast.save_pretrained(folder)

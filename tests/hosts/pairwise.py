@@ -14,9 +14,7 @@ def pairs_of(case: Mapping[str, str]) -> set[Pair]:
     return set(combinations(sorted(case.items()), 2))
 
 
-def pairwise(
-    factors: Mapping[str, Sequence[str]], allowed: Callable[[Case], bool], tries: int = 60, seed: int = 0
-) -> list[Case]:
+def pairwise(factors: Mapping[str, Sequence[str]], allowed: Callable[[Case], bool], tries: int = 60, seed: int = 0) -> list[Case]:
     """Greedy: each case is the best of `tries` that were begun with a pair still missing. A pair that no try can complete to an
     allowed case is left out, as one that the host does not allow."""
     rng = random.Random(seed)

@@ -85,9 +85,7 @@ class Ranks:
         while len(answers) < self.size:
             # After a failure the others get a little time: they may be waiting for the one that failed.
             failed = any(kind == "error" for kind, _ in answers.values())
-            ready = wait(
-                [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers], 20 if failed else timeout
-            )
+            ready = wait([pipe for rank, pipe in enumerate(self._pipes) if rank not in answers], 20 if failed else timeout)
             if not ready:
                 break
             for pipe in ready:

@@ -21,12 +21,7 @@ DWL = {
     "alpha": {"reasoning": 1, "number": 5, "control": 2, "rest": 2},
     "token_loss": "dft",
     "reduction": "class_mean",
-    "schedule": {
-        "type": "cosine",
-        "to": {"reasoning": 4, "number": 1, "control": 1, "rest": 4},
-        "start": "10%",
-        "end": "90%",
-    },
+    "schedule": {"type": "cosine", "to": {"reasoning": 4, "number": 1, "control": 1, "rest": 4}, "start": "10%", "end": "90%"},
 }
 CONFIG = {"loss": "dwl", "dft": {"exponent": 0.5}, "dwl": DWL}
 ARGUMENTS = {
@@ -212,9 +207,7 @@ def test_one_class_at_weight_one_is_the_hosts_own_loss(host: str, request: pytes
 
 
 @pytest.mark.parametrize("loss_type", ["nll", "chunked_nll"])
-def test_trls_token_metrics_need_no_full_logits(
-    sft_of: Build, capsys: pytest.CaptureFixture[str], loss_type: str
-) -> None:
+def test_trls_token_metrics_need_no_full_logits(sft_of: Build, capsys: pytest.CaptureFixture[str], loss_type: str) -> None:
     trainer = sft_of({"max_steps": 1, "loss_type": loss_type})
     dwl_plugin.apply(trainer, CONFIG)
     trainer.train()
@@ -424,8 +417,7 @@ def test_problems_of_config_and_trainer_are_reported_together(trainer_of: Build)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "path"),
-    [({"loss_type": "dft"}, "args.loss_type"), ({"use_liger_kernel": True}, "args.use_liger_kernel")],
+    ("arguments", "path"), [({"loss_type": "dft"}, "args.loss_type"), ({"use_liger_kernel": True}, "args.use_liger_kernel")]
 )
 def test_trls_other_losses_are_refused(sft_of: Build, arguments: dict[str, Any], path: str) -> None:
     assert set(problems_of(sft_of(arguments))) == {path}
@@ -551,9 +543,7 @@ def test_a_class_that_is_nowhere_in_the_data_stops_before_training(host: str, re
 
 
 def test_the_look_at_the_data_changes_nothing_that_the_run_draws(trainer_of: Build) -> None:
-    trainer = trainer_of(
-        data_collator=lambda features: {"labels": torch.randint(9, (1, 9)), "input_ids": torch.ones(1, 9)}
-    )
+    trainer = trainer_of(data_collator=lambda features: {"labels": torch.randint(9, (1, 9)), "input_ids": torch.ones(1, 9)})
     before = torch.random.get_rng_state()
     dwl_plugin.apply(trainer, {"loss": "dwl", "dwl": {"classes": {"a": {"token_ids": [1], "allow_empty": True}}}})
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -581,8 +571,7 @@ def test_a_whole_axolotl_config_will_do(trainer_of: Build, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [(None, "cannot be read"), ("loss: [", "is not YAML"), ("- loss", "is a mapping"), ("", "is a mapping")],
+    ("text", "message"), [(None, "cannot be read"), ("loss: [", "is not YAML"), ("- loss", "is a mapping"), ("", "is a mapping")]
 )
 def test_a_file_that_is_no_config_is_named(trainer_of: Build, tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "bad.yml"

@@ -106,9 +106,7 @@ def reference_of(settings: dict[str, Any], before: Callable[[Any], None] = lambd
     return found
 
 
-def test_steps_that_were_taken_before_a_run_begins_again_are_not_in_its_reference(
-    configure: Configure, tmp_path: Path
-) -> None:
+def test_steps_that_were_taken_before_a_run_begins_again_are_not_in_its_reference(configure: Configure, tmp_path: Path) -> None:
     controller = {"type": "doremi", "reference": "base", "reference_rows": 1000}
     settings = {"loss": "dwl", "dwl": dwl(controller), "max_steps": 4, "learning_rate": 0.05, "micro_batch_size": 4}
     done: list[int] = []

@@ -125,11 +125,7 @@ def raw(folder: Path, layout: str) -> dict[str, Any]:
     return {"datasets": [{**place, "type": "input_output"}]}
 
 
-OF_CONTEXT = {
-    "start": {"position": {"first": 1}},
-    "edge": {"regex": r"\A\d+|\d+\Z"},
-    "second": {"turn": 2},
-}
+OF_CONTEXT = {"start": {"position": {"first": 1}}, "edge": {"regex": r"\A\d+|\d+\Z"}, "second": {"turn": 2}}
 PACKED = {"sample_packing": True, "sequence_len": 128}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "padded": {},

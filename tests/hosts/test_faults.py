@@ -217,8 +217,7 @@ def test_whole_checkpoints_are_whole(run_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file",
-    ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"],
+    "file", ["trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"]
 )
 def test_a_file_that_breaks_off_is_noticed(run_folder: Path, file: str) -> None:
     newest = run_folder / "checkpoint-4"
@@ -288,8 +287,7 @@ class BreakParameters(harness.TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    "how",
-    [{"logging_steps": 1}, {"logging_steps": 100}, {"logging_steps": 100, "save_strategy": "no", "save_steps": None}],
+    "how", [{"logging_steps": 1}, {"logging_steps": 100}, {"logging_steps": 100, "save_strategy": "no", "save_steps": None}]
 )
 def test_a_loss_that_turns_nan_stops_the_run_with_the_step_and_keeps_the_checkpoint(
     configure: Configure, tmp_path: Path, how: dict[str, Any]
@@ -297,8 +295,7 @@ def test_a_loss_that_turns_nan_stops_the_run_with_the_step_and_keeps_the_checkpo
     saves = how.get("save_strategy") != "no"
     with pytest.raises(NotFiniteError) as caught:
         harness.train(
-            configure(**settings(**{"max_steps": 6, **how})),
-            before=lambda trainer: trainer.add_callback(BreakParameters()),
+            configure(**settings(**{"max_steps": 6, **how})), before=lambda trainer: trainer.add_callback(BreakParameters())
         )
     said = str(caught.value)
     assert "from step 3 on" in said
@@ -312,9 +309,7 @@ def test_a_loss_that_turns_nan_stops_the_run_with_the_step_and_keeps_the_checkpo
 def paid(nll: list[float], classes: list[int], overlap: Overlap = "first", factor: float = 1.0) -> ForwardMetrics:
     members = Membership(torch.tensor(classes), 3, overlap)
     factors = torch.full((1, len(nll)), factor)
-    return ForwardMetrics(
-        members, members, torch.tensor(nll), factors, torch.zeros(3, dtype=torch.int64), torch.ones(3)
-    )
+    return ForwardMetrics(members, members, torch.tensor(nll), factors, torch.zeros(3, dtype=torch.int64), torch.ones(3))
 
 
 def test_the_class_and_the_first_step_are_named() -> None:

@@ -11,11 +11,7 @@ from tests.hosts.harness import CLASSES, train
 from tests.hosts.test_objective import assert_same_gradients
 
 Configure = Callable[..., dict[str, Any]]
-DWL = {
-    "classes": CLASSES,
-    "alpha": {"reasoning": 1, "number": 5, "control": 2, "rest": 2},
-    "reduction": "weighted_mean",
-}
+DWL = {"classes": CLASSES, "alpha": {"reasoning": 1, "number": 5, "control": 2, "rest": 2}, "reduction": "weighted_mean"}
 
 
 @pytest.mark.parametrize(

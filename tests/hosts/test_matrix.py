@@ -57,9 +57,7 @@ def span_masks(folder: Path) -> dict[str, Any]:
             {"begin_offset": cut + 1, "end_offset": len(answer["content"]) - 1, "train": True},
         ]
     source = {"path": write(folder, "spans", samples), "type": "chat_template", "roles_to_train": []}
-    return {
-        "datasets": [{**source, "message_field_training": "train", "message_field_training_detail": "train_detail"}]
-    }
+    return {"datasets": [{**source, "message_field_training": "train", "message_field_training_detail": "train_detail"}]}
 
 
 def alpaca(folder: Path) -> dict[str, Any]:
@@ -68,9 +66,7 @@ def alpaca(folder: Path) -> dict[str, Any]:
 
 
 def completion(folder: Path) -> dict[str, Any]:
-    return {
-        "datasets": [{"path": write(folder, "text", [{"text": f"{q} {a}"} for q, a in sums()]), "type": "completion"}]
-    }
+    return {"datasets": [{"path": write(folder, "text", [{"text": f"{q} {a}"} for q, a in sums()]), "type": "completion"}]}
 
 
 def input_output(folder: Path) -> dict[str, Any]:
@@ -128,13 +124,7 @@ ADAPTER: dict[str, dict[str, Any]] = {
     "modules_to_save": {**LORA, "lora_modules_to_save": ["embed_tokens", "lm_head"]},
     "qlora": {**LORA, "adapter": "qlora", "load_in_4bit": True},
 }
-EVALUATE = {
-    "val_set_size": 12,
-    "eval_strategy": "steps",
-    "eval_steps": 1,
-    "eval_batch_size": 1,
-    "load_best_model_at_end": False,
-}
+EVALUATE = {"val_set_size": 12, "eval_strategy": "steps", "eval_steps": 1, "eval_batch_size": 1, "load_best_model_at_end": False}
 EXTRA: dict[str, dict[str, Any]] = {
     "nothing": {},
     "added tokens": {"tokens": ["<extra>"]},
@@ -147,12 +137,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "evaluation": EVALUATE,
     "packed evaluation": {**EVALUATE, "eval_sample_packing": True},
     "unpacked evaluation": {**EVALUATE, "eval_sample_packing": False},
-    "evaluation, samples": {
-        **EVALUATE,
-        "generate_samples": True,
-        "num_generation_samples": 1,
-        "generation_max_new_tokens": 2,
-    },
+    "evaluation, samples": {**EVALUATE, "generate_samples": True, "num_generation_samples": 1, "generation_max_new_tokens": 2},
 }
 REDUCTIONS = ("token_mean", "weighted_mean", "class_mean")
 OBJECTIVE: dict[str, dict[str, Any]] = {
@@ -190,9 +175,7 @@ def allowed(case: Case) -> bool:
         or (streams and case["extra"] == "workers")  # one file cannot be read by several
         or (streams and case["layout"] == "packed, two rows")  # a stream is packed into single rows
         or (case["data"] == "stream" and packed)  # the host's packed streams do not read a local file by its path
-        or (
-            case["extra"] == "added tokens" and case["adapter"] not in ("full", "modules_to_save")
-        )  # the host refuses it
+        or (case["extra"] == "added tokens" and case["adapter"] not in ("full", "modules_to_save"))  # the host refuses it
         or (case["extra"] == "torch_compile" and case["adapter"] == "qlora")
     )
 
@@ -465,9 +448,7 @@ def vision_model(folder: Path) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     text = LlamaConfig(**sizes, vocab_size=416, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     vision = CLIPVisionConfig(**sizes, image_size=28, patch_size=14)
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>")
-    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
     LlavaForConditionalGeneration(config).save_pretrained(folder)
 
 
@@ -481,10 +462,7 @@ def test_a_vision_language_model_through_the_multimodal_collator(configure: Conf
     for index, (question, answer) in enumerate(sums()[:8]):
         picture = tmp_path / f"{index}.png"
         Image.new("RGB", (28, 28), (20 * index, 100, 200 - 20 * index)).save(picture)
-        asked = [
-            {"type": "image", "path": str(picture), "text": None},
-            {"type": "text", "path": None, "text": question},
-        ]
+        asked = [{"type": "image", "path": str(picture), "text": None}, {"type": "text", "path": None, "text": question}]
         said = [{"type": "text", "path": None, "text": answer}]
         samples.append({"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]})
     settings = {

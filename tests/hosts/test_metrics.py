@@ -127,9 +127,7 @@ def test_opening_lines_say_what_alpha_does(configure: Configure, capsys: pytest.
 @pytest.mark.parametrize("loss", ["nll", "dft"])
 def test_classes_are_measured_under_the_other_losses(configure: Configure, loss: str) -> None:
     plain = train(configure(loss=loss, max_steps=2))
-    classes = {
-        name: {key: value for key, value in spec.items() if key != "token_loss"} for name, spec in CLASSES.items()
-    }
+    classes = {name: {key: value for key, value in spec.items() if key != "token_loss"} for name, spec in CLASSES.items()}
     measured = train(configure(loss=loss, dwl={"classes": classes}, max_steps=2))
     assert measured.logged("loss") == plain.logged("loss")
     assert len(measured.logged("dwl/nll/number")) == 2

@@ -20,10 +20,7 @@ NAMES = ("control", "number", "rest")
 ALPHA = {"control": 0.1, "number": 0.6, "rest": 0.3}
 EXPONENT = {"control": 0.0, "number": 1.0, "rest": 0.5}
 DWL = {
-    "classes": {
-        "control": {"tokens": ["<|im_end|>"], "token_loss": "nll"},
-        "number": {"regex": r"\d+", "dft": {"exponent": 1.0}},
-    },
+    "classes": {"control": {"tokens": ["<|im_end|>"], "token_loss": "nll"}, "number": {"regex": r"\d+", "dft": {"exponent": 1.0}}},
     "token_loss": "dft",
     "reduction": "class_mean",
     "alpha": ALPHA,
@@ -90,9 +87,7 @@ def test_a_step_is_what_the_formula_says(configure: Configure, tmp_path: Any) ->
 def naive(wrong: str) -> Callable[..., LinearCrossEntropyOutput]:
     """A loss core with full logits and one thing wrong."""
 
-    def core(
-        hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **options: Any
-    ) -> LinearCrossEntropyOutput:
+    def core(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **options: Any) -> LinearCrossEntropyOutput:
         if wrong == "wrong target":
             targets = torch.where(targets >= 0, (targets + 1) % weight.shape[0], targets)
         nll = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")

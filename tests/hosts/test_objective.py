@@ -62,9 +62,7 @@ def test_dft_gradient_is_that_of_minus_p_and_of_trls_loss(configure: Configure) 
 
         trainer.get_batch_samples = get_batch_samples
 
-    run = train(
-        configure(**LORA, loss="dft", max_steps=1, micro_batch_size=4, learning_rate=1e-12), before=keep_first_batch
-    )
+    run = train(configure(**LORA, loss="dft", max_steps=1, micro_batch_size=4, learning_rate=1e-12), before=keep_first_batch)
     model, batch = models[0].model, {key: value for key, value in batches[0].items() if key != "dwl_class_ids"}
     labels = batch.pop("labels")
     targets = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
@@ -89,12 +87,7 @@ LAYOUTS = {
     "1x8": {"micro_batch_size": 1, "gradient_accumulation_steps": 8},
     "8x1": {"micro_batch_size": 8, "gradient_accumulation_steps": 1},
     "2x4": {"micro_batch_size": 2, "gradient_accumulation_steps": 4},
-    "packed in one": {
-        "micro_batch_size": 1,
-        "gradient_accumulation_steps": 1,
-        "sample_packing": True,
-        "sequence_len": 1024,
-    },
+    "packed in one": {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "sample_packing": True, "sequence_len": 1024},
     "packed in two rows": {
         "micro_batch_size": 2,
         "gradient_accumulation_steps": 1,
@@ -121,13 +114,7 @@ def test_layout_of_a_step_changes_neither_loss_nor_gradient(
                 max_steps=1,
                 loss="dwl",
                 **layout,
-                dwl={
-                    "classes": CLASSES,
-                    "alpha": ALPHA,
-                    "reduction": reduction,
-                    "overlap": overlap,
-                    "token_loss": "dft",
-                },
+                dwl={"classes": CLASSES, "alpha": ALPHA, "reduction": reduction, "overlap": overlap, "token_loss": "dft"},
             )
         )
         for name, layout in LAYOUTS.items()
@@ -152,10 +139,7 @@ OVERLAPPING = {
 def pays(text: str, nll: torch.Tensor, alpha: dict[str, float]) -> torch.Tensor:
     """α-weighted token losses of one token in each of its classes, from its text."""
     p = torch.exp(-nll)
-    number, word = (
-        any(c.isdigit() for c in text),
-        bool(text.strip()) and text.removeprefix(" ").replace("_", "a").isalnum(),
-    )
+    number, word = (any(c.isdigit() for c in text), bool(text.strip()) and text.removeprefix(" ").replace("_", "a").isalnum())
     terms = [alpha["control"] * nll] if text == "<|im_end|>" else []
     terms += [alpha["number"] * (1 - p) ** 1.5 * nll] if number else []
     terms += [alpha["word"] * p.detach() ** 0.5 * nll] if word else []
@@ -166,16 +150,7 @@ def test_overlapping_classes_pay_what_the_formula_says(configure: Configure, tmp
     data = write_rows(tmp_path / "eight.jsonl", rows(8))
     alpha = {"control": 0.1, "number": 0.5, "word": 0.3, "rest": 0.1}
     dwl = {"classes": OVERLAPPING, "alpha": alpha, "overlap": "sum", "reduction": "sequence_mean_token_sum"}
-    run = train(
-        configure(
-            data=data,
-            loss="dwl",
-            dwl=dwl,
-            max_steps=1,
-            gradient_accumulation_steps=4,
-            learning_rate=1e-20,
-        )
-    )
+    run = train(configure(data=data, loss="dwl", dwl=dwl, max_steps=1, gradient_accumulation_steps=4, learning_rate=1e-20))
     model, tokenizer = run.trainer.model.double(), run.trainer.processing_class
     terms = []
     for row in run.trainer.train_dataset:

@@ -122,9 +122,7 @@ def test_an_option_that_nobody_has_looked_at_is_noticed(monkeypatch: pytest.Monk
 
 def test_a_tested_option_is_in_a_test() -> None:
     text = "\n".join(file.read_text(encoding="utf-8") for file in HERE.parent.rglob("*.py"))
-    untested = [
-        name for name in listed_table()["tested"] if not re.search(rf"\b{name.partition('.')[2] or name}\b", text)
-    ]
+    untested = [name for name in listed_table()["tested"] if not re.search(rf"\b{name.partition('.')[2] or name}\b", text)]
     assert not untested
 
 

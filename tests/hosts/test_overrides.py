@@ -63,9 +63,7 @@ def test_names_that_do_not_exist_stop_the_run(configure: Configure, monkeypatch:
 
 
 @pytest.mark.parametrize("words", [["--dwl.alpha.number=15"], ["--dwl.alpha.number", "15"], ["--loss", "dft"]])
-def test_options_that_axolotl_drops_stop_the_run(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch, words: list[str]
-) -> None:
+def test_options_that_axolotl_drops_stop_the_run(configure: Configure, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["axolotl", "train", "train.yml", *words])
     with pytest.raises(ConfigError, match="DWL_OVERRIDES='"):
         load(configure(loss="dwl", dwl=DWL))
@@ -81,10 +79,7 @@ def test_options_that_axolotl_drops_stop_the_run(
         (["--loss=nll", "--dft.exponent"], ["--loss", "--dft.exponent"]),
         (["--dwl.alpha={"], ["--dwl.alpha"]),
         (["--dwl__reduction=class_mean"], ["--dwl__reduction"]),
-        (
-            ["--loss-watchdog-threshold=3", "--loss_watchdog_threshold=3", "--use-dft", "--learning-rate=1", "loss=3"],
-            [],
-        ),
+        (["--loss-watchdog-threshold=3", "--loss_watchdog_threshold=3", "--use-dft", "--learning-rate=1", "loss=3"], []),
     ],
 )
 def test_an_option_may_say_again_what_the_config_has(words: list[str], refused: list[str]) -> None:
@@ -106,15 +101,7 @@ def test_a_wandb_agent_drives_three_runs_which_a_report_lays_over_one_another(
     from wandb.wandb_agent import Agent
 
     (sweep,) = readme_sweeps()
-    settings = configure(
-        loss="dwl",
-        dwl=DWL,
-        max_steps=3,
-        save_strategy="steps",
-        save_steps=3,
-        eval_steps=3,
-        val_set_size=8,
-    )
+    settings = configure(loss="dwl", dwl=DWL, max_steps=3, save_strategy="steps", save_steps=3, eval_steps=3, val_set_size=8)
     (tmp_path / "train.yml").write_text(yaml.safe_dump(settings))
     monkeypatch.chdir(tmp_path)
     for key, value in {

@@ -126,9 +126,7 @@ def test_two_ranks_under_ddp_are_one_rank_with_the_same_rows(
         assert torch.equal(parameter, other.parameters[name]), name
 
 
-def test_two_ranks_are_held_to_the_same_base_model_as_one(
-    configure: Configure, uneven: Path, ranks: Ranks, tmp_path: Path
-) -> None:
+def test_two_ranks_are_held_to_the_same_base_model_as_one(configure: Configure, uneven: Path, ranks: Ranks, tmp_path: Path) -> None:
     """The base model's forward runs inside DDP's, without gradients."""
     lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "lora_dropout": 0.0}
     settings = five_steps(uneven, "class_mean", dft={"anchor": 0.3}, learning_rate=0.3, **lora)
@@ -200,9 +198,7 @@ def test_two_ranks_under_fsdp2_are_one_rank_with_the_same_rows(
     assert_same(two, alone(reduction))
 
 
-def test_rows_that_even_out_the_ranks_are_not_evaluated_twice(
-    configure: Configure, ranks: Ranks, tmp_path: Path
-) -> None:
+def test_rows_that_even_out_the_ranks_are_not_evaluated_twice(configure: Configure, ranks: Ranks, tmp_path: Path) -> None:
     """Seven rows in batches of two on two ranks: the host repeats one of them."""
     held_out = harness.write_rows(tmp_path / "seven.jsonl", harness.rows(47)[40:])
     test = [{"path": str(held_out), "type": "chat_template", "split": "train", "ds_type": "json"}]
@@ -277,9 +273,7 @@ def dft_step(folder: Path, **how: Any) -> tuple[float, dict[str, torch.Tensor]]:
     loss.backward()
     handle.detach()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return float(loss.detach()), {
-        name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()
-    }
+    return float(loss.detach()), {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
 
 
 def dft_step_in_tensor_parallel(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
@@ -287,9 +281,7 @@ def dft_step_in_tensor_parallel(folder: Path) -> tuple[float, dict[str, torch.Te
     return dft_step(folder, tp_plan="auto")
 
 
-def test_a_head_that_is_cut_up_by_tensor_parallelism_gives_the_gradients_of_a_whole_one(
-    ranks: Ranks, tmp_path: Path
-) -> None:
+def test_a_head_that_is_cut_up_by_tensor_parallelism_gives_the_gradients_of_a_whole_one(ranks: Ranks, tmp_path: Path) -> None:
     harness.make_tokenizer(tmp_path)
     harness.make_model(tmp_path, tie_word_embeddings=False)
     loss, whole = dft_step(tmp_path)
@@ -338,22 +330,17 @@ def test_context_parallel_shards_of_a_batch_add_up_to_its_loss(model_folder: Pat
     assert torch.equal(torch.cat([shard[CLASS_IDS] for shard in shards], dim=1), shifted)
 
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    hidden = model.model(
-        input_ids=whole["input_ids"], attention_mask=whole["attention_mask"]
-    ).last_hidden_state.detach()
+    hidden = model.model(input_ids=whole["input_ids"], attention_mask=whole["attention_mask"]).last_hidden_state.detach()
     seam = Seam(model, print)
 
     def loss(hidden: torch.Tensor, batch: Any, **options: Any) -> torch.Tensor:
         step = PendingLoss(SPEC, batch["labels"], batch[CLASS_IDS], denominator=10.0, shifted="shift_labels" in batch)
         with seam.armed(step):
-            out: torch.Tensor = model.loss_function(
-                logits=model.lm_head(hidden), labels=batch["labels"], vocab_size=400, **options
-            )
+            out: torch.Tensor = model.loss_function(logits=model.lm_head(hidden), labels=batch["labels"], vocab_size=400, **options)
         return out.detach()
 
     parts = [
-        loss(part, shard, shift_labels=shard["shift_labels"])
-        for part, shard in zip(hidden.chunk(2, dim=1), shards, strict=True)
+        loss(part, shard, shift_labels=shard["shift_labels"]) for part, shard in zip(hidden.chunk(2, dim=1), shards, strict=True)
     ]
     assert float(sum(parts)) == pytest.approx(float(loss(hidden, whole)), rel=1e-6)
 
@@ -370,9 +357,7 @@ def test_sequences_that_are_not_cut_in_the_collator_are_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_zero(
-    configure: Configure, uneven: Path, ranks: Ranks, alone: Callable[[str], Report], stage: int
-) -> None:
+def test_deepspeed_zero(configure: Configure, uneven: Path, ranks: Ranks, alone: Callable[[str], Report], stage: int) -> None:
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     zero = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.0}
     two, _ = ranks(on_ranks.train, configure(**five_steps(uneven, "class_mean", deepspeed=zero)))

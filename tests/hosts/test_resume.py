@@ -120,12 +120,7 @@ def test_resumed_run_has_the_alpha_and_losses_of_the_whole_run(
         pytest.skip("Axolotl 0.19 goes on with other batches when a packed run is resumed, also without us")
     settings = settings_of(kind, name, 5)
     if packed:
-        settings |= {
-            "sample_packing": True,
-            "sequence_len": 256,
-            "micro_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-        }
+        settings |= {"sample_packing": True, "sequence_len": 256, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
     whole = train(configure(**settings))
     checkpoint = str(tmp_path / "run" / "checkpoint-5")
     resumed = train(configure(**settings, out=tmp_path / "again", resume_from_checkpoint=checkpoint))

@@ -30,11 +30,7 @@ CLASSES = {
 def test_ten_steps_on_the_real_model(way: str, data_file: Path, tmp_path: Path) -> None:
     from dwl_plugin.cli.quickstart.model import prepared_model
 
-    dwl = {
-        "classes": CLASSES,
-        "reduction": "class_mean",
-        "alpha": {"reasoning": 1, "number": 2, "end_of_turn": 1, "rest": 1},
-    }
+    dwl = {"classes": CLASSES, "reduction": "class_mean", "alpha": {"reasoning": 1, "number": 2, "end_of_turn": 1, "rest": 1}}
     settings = config(
         prepared_model(Console(stderr=True)),
         data_file,

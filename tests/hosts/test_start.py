@@ -43,11 +43,7 @@ def test_what_the_schema_sees_is_reported_whole_and_nothing_is_written(configure
 
 @pytest.mark.usefixtures("no_model")
 def test_what_the_tokenizer_sees_is_reported_whole(configure: Configure, tmp_path: Path) -> None:
-    classes = {
-        "many": {"tokens": ["<think>"]},
-        "outside": {"token_ids": [5, 4000]},
-        "shadowed": {"token_ids": [5]},
-    }
+    classes = {"many": {"tokens": ["<think>"]}, "outside": {"token_ids": [5, 4000]}, "shadowed": {"token_ids": [5]}}
     found = problems_of(configure(loss="dwl", dwl={"classes": classes}))
     assert "not one token" in found["dwl.classes.many.tokens[0]"]
     assert "400" in found["dwl.classes.outside.token_ids[1]"]
@@ -95,11 +91,7 @@ def test_a_class_that_matches_nothing_stops_the_run_before_the_model(configure: 
 
 TO = {"number": 3, "rest": 1}
 UNPLACEABLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "an epoch of a stream": (
-        {"streaming": True},
-        {"controller": {"type": "rlw", "warmup": "1ep"}},
-        "dwl.controller.warmup",
-    ),
+    "an epoch of a stream": ({"streaming": True}, {"controller": {"type": "rlw", "warmup": "1ep"}}, "dwl.controller.warmup"),
     "an order that the length decides": (
         {"max_steps": 10},
         {"schedule": {"type": "keyframes", "at": {"50%": TO, 4: TO}}},
@@ -115,9 +107,7 @@ UNPLACEABLE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("name", UNPLACEABLE)
-def test_positions_that_the_run_cannot_place_stop_it_before_the_model(
-    configure: Configure, data_file: Path, name: str
-) -> None:
+def test_positions_that_the_run_cannot_place_stop_it_before_the_model(configure: Configure, data_file: Path, name: str) -> None:
     host, more, path = UNPLACEABLE[name]
     dwl = {"classes": {"number": {"regex": r"\d+"}}, **more}
     source = [{"path": str(data_file), "ds_type": "json", "type": "chat_template"}]
@@ -195,9 +185,7 @@ def load(settings: dict[str, Any]) -> Any:
     [
         ["dwl_plugin.DWLPlugin"],
         *(
-            pytest.param(
-                way, marks=pytest.mark.skipif(AXOLOTL < (0, 21), reason="Axolotl 0.21 is the first to find plugins")
-            )
+            pytest.param(way, marks=pytest.mark.skipif(AXOLOTL < (0, 21), reason="Axolotl 0.21 is the first to find plugins"))
             for way in (None, ["dwl_plugin:DWLPlugin"])
         ),
     ],

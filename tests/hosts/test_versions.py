@@ -55,9 +55,7 @@ def test_an_axolotl_that_is_newer_than_the_tests_gets_one_sentence(
 
 
 @pytest.mark.parametrize("number", ["0.19.0", "0.20.1", "0.21.0.dev0"])
-def test_a_supported_axolotl_gets_no_sentence(
-    installed: Installed, capsys: pytest.CaptureFixture[str], number: str
-) -> None:
+def test_a_supported_axolotl_gets_no_sentence(installed: Installed, capsys: pytest.CaptureFixture[str], number: str) -> None:
     installed("axolotl", number)
     start({"loss": "dft"})
     assert capsys.readouterr().out == ""

@@ -121,9 +121,7 @@ def naive(
     if terms is not None:
         loss = _several(terms, logits, asked, nll, mistake)
         if anchor is not None:
-            base = _base_logits(
-                anchor, weight, bias, scale, None if mistake == "base without the softcap" else softcap, mistake
-            )
+            base = _base_logits(anchor, weight, bias, scale, None if mistake == "base without the softcap" else softcap, mistake)
             loss = loss + _anchored(anchor, logits, base.to(logits.dtype), asked, nll, keep, mistake)
         return LinearCrossEntropyOutput(loss, nll.detach())
     p = torch.exp(-nll)
@@ -159,9 +157,7 @@ def naive(
     return LinearCrossEntropyOutput(loss, (paid * nll if mistake == "nll weighted" else nll).detach())
 
 
-def _several(
-    terms: Sequence[Term], logits: torch.Tensor, asked: torch.Tensor, nll: torch.Tensor, mistake: str
-) -> torch.Tensor:
+def _several(terms: Sequence[Term], logits: torch.Tensor, asked: torch.Tensor, nll: torch.Tensor, mistake: str) -> torch.Tensor:
     """Σ over terms and tokens of weight·ℓ."""
     total = nll.new_zeros(())
     for term in terms[:1] if mistake == "first term only" else terms:
@@ -173,9 +169,7 @@ def _several(
     return total
 
 
-def _pays(
-    objective: Objective, logits: torch.Tensor, asked: torch.Tensor, nll: torch.Tensor, mistake: str
-) -> torch.Tensor:
+def _pays(objective: Objective, logits: torch.Tensor, asked: torch.Tensor, nll: torch.Tensor, mistake: str) -> torch.Tensor:
     p = torch.exp(-nll)
     if isinstance(objective, Focal):
         gamma = 1.0 if mistake == "gamma ignored" else objective.gamma

@@ -82,9 +82,7 @@ def per_token(case: Case) -> Truth:
         if case.anchor is not None:
             share = torch.softmax(base_logits(case, case.anchor, t), 0)
             p = torch.softmax(logits, 0)
-            kl[t] = math.fsum(
-                q * (math.log(q) - math.log(mine)) for q, mine in zip(share.tolist(), p.tolist(), strict=True) if q
-            )
+            kl[t] = math.fsum(q * (math.log(q) - math.log(mine)) for q, mine in zip(share.tolist(), p.tolist(), strict=True) if q)
             anchored = of(case.anchor.weight, t)
             loss += anchored * kl[t].item()
             grad_logits += anchored * (p - share)
@@ -107,9 +105,7 @@ def base_logits(case: Case, anchor: Anchor, t: int) -> torch.Tensor:
     assert not callable(anchor.head)
     weight, bias = (case.weight, case.bias) if anchor.head is None else anchor.head
     logits = weight.double() @ anchor.hidden.double().reshape(-1, anchor.hidden.shape[-1])[t]
-    logits = (1.0 if case.logit_scale is None else case.logit_scale) * (
-        logits if bias is None else logits + bias.double()
-    )
+    logits = (1.0 if case.logit_scale is None else case.logit_scale) * (logits if bias is None else logits + bias.double())
     return logits if case.softcap is None else case.softcap * torch.tanh(logits / case.softcap)
 
 

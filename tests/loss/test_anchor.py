@@ -22,9 +22,7 @@ from tests.loss.test_seam import peft
 SPEC = LossSpec(weight=(0.4, 1.3), objective=(Power(1.0), Power(0.0)), anchor=(3.0, 1.0))
 
 
-def adapted(
-    name: str = "LlamaForCausalLM", modules: tuple[str, ...] = ("v_proj", "o_proj"), saved: tuple[str, ...] = ()
-) -> Any:
+def adapted(name: str = "LlamaForCausalLM", modules: tuple[str, ...] = ("v_proj", "o_proj"), saved: tuple[str, ...] = ()) -> Any:
     model = build(name)
     config = peft.LoraConfig(r=4, target_modules=list(modules), modules_to_save=list(saved), lora_dropout=0.5)
     model = peft.get_peft_model(model, config)
@@ -51,9 +49,7 @@ def truth(model: Any, spec: LossSpec) -> tuple[torch.Tensor, dict[str, torch.Ten
     return loss.detach().float(), gradients(model, loss), kl[keep].mean().detach()
 
 
-def ours(
-    model: Any, spec: LossSpec, seen: list[ForwardMetrics] | None = None
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def ours(model: Any, spec: LossSpec, seen: list[ForwardMetrics] | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     ids, labels, class_ids = batch()
     seam = Seam(model, lambda line: None, model.disable_adapter)
     try:
@@ -79,9 +75,7 @@ def test_the_anchor_is_the_model_without_its_adapter(name: str, monkeypatch: pyt
     model, taken = make(), []
     for function in ("linear_cross_entropy", "module_cross_entropy"):
         real = getattr(seam_module, function)
-        monkeypatch.setattr(
-            seam_module, function, lambda *a, _n=function, _r=real, **k: (taken.append(_n), _r(*a, **k))[1]
-        )
+        monkeypatch.setattr(seam_module, function, lambda *a, _n=function, _r=real, **k: (taken.append(_n), _r(*a, **k))[1])
     want_loss, want_gradients, want_kl = truth(model, SPEC)
     assert want_kl > 1e-3
     seen: list[ForwardMetrics] = []

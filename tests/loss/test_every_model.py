@@ -82,26 +82,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen3_5_text": NO_FLA,
     "qwen3_next": NO_FLA,
     "qwen2_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
-    "reformer": {
-        "is_decoder": True,
-        "axial_pos_embds": False,
-        "attn_layers": ["local"] * 2,
-        "local_attn_chunk_length": 8,
-    },
-    "roc_bert": {
-        "pronunciation_embed_dim": 8,
-        "shape_embed_dim": 8,
-        "shape_vocab_size": 9,
-        "pronunciation_vocab_size": 9,
-    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local"] * 2, "local_attn_chunk_length": 8},
+    "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8, "shape_vocab_size": 9, "pronunciation_vocab_size": 9},
     "t5": {"decoder_start_token_id": 0},
     "xlstm": {"mode": "train", "chunk_size": 16},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {
-        "attention_hidden_size": ...,
-        "num_hidden_layers": 3,
-        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
-    },
+    "zamba": {"attention_hidden_size": ..., "num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "use_mamba_kernels": False},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -127,9 +113,7 @@ def tiny_config(config_class: type[PreTrainedConfig], **special: Any) -> PreTrai
     if nested_names := getattr(config_class, "sub_configs", {}):
         default = config_class()
         nested = {name: getattr(default, name, None) for name in nested_names}
-        values |= {
-            name: tiny_config(type(config)) for name, config in nested.items() if isinstance(config, PreTrainedConfig)
-        }
+        values |= {name: tiny_config(type(config)) for name, config in nested.items() if isinstance(config, PreTrainedConfig)}
     values |= SPECIAL.get(config_class.model_type, {})
     values = {name: value for name, value in values.items() if value is not ...}
     return config_class(**values | special)
@@ -149,10 +133,7 @@ class Result:
     gradients: dict[str, torch.Tensor]
 
 
-SPECS = {
-    "nll": LossSpec(),
-    "weighted": LossSpec(weight=(0.3, 1.7), objective=(Power(1.0, 0.05), Power())),
-}
+SPECS = {"nll": LossSpec(), "weighted": LossSpec(weight=(0.3, 1.7), objective=(Power(1.0, 0.05), Power()))}
 
 
 def build(name: str) -> PreTrainedModel:
@@ -204,9 +185,7 @@ def eager(model: PreTrainedModel, spec: LossSpec) -> tuple[torch.Tensor, dict[st
     if spec != SPECS["nll"]:
         # Take the model's cross-entropy out of its loss, so that only the rest (router losses) stays, and put ours in.
         logits = [out.logits[:, -LENGTH:]]  # behind what stands for an image
-        logits += getattr(out, "logits_ngram", torch.empty(0, 0)).unbind(
-            1
-        )  # ProphetNet: one stream for each token ahead
+        logits += getattr(out, "logits_ngram", torch.empty(0, 0)).unbind(1)  # ProphetNet: one stream for each token ahead
         layouts = (shift_left(labels), shift_left(class_ids)), (labels, class_ids)
         length = logits[0].shape[1]
         layouts = [tuple(tensor[:, :length] for tensor in layout) for layout in layouts]
@@ -281,9 +260,7 @@ REPRESENTATIVES = {
 }
 
 
-SWEEP = [
-    pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.slow) for name in sorted([*CAUSAL, *OTHERS])
-]
+SWEEP = [pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.slow) for name in sorted([*CAUSAL, *OTHERS])]
 
 
 @pytest.mark.parametrize("name", SWEEP)

@@ -97,9 +97,7 @@ def anchored_case(*shape: int, seed: int = 0, own_head: bool = True, **options: 
 
 
 def options_of(case: Case) -> dict[str, Any]:
-    return {
-        f.name: getattr(case, f.name) for f in fields(case) if f.name not in ("hidden", "weight", "targets", "bias")
-    }
+    return {f.name: getattr(case, f.name) for f in fields(case) if f.name not in ("hidden", "weight", "targets", "bias")}
 
 
 def run(
@@ -399,9 +397,7 @@ def test_no_mutant_of_the_anchor_passes(mistake: str) -> None:
         (linear_cross_entropy, (torch.zeros(5, 24), None), r"\(V, H\) weight with V = 211"),
     ],
 )
-def test_an_anchor_that_does_not_fit_is_named(
-    function: Callable[..., LinearCrossEntropyOutput], head: Any, message: str
-) -> None:
+def test_an_anchor_that_does_not_fit_is_named(function: Callable[..., LinearCrossEntropyOutput], head: Any, message: str) -> None:
     case = random_case(3, 7)
     with pytest.raises(ValueError, match=message):
         run(function, replace(case, anchor=Anchor(torch.ones(3, 7), case.hidden, head)))
@@ -421,14 +417,7 @@ def test_an_anchor_that_does_not_fit_is_named(
     seed=st.integers(0, 999),
 )
 def test_matches_the_loop_for_any_shape(
-    tokens: int,
-    vocab: int,
-    width: int,
-    ignored: float,
-    everything: bool,
-    objectives: list[str],
-    trained: bool,
-    seed: int,
+    tokens: int, vocab: int, width: int, ignored: float, everything: bool, objectives: list[str], trained: bool, seed: int
 ) -> None:
     options: dict[str, Any] = {"vocab": vocab, "width": width, "ignored": ignored, "seed": seed, "dtype": torch.float64}
     make = full_case if everything else random_case
@@ -455,9 +444,7 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def naive_in(dtype: torch.dtype) -> Callable[..., LinearCrossEntropyOutput]:
-    def loss(
-        hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **options: Any
-    ) -> LinearCrossEntropyOutput:
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **options: Any) -> LinearCrossEntropyOutput:
         return naive(hidden.to(dtype), weight.to(dtype), targets, **options)
 
     return loss
@@ -467,9 +454,7 @@ def naive_in(dtype: torch.dtype) -> Callable[..., LinearCrossEntropyOutput]:
 # Autograd adds the weight gradients of several chunks in the weight's dtype, so the module path gets one.
 @pytest.mark.parametrize("function", [linear_cross_entropy, partial(as_module, chunk_tokens=None)])
 @pytest.mark.usefixtures("processor")
-def test_half_precision_is_no_worse_than_naive(
-    dtype: torch.dtype, function: Callable[..., LinearCrossEntropyOutput]
-) -> None:
+def test_half_precision_is_no_worse_than_naive(dtype: torch.dtype, function: Callable[..., LinearCrossEntropyOutput]) -> None:
     case = full_case(3, 13, dtype=dtype)
     ours, theirs = errors(function, case), errors(naive, case)
     assert all(ours[name] <= theirs[name] * 1.05 + FP32 for name in ours), (ours, theirs)
@@ -676,8 +661,7 @@ def matmuls_taken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("hidden_learns", "weight_learns", "matmuls"),
-    [(False, False, 1), (True, False, 2), (False, True, 2), (True, True, 3)],
+    ("hidden_learns", "weight_learns", "matmuls"), [(False, False, 1), (True, False, 2), (False, True, 2), (True, True, 3)]
 )
 def test_takes_no_more_matmuls_than_gradients_asked_for(
     matmuls_taken: list[int], hidden_learns: bool, weight_learns: bool, matmuls: int

@@ -39,10 +39,7 @@ def naive(reduction: Reduction, alpha: list[float], step: Step) -> float:
         return sum(loss for _, loss in paid) / mass if mass else 0.0
     if reduction == "sequence_mean_token_sum":
         samples = {token.sample for token in step}
-        sums = [
-            sum(alpha[c] * token.losses[c] for token in step if token.sample == s for c in token.classes)
-            for s in samples
-        ]
+        sums = [sum(alpha[c] * token.losses[c] for token in step if token.sample == s for c in token.classes) for s in samples]
         return sum(sums) / len(samples)
     by_class = {c: [token.losses[c] for token in step if c in token.classes] for c, _ in paid}
     mass = sum(alpha[c] for c in by_class)
@@ -109,11 +106,7 @@ WRONG: dict[str, tuple[Reduction, Overlap, Weigh]] = {
         "sum",
         lambda r, a, n: class_weights(r, a, torch.cat([n[:-2], n[:-2].sum()[None], n[-1:]])),
     ),
-    "samples taken for tokens": (
-        "sequence_mean_token_sum",
-        "first",
-        lambda r, a, n: class_weights(r, a, n.flip(-1).roll(2)),
-    ),
+    "samples taken for tokens": ("sequence_mean_token_sum", "first", lambda r, a, n: class_weights(r, a, n.flip(-1).roll(2))),
     "sequence mean is token mean": ("sequence_mean_token_sum", "first", lambda r, a, n: a),
     "mean of means": ("sequence_mean_token_sum", "sum", lambda r, a, n: class_weights("class_mean", a, n)),
     "absent classes keep their α": ("class_mean", "sum", lambda r, a, n: a * n[-2] / n[:-2].clamp(min=1)),
@@ -128,9 +121,7 @@ def test_no_wrong_denominator_passes(name: str) -> None:
     draw, missed = random.Random(1), []
     for _ in range(30):
         alpha, step = random_alpha(draw, 4), random_step(draw, 4, overlap)
-        missed.append(
-            ours(reduction, alpha, step, overlap, wrong) == pytest.approx(naive(reduction, alpha, step), rel=1e-6)
-        )
+        missed.append(ours(reduction, alpha, step, overlap, wrong) == pytest.approx(naive(reduction, alpha, step), rel=1e-6))
     assert not all(missed)
 
 
@@ -163,9 +154,7 @@ def test_disjoint_classes_give_the_same_under_both_overlaps_bit_for_bit(reductio
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(("alpha", "counts"), [([1.0, 0.0], [0, 5, 5, 2]), ([0.5, 0.5], [0, 0, 0, 0])])
-def test_a_step_without_weighted_tokens_is_zero_not_nan(
-    reduction: Reduction, alpha: list[float], counts: list[int]
-) -> None:
+def test_a_step_without_weighted_tokens_is_zero_not_nan(reduction: Reduction, alpha: list[float], counts: list[int]) -> None:
     weights = class_weights(reduction, torch.tensor(alpha, dtype=torch.float64), torch.tensor(counts))
     assert torch.isfinite(weights).all()
     assert float((weights * torch.tensor(counts[:2])).sum()) == 0.0

@@ -311,10 +311,7 @@ def test_labels_in_an_unknown_order_with_classes_stop_the_run() -> None:
     model = llama()
     ids, labels, class_ids = batch()
     seam = Seam(model, print)
-    with (
-        pytest.raises(LossNotTakenError, match="cannot be matched"),
-        seam.armed(PendingLoss(WEIGHTED, labels, class_ids)),
-    ):
+    with pytest.raises(LossNotTakenError, match="cannot be matched"), seam.armed(PendingLoss(WEIGHTED, labels, class_ids)):
         model(input_ids=ids, labels=labels, shift_labels=shift_left(labels).flip(0))
 
 
@@ -509,13 +506,7 @@ def test_label_free_forwards_and_generation_are_left_alone() -> None:
 
 def state(model: nn.Module) -> list[Any]:
     return [
-        (
-            name,
-            sorted(map(str, module.__dict__)),
-            module.forward,
-            len(module._forward_hooks),
-            len(module._forward_pre_hooks),
-        )
+        (name, sorted(map(str, module.__dict__)), module.forward, len(module._forward_hooks), len(module._forward_pre_hooks))
         for name, module in model.named_modules()
     ]
 

@@ -20,10 +20,7 @@ CPU = torch.device("cpu")
 def loops(ranks: int) -> list[ClosedLoop]:
     """One loop a rank, which see one another as they would through a group."""
     block = parse(
-        {
-            "loss": "dwl",
-            "dwl": {"classes": {"a": {"token_ids": [1]}}, "controller": {"type": "group_dro", "eta": 1.0, "every": 2}},
-        }
+        {"loss": "dwl", "dwl": {"classes": {"a": {"token_ids": [1]}}, "controller": {"type": "group_dro", "eta": 1.0, "every": 2}}}
     )
     assert block is not None
     found: list[ClosedLoop] = []

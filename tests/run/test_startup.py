@@ -96,9 +96,7 @@ def test_a_dft_schedule_of_another_length_is_said() -> None:
 
 
 def test_other_options_of_a_controller_are_said_in_a_line() -> None:
-    before, after = (
-        block(controller={"type": "group_dro", **more}).controller for more in ({}, {"eta": 0.5, "every": 3})
-    )
+    before, after = (block(controller={"type": "group_dro", **more}).controller for more in ({}, {"eta": 0.5, "every": 3}))
     assert before is not None
     assert after is not None
     saved = before.model_dump(mode="json")

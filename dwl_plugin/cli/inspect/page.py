@@ -29,9 +29,9 @@ def render_page(seen: Examination, rows: Sequence[ShownRow]) -> str:
     names = seen.class_names
     style = folder.joinpath("page.css").read_text(encoding="utf-8") + _class_styles(len(names))
     script = folder.joinpath("page.js").read_text(encoding="utf-8")
-    template = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(folder.joinpath("page.html.j2").read_text(encoding="utf-8"))
+    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
+        folder.joinpath("page.html.j2").read_text(encoding="utf-8")
+    )
     return template.render(
         config=seen.config.name,
         loss=seen.block.loss if seen.block is not None else None,

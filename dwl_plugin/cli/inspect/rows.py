@@ -58,9 +58,7 @@ class ShownRow:
 def row_notes(seen: Examination) -> list[str]:
     """How the rows shown differ from the run's."""
     assert seen.rows is not None
-    packed = (
-        ["packed among themselves, where the run packs them with all the others"] if seen.rows.packs is not None else []
-    )
+    packed = ["packed among themselves, where the run packs them with all the others"] if seen.rows.packs is not None else []
     return [*seen.rows.notes, *packed]
 
 
@@ -86,9 +84,7 @@ def _sample(
     tokens = []
     for t, token_id in enumerate(ids):
         classes = tuple(np.flatnonzero(members_CT[:, t]).tolist())
-        weight = (
-            None if weights is None or not classes else sum(weights[c] for c in (classes if summed else classes[:1]))
-        )
+        weight = None if weights is None or not classes else sum(weights[c] for c in (classes if summed else classes[:1]))
         tokens.append(ShownToken(int(token_id), text_of(int(token_id)), classes, weight))
     starts = [0] if positions is None else [t for t in range(len(ids)) if t == 0 or positions[t] <= positions[t - 1]]
     return [ShownSample(tuple(tokens[a:b])) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
@@ -123,9 +119,7 @@ def _spelling(tokenizer: Any) -> Callable[[int], str]:
     def spell(token_id: int) -> str:
         if token_id not in cache:
             text = as_text(table.spelling(token_id)) if 0 <= token_id < table.size else f"‹token {token_id}›"
-            cache[token_id] = "".join(
-                f"‹{ord(char) - 0xDC00:02x}›" if "\udc80" <= char <= "\udcff" else char for char in text
-            )
+            cache[token_id] = "".join(f"‹{ord(char) - 0xDC00:02x}›" if "\udc80" <= char <= "\udcff" else char for char in text)
         return cache[token_id]
 
     return spell

@@ -56,12 +56,7 @@ def _coloured(sample: ShownSample, rest: int) -> Text:
 def _style(index: int) -> Style:
     colour, underline = look(index)
     dark = colour in ("#0072b2", "#009e73", "#d55e00")
-    return Style(
-        bgcolor=colour,
-        color="white" if dark else "black",
-        underline=underline == "double",
-        italic=underline == "dashed",
-    )
+    return Style(bgcolor=colour, color="white" if dark else "black", underline=underline == "double", italic=underline == "dashed")
 
 
 def _raised(index: int) -> str:
@@ -71,6 +66,5 @@ def _raised(index: int) -> str:
 def _printable(text: str) -> str:
     """Without the control characters by which a sample could drive the terminal."""
     return "".join(
-        char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf") else f"‹{ord(char):02x}›"
-        for char in text
+        char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf") else f"‹{ord(char):02x}›" for char in text
     )

@@ -123,16 +123,13 @@ def _check_packages() -> None:
         )
     verb = "is" if len(missing) == 1 else "are"
     raise DWLError(
-        f"{', '.join(missing)} {verb} not installed here. The quickstart needs:\n"
-        "  pip install 'axolotl-dwl[axolotl,quickstart]'"
+        f"{', '.join(missing)} {verb} not installed here. The quickstart needs:\n  pip install 'axolotl-dwl[axolotl,quickstart]'"
     )
 
 
 def _check_folder(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / "quickstart.yml").is_file():
-        raise DWLError(
-            f"{_short(out)} has files in it that the quickstart did not write. Name another folder with --out."
-        )
+        raise DWLError(f"{_short(out)} has files in it that the quickstart did not write. Name another folder with --out.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         writable = os.access(out, os.W_OK)

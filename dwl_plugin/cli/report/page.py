@@ -82,9 +82,7 @@ def _drawn(title: str, caption: str, figure: Figure) -> Drawn:
 def _figures_of_one(run: Run) -> Iterator[Drawn]:
     many = len(run.classes) > 1
     if many and run.weighs_classes and run.train:
-        lines = [
-            _line(name, run.curve(f"dwl/alpha/{name}"), _class_style(run, name), limit=200) for name in run.classes
-        ]
+        lines = [_line(name, run.curve(f"dwl/alpha/{name}"), _class_style(run, name), limit=200) for name in run.classes]
         caption = "How much each class counts, step by step. They sum to 1."
         yield _drawn("α over the run", caption, plots.draw_labelled(Panel("", lines), "α"))
     for what, title in tables.MOVING.items():

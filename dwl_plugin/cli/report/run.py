@@ -60,9 +60,7 @@ class Curve:
         width = math.ceil(len(self.steps) / limit)
         if width <= 1:
             return self
-        parts = [
-            Curve(self.steps[at : at + width], self.values[at : at + width]) for at in range(0, len(self.steps), width)
-        ]
+        parts = [Curve(self.steps[at : at + width], self.values[at : at + width]) for at in range(0, len(self.steps), width)]
         return Curve(tuple(part.steps[-1] for part in parts), tuple(part.mean for part in parts))
 
 

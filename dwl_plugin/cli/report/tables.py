@@ -16,12 +16,7 @@ from dwl_plugin.cli.report.run import Run
 __all__ = ["ComparedRow", "Row", "compared", "facts", "print_comparison", "print_run", "printable", "rows_of"]
 
 NONE = "–"
-MOVING = {
-    "signal": "Signal",
-    "exponent": "Exponent of dft",
-    "min_weight": "Least weight of dft",
-    "kl": "KL to the base model",
-}
+MOVING = {"signal": "Signal", "exponent": "Exponent of dft", "min_weight": "Least weight of dft", "kl": "KL to the base model"}
 
 Ends = tuple[float, float]
 
@@ -90,9 +85,7 @@ def print_run(console: Console, run: Run) -> None:
             table.add_section()
         cells = (percent(row.token_share), arrow(row.loss_share, _brief), arrow(row.alpha, "{:.2f}".format))
         change = Text(change_of(row.nll), style=_colour(row.nll))
-        table.add_row(
-            _name(row.name), *cells, arrow(row.nll, "{:.3f}".format), change, style="bold" if row.name is None else ""
-        )
+        table.add_row(_name(row.name), *cells, arrow(row.nll, "{:.3f}".format), change, style="bold" if row.name is None else "")
     console.print(table)
     loss = run.curve("loss")
     if loss:
@@ -129,10 +122,7 @@ def compared(runs: Sequence[Run]) -> tuple[list[ComparedRow], str, list[str]]:
     """Rows over the classes of all runs, what was measured, and what to mind when reading them."""
     held_out = all(run.evals for run in runs)
     names = [name for name in dict.fromkeys(name for run in runs for name in run.classes) if name != "rest"]
-    rows = [
-        ComparedRow(name, tuple(_final(run, name, held_out) for run in runs))
-        for name in (*(names and [*names, "rest"]), None)
-    ]
+    rows = [ComparedRow(name, tuple(_final(run, name, held_out) for run in runs)) for name in (*(names and [*names, "rest"]), None)]
     source = "the held-out rows" if held_out else "the last tenth of the training batches"
     notes = []
     if not held_out and any(run.evals for run in runs):
@@ -151,9 +141,7 @@ def compared(runs: Sequence[Run]) -> tuple[list[ComparedRow], str, list[str]]:
 
 def print_comparison(console: Console, runs: Sequence[Run]) -> None:
     rows, source, notes = compared(runs)
-    table = Table(
-        title=f"nll at the end, {source}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False
-    )
+    table = Table(title=f"nll at the end, {source}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
     table.add_column("class", overflow="fold")
     for run in runs:
         table.add_column(Text(printable(run.name)), justify="right", overflow="fold")
@@ -163,9 +151,7 @@ def print_comparison(console: Console, runs: Sequence[Run]) -> None:
         cells = [Text(cell, style="green" if at == row.best else "") for at, cell in enumerate(row.cells)]
         table.add_row(_name(row.name), *cells, style="bold" if row.name is None else "")
     console.print(table)
-    console.print(
-        f"In brackets: against {printable(runs[0].name)}. Green: the lowest of its row.", highlight=False, markup=False
-    )
+    console.print(f"In brackets: against {printable(runs[0].name)}. Green: the lowest of its row.", highlight=False, markup=False)
     for note in notes:
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     for run in runs:
