@@ -310,7 +310,7 @@ def _entries(raw: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 def _hints(seen: Examination) -> None:
     """What the run itself would say at its start."""
-    from dwl_plugin.alpha.schedule import alpha_of
+    from dwl_plugin.run.moving import alpha_of
     from dwl_plugin.run.startup import hints
 
     if seen.block is None or seen.rows is None or seen.length is None:

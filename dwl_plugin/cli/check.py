@@ -118,7 +118,7 @@ def class_figures(seen: Examination) -> list[dict[str, Any]]:
 
 def _alpha(seen: Examination) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """α at the first step and at the last."""
-    from dwl_plugin.alpha.schedule import alpha_of
+    from dwl_plugin.run.moving import alpha_of
 
     assert seen.block is not None
     try:
