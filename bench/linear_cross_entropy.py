@@ -91,7 +91,12 @@ def builders(case: Case, device: str) -> dict[str, Callable[[], Loss]]:
         """Objectives side by side, each on its share of the tokens."""
         from dwl_plugin.loss.token_losses import EntropyGate, Focal, Objective, Power, Term
 
-        every: dict[str, Objective] = {"nll": Power(), "threshold": Power(1.0, 0.0, 0.7), "focal": Focal(), "eaft": EntropyGate()}
+        every: dict[str, Objective] = {
+            "nll": Power(),
+            "threshold": Power(1.0, 0.0, 0.7),
+            "focal": Focal(2.0),
+            "eaft": EntropyGate(1.0, 20),
+        }
         turn = torch.arange(case.tokens, device=device) % len(names)
         return ours(terms=[Term(every[name], (turn == k).float()) for k, name in enumerate(names)])
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedule import Curve, ScheduleContext, Vector, curve_of
 from dwl_plugin.config import Block, DFTConfig, TokenLossConfig
-from dwl_plugin.config.token_loss import SCHEDULED
+from dwl_plugin.loss.token_losses import SCHEDULED
 
 __all__ = ["end_hints", "token_losses_of"]
 

@@ -2,7 +2,7 @@
 
 from dwl_plugin.classes.build import build_labeller, labeller_of
 from dwl_plugin.classes.labeller import IGNORE_INDEX, Labeller
-from dwl_plugin.classes.selectors import TIME_LIMIT_S, PatternTooSlowError
+from dwl_plugin.classes.masks import TIME_LIMIT_S, PatternTooSlowError
 from dwl_plugin.classes.survey import ClassSurvey, empty_class_problems, survey
 from dwl_plugin.classes.token_bytes import TokenTable
 

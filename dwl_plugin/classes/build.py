@@ -14,22 +14,22 @@ import regex
 
 from dwl_plugin.classes.keywords import Words
 from dwl_plugin.classes.labeller import Labeller
-from dwl_plugin.classes.role_headers import role_headers
-from dwl_plugin.classes.selectors import (
+from dwl_plugin.classes.masks import (
     TIME_LIMIT_S,
+    AtTurnEnds,
     Between,
     Clock,
     InText,
     InVocabulary,
-    Position,
-    Role,
-    Selector,
-    Turn,
+    Mask,
+    NthTurn,
+    OfRole,
     all_of,
     any_of,
     covers,
     negation,
 )
+from dwl_plugin.classes.role_headers import role_headers
 from dwl_plugin.classes.token_bytes import TokenTable, added_ids, as_bytes, as_text, special_ids, vocabulary_size
 from dwl_plugin.config import REST, Block, ClassConfig, Overlap
 from dwl_plugin.config.selectors import (
@@ -84,7 +84,7 @@ def build_labeller(classes: Mapping[str, ClassConfig], tokenizer: Any, overlap: 
     kinds = [selector for config in classes.values() for _, selector in walk(config, "")]
     blank = TokenTable.blank(vocabulary_size(tokenizer))
     table = blank if all(isinstance(kind, _WITHOUT_TEXT) for kind in kinds) else _table(classes, tokenizer)
-    selectors: dict[str, Selector] = {}
+    selectors: dict[str, Mask] = {}
     problems: list[Problem] = []
     for name, config in classes.items():
         path = f"dwl.classes.{name}"
@@ -129,7 +129,7 @@ class _Making:
         self.table, self.tokenizer, self.allow_empty = table, tokenizer, allow_empty
         self.problems: list[Problem] = []
 
-    def selector(self, config: SelectorConfig, path: str) -> Selector:
+    def selector(self, config: SelectorConfig, path: str) -> Mask:
         """The selector of `config`, which stands at `path` of the YAML."""
         match config:
             case TokenIdsSelector():
@@ -146,9 +146,9 @@ class _Making:
                 opening, closing = map(as_bytes, config.between)
                 return Between(opening, closing, config.include_delimiters)
             case TurnSelector():
-                return Turn(1 if config.turn == "first" else -1 if config.turn == "last" else config.turn)
+                return NthTurn(1 if config.turn == "first" else -1 if config.turn == "last" else config.turn)
             case PositionSelector():
-                return Position(config.position.first or 0, config.position.last or 0)
+                return AtTurnEnds(config.position.first or 0, config.position.last or 0)
             case RoleSelector():
                 return self._role(config, path)
             case SpecialSelector():
@@ -163,12 +163,12 @@ class _Making:
                 return negation(self.selector(config.not_, f"{path}.not"))
         raise AssertionError(config)
 
-    def _members(self, ids: Iterable[int]) -> Selector:
+    def _members(self, ids: Iterable[int]) -> Mask:
         member_V = np.zeros(self.table.size + 1, np.bool_)
         member_V[list(ids)] = True
         return InVocabulary(member_V)
 
-    def _token_ids(self, config: TokenIdsSelector, path: str) -> Selector:
+    def _token_ids(self, config: TokenIdsSelector, path: str) -> Mask:
         size = self.table.size
         member_V = np.zeros(size + 1, np.bool_)
         for index, item in enumerate(config.token_ids):
@@ -186,7 +186,7 @@ class _Making:
                 member_V[int(first) : int(last or first) + 1] = True
         return InVocabulary(member_V)
 
-    def _tokens(self, config: TokensSelector, path: str) -> Selector:
+    def _tokens(self, config: TokensSelector, path: str) -> Mask:
         table, tokenizer = self.table, self.tokenizer
         vocabulary = tokenizer.get_vocab()
         members: list[int] = []
@@ -204,7 +204,7 @@ class _Making:
             self.problems.append(Problem(f"{path}.tokens[{index}]", message, text, hint=hint))
         return self._members(members)
 
-    def _token_regex(self, config: TokenRegexSelector, path: str) -> Selector:
+    def _token_regex(self, config: TokenRegexSelector, path: str) -> Mask:
         table, match = self.table, regex.compile(config.token_regex).fullmatch
         path = f"{path}.token_regex"
         clock = Clock()
@@ -220,7 +220,7 @@ class _Making:
             self.problems.append(Problem(path, message, config.token_regex, hint=hint))
         return self._members(np.flatnonzero(found).tolist())
 
-    def _role(self, config: RoleSelector, path: str) -> Selector:
+    def _role(self, config: RoleSelector, path: str) -> Mask:
         headers, why_not = role_headers(self.tokenizer, self.table)
         if config.role not in headers:
             self.problems.append(
@@ -234,17 +234,17 @@ class _Making:
             )
             return self._members([])
         own = frozenset([headers[config.role]])
-        return Role(frozenset(headers.values()), own)
+        return OfRole(frozenset(headers.values()), own)
 
 
-def _empty(path: str, selector: Selector, config: ClassConfig) -> list[Problem]:
+def _empty(path: str, selector: Mask, config: ClassConfig) -> list[Problem]:
     """A problem if no token of the vocabulary can be a member."""
     if config.allow_empty or not isinstance(selector, InVocabulary) or selector.member.any():
         return []
     return [Problem(path, f"selects none of the {len(selector.member) - 1:,} tokens of the vocabulary")]
 
 
-def _shadowed(path: str, selector: Selector, earlier: Mapping[str, Selector]) -> list[Problem]:
+def _shadowed(path: str, selector: Mask, earlier: Mapping[str, Mask]) -> list[Problem]:
     """A problem if earlier classes are known to claim every token of this one."""
     by: list[str] = []
     if isinstance(selector, InVocabulary):

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from dwl_plugin.classes.masks import InVocabulary, Mask
 from dwl_plugin.classes.samples import Samples
-from dwl_plugin.classes.selectors import InVocabulary, Selector
 from dwl_plugin.classes.token_bytes import Bools, Ints, TokenTable
 from dwl_plugin.errors import DWLError, shortened
 from dwl_plugin.values import FIRST_TARGET, IGNORE_INDEX, Overlap
@@ -40,7 +40,7 @@ class Labeller:
     """
 
     names: tuple[str, ...]
-    selectors: tuple[Selector, ...]
+    selectors: tuple[Mask, ...]
     lookup: Ints
     table: TokenTable
     overlap: Overlap = "first"

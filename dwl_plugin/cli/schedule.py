@@ -19,9 +19,9 @@ from dwl_plugin.cli.config_file import read_config
 from dwl_plugin.cli.trust import dangers
 from dwl_plugin.config import REST, Block, DFTConfig, parse
 from dwl_plugin.config.overrides import overridden, overrides_of
-from dwl_plugin.config.token_loss import SCHEDULED
 from dwl_plugin.errors import ConfigError, DWLError
 from dwl_plugin.files import write_whole
+from dwl_plugin.loss.token_losses import SCHEDULED
 
 __all__ = ["IMAGE_SUFFIXES", "schedule"]
 

@@ -30,7 +30,7 @@ from dwl_plugin.config.schedules import (
     StepSchedule,
     WarmupSchedule,
 )
-from dwl_plugin.config.token_loss import DFTConfig, EAFTConfig, FocalConfig, TokenLossConfig, TokenLossName
+from dwl_plugin.loss.token_losses import DFTConfig, EAFTConfig, FocalConfig, TokenLossConfig, TokenLossName
 from dwl_plugin.values import FIRST_TARGET, IGNORE_INDEX, REST, Overlap, Position, Weight
 
 __all__ = [

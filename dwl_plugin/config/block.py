@@ -11,7 +11,7 @@ from pydantic import Field
 from dwl_plugin.config.classes import ClassConfig, OneOfTheClasses
 from dwl_plugin.config.controllers import Controller, ControllerOptions
 from dwl_plugin.config.schedules import Schedule, ScheduleOptions
-from dwl_plugin.config.token_loss import TOKEN_LOSSES, DFTConfig, EAFTConfig, FocalConfig, TokenLossConfig, TokenLossName
+from dwl_plugin.loss.token_losses import TOKEN_LOSSES, DFTConfig, EAFTConfig, FocalConfig, TokenLossConfig, TokenLossName
 from dwl_plugin.values import REST, Overlap, Strict, Weight
 
 __all__ = ["Block", "DWLConfig", "LossName", "Reduction"]
@@ -144,7 +144,7 @@ class Block(Strict):
         whole = self.dft if name == "dft" else getattr(self.dwl, name)
         own = None if spec is None else getattr(spec, name)
         found: TokenLossConfig | None = own if own is not None else whole
-        return found if found is not None else TOKEN_LOSSES[name].model_validate({})
+        return found if found is not None else TOKEN_LOSSES[name].Options.model_validate({})
 
     def dump(self) -> dict[str, Any]:
         """Plain YAML types; `parse(block.dump()) == block`."""

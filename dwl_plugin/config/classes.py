@@ -26,8 +26,8 @@ from dwl_plugin.config.selectors import (
     WordsSelector,
     choose,
 )
-from dwl_plugin.config.token_loss import DFTConfig, EAFTConfig, FocalConfig, TokenLossName
 from dwl_plugin.errors import Problem
+from dwl_plugin.loss.token_losses import DFTConfig, EAFTConfig, FocalConfig, TokenLossName
 from dwl_plugin.values import REST
 
 __all__ = [

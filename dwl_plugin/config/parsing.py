@@ -14,9 +14,9 @@ from dwl_plugin.config.controllers import ControllerOptions, controller_of, cont
 from dwl_plugin.config.packs import Shelf
 from dwl_plugin.config.schedules import order_problems, schedule_of, vectors
 from dwl_plugin.config.selectors import group_problems
-from dwl_plugin.config.token_loss import TOKEN_LOSSES, dft_problems
 from dwl_plugin.config.validate import one_of, unique, validate
-from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.errors import ConfigError, Problem, did_you_mean
+from dwl_plugin.loss.token_losses import SCHEDULED, TOKEN_LOSSES
 from dwl_plugin.values import MOST_OVERLAPPING, REST
 
 __all__ = ["parse"]
@@ -197,10 +197,10 @@ def _cross_checks(
                 hint="delete `dwl.controller` or `dwl.schedule`",
             )
         )
-    problems += dft_problems(ours.get("dft"), "dft")
+    problems += _dft_problems(ours.get("dft"), "dft")
     for name, spec in classes.items():
         if isinstance(spec, Mapping):
-            problems += dft_problems(spec.get("dft"), f"dwl.classes.{name}.dft")
+            problems += _dft_problems(spec.get("dft"), f"dwl.classes.{name}.dft")
     if ours["loss"] == "dwl" and complete:
         problems += controller_problems(controller, "dwl.controller", dwl.get("alpha"), names)
     if ours["loss"] in ("nll", "dft"):
@@ -273,3 +273,21 @@ def _too_many_classes(block: Block) -> Iterator[Problem]:
             "sum",
             hint="write `overlap: first`, or join classes",
         )
+
+
+def _dft_problems(dft: object, path: str) -> Iterator[Problem]:
+    """What no single field of `dft` can see, from the mapping as it was written."""
+    spec = dft.get("schedule") if isinstance(dft, Mapping) else None
+    for where, numbers in vectors(spec, f"{path}.schedule"):
+        if not isinstance(numbers, Mapping):
+            continue  # the schema says so already
+        if not numbers:
+            yield Problem(where, "names nothing that moves", allowed=", ".join(SCHEDULED))
+        for name, value in numbers.items():
+            if name not in SCHEDULED:
+                hint = did_you_mean(name, SCHEDULED)
+                yield Problem(f"{where}.{name}", "not an option of dft that can move", allowed=", ".join(SCHEDULED), hint=hint)
+            elif isinstance(value, (int, float)) and not 0 <= value <= (1 if name == "min_weight" else value):
+                allowed = "numbers from 0 to 1" if name == "min_weight" else "numbers from 0 up"
+                yield Problem(f"{where}.{name}", "out of range", value, allowed=allowed)
+    yield from order_problems(spec, f"{path}.schedule")

@@ -25,7 +25,6 @@ from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedule import Alpha, alpha_of
 from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block, DFTConfig, TokenLossConfig
-from dwl_plugin.config.token_loss import SCHEDULED
 from dwl_plugin.errors import ConfigError, DWLError, LossNotTakenError, NotFiniteError, Problem
 from dwl_plugin.files import write_whole
 from dwl_plugin.hosts.base_nll import base_nll
@@ -36,9 +35,10 @@ from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics, widest
 from dwl_plugin.loss.deferred_logits import DeferredLogits
 from dwl_plugin.loss.membership import Membership, count_classes
 from dwl_plugin.loss.reduction import class_weights
-from dwl_plugin.loss.seam import LossSpec, PendingLoss, Seam
+from dwl_plugin.loss.seam import Seam
 from dwl_plugin.loss.shift import IGNORE_INDEX
-from dwl_plugin.loss.token_losses import objective_of
+from dwl_plugin.loss.spec import LossSpec, PendingLoss
+from dwl_plugin.loss.token_losses import SCHEDULED, objective_of
 from dwl_plugin.run.closed_loop import ClosedLoop
 from dwl_plugin.run.collate import CLASS_IDS, LabellingCollator
 from dwl_plugin.run.nan_guard import FirstBadStep

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.stable_nll import LinearCrossEntropyOutput, exact_nll, refuse_second_derivative, spread
-from dwl_plugin.loss.token_losses import Term, TokenStats
+from dwl_plugin.loss.token_losses import Term
 from dwl_plugin.loss.tokens import Tokens, require, select_tokens
 from dwl_plugin.loss.top_logits import TopLogits
 
@@ -147,7 +147,7 @@ class _LogitsLoss(torch.autograd.Function):
         exp_RV.sub_(reference_R[:, None]).exp_()
         others_R = exp_RV.sum(1)
         nll_R, miss_R = exact_nll(others_R, reference_R, target_R)
-        paid = tokens.pay(TokenStats(nll_R, miss_R, top_Rk), chunk)
+        paid = tokens.token_losses(nll_R, top_Rk, chunk, slope=ctx.needs_input_grad[0])
         loss_R, pull_R = paid.loss_R, paid.slope_R * miss_R
         to_target_R, anchor_R, kl_R = pull_R, None, None
         if share_RV is not None:

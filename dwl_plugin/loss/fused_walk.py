@@ -28,7 +28,6 @@ from dwl_plugin.loss.anchor import BaseWalk
 from dwl_plugin.loss.heads import Head, logits_of
 from dwl_plugin.loss.matmul import add_product, few_shapes, product
 from dwl_plugin.loss.stable_nll import exact_nll
-from dwl_plugin.loss.token_losses import TokenStats
 from dwl_plugin.loss.tokens import Tokens
 from dwl_plugin.loss.top_logits import TopLogits
 
@@ -171,7 +170,7 @@ def _block(
     unit = head.unit
     nll_R, miss_R = exact_nll(state.others_R, state.reference_R * unit, state.target_R * unit)
     top_Rk = None if top is None else top.of_rows(len(nll_R)).mul_(unit)
-    paid = tokens.pay(TokenStats(nll_R, miss_R, top_Rk), block)
+    paid = tokens.token_losses(nll_R, top_Rk, block, slope=summed_RH is not None or space.kept)
     loss_R, pull_R = paid.loss_R, paid.slope_R * miss_R
     target_R, anchor_R = pull_R, None
     if beside is not None:

@@ -1,134 +1,231 @@
-"""What one token pays: ℓ = f·nll, with a factor f that is different from token to token.
+"""What one token pays: for each token loss its options, as a YAML has them, and its formula, one differentiable expression.
 
-The gradient of ℓ in the logits is s·∂nll/∂z with one number per token, the slope s = dℓ/dnll. So each of these is exact in the
-fused path at the price of nll: the walk over the vocabulary gives nll and its unweighted gradient, a few operations on (N,)
-numbers do the rest.
+A formula is called with what is known of some tokens and returns what they pay. It is written on tensors, with `.detach()` where
+the paper holds a factor constant. The gradient of ℓ in the logits is dℓ/dnll·∂nll/∂z with one number dℓ/dnll per token, which
+autograd takes from the expression: the pass over the vocabulary gives nll and its gradient, so any token loss costs what nll costs.
 
-Shapes: R tokens, k the most likely tokens of the vocabulary.
+A new one is a class here and an entry in `TOKEN_LOSSES`.
+
+Shapes: R tokens, k the largest logits of each.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
-import torch
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
-from dwl_plugin.config import DFTConfig, EAFTConfig, FocalConfig
+from dwl_plugin.config.schedules import Schedule
+from dwl_plugin.values import Strict, Weight
 
-__all__ = ["EntropyGate", "Focal", "Objective", "Paid", "Power", "Term", "TokenStats", "objective_of"]
+if TYPE_CHECKING:
+    import torch
+    from typing_extensions import Self
+
+__all__ = [
+    "SCHEDULED",
+    "TOKEN_LOSSES",
+    "DFTConfig",
+    "EAFTConfig",
+    "EntropyGate",
+    "Focal",
+    "FocalConfig",
+    "Power",
+    "Term",
+    "TokenLoss",
+    "TokenLossConfig",
+    "TokenLossName",
+    "TokenLossOptions",
+    "TokenStats",
+    "objective_of",
+]
+
+SCHEDULED = ("exponent", "min_weight")
+"""The options of dft that a `schedule` beside them may move."""
 
 
 class TokenStats(NamedTuple):
-    """What an objective may look at: nll in nats, 1 − p (exact as p → 1), and the largest logits in falling order."""
+    """What a formula may look at.
 
-    nll_R: torch.Tensor
-    miss_R: torch.Tensor
-    top_Rk: torch.Tensor | None
+    `nll` (R,) is in nats, finite and above 0; p and 1 − p follow from it. `top_logits` (R, k) are in falling order, None if no
+    token loss looks at them.
+    """
+
+    nll: torch.Tensor
+    top_logits: torch.Tensor | None
+
+    @property
+    def p(self) -> torch.Tensor:
+        return self.nll.neg().exp()
+
+    @property
+    def one_minus_p(self) -> torch.Tensor:
+        """With all its digits as p → 1."""
+        return self.nll.neg().expm1().neg()
 
 
-class Paid(NamedTuple):
-    """ℓ = factor·nll and dℓ/dnll = slope, per token."""
+class TokenLoss:
+    """Base of the formulas: frozen dataclasses, whose fields are named like the options they come from."""
 
-    factor_R: torch.Tensor
-    slope_R: torch.Tensor
+    Options: ClassVar[type[TokenLossConfig]]
+
+    @property
+    def needs_top(self) -> int:
+        """How many of the largest logits the formula looks at."""
+        return 0
+
+    @classmethod
+    def of(cls, options: TokenLossConfig) -> Self:
+        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})  # type: ignore[arg-type]
+
+    def at(self, rows: slice | torch.Tensor) -> Self:
+        """The formula of some of the tokens, where it has a number for each."""
+        return self
+
+    def __call__(self, token: TokenStats) -> torch.Tensor:
+        """What each token pays, (R,)."""
+        raise NotImplementedError
+
+
+class DFTConfig(Strict):
+    """Token loss −sg(max(p^exponent, min_weight))·log p (arXiv 2508.05629 with the exponent of 2510.00526)."""
+
+    exponent: Weight = Field(1.0, ge=0.0, description="a in the token weight p^a: 0 is plain NLL, 1 is DFT.")
+    min_weight: Weight = Field(
+        0.0, ge=0.0, le=1.0, description="Floor of the token weight, so that tokens of tiny p (EOS, format) still learn."
+    )
+    threshold: Weight = Field(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="From this p on the token weight is 1: 0.7 gives GFT's coefficient (arXiv 2604.14258), 1 no threshold.",
+    )
+    anchor: Weight = Field(
+        0.0,
+        ge=0.0,
+        description="λ of λ·KL(base‖θ) beside each token's loss: 0.05 makes dft ASFT (arXiv 2509.23753). Needs an adapter.",
+    )
+    schedule: Schedule | None = Field(
+        None, description="`exponent` and `min_weight` as functions of the optimizer step, e.g. from NLL to DFT."
+    )
 
 
 @dataclass(frozen=True)
-class Power:
-    """f = sg(max(p^exponent, min_weight)) where p < threshold, 1 from there on; s = f.
+class Power(TokenLoss):
+    """ℓ = sg(w)·nll with w = max(p^exponent, min_weight) where p < threshold, 1 from there on.
 
-    exponent 0 is nll, 1 is DFT (arXiv 2508.05629), between them the family of 2510.00526; exponent 1 with a threshold is the
-    coefficient of GFT (2604.14258). `exponent` and `min_weight` may be one number per token.
+    exponent 0 is nll. `exponent` and `min_weight` may be one number per token.
     """
 
+    Options = DFTConfig
     exponent: torch.Tensor | float = 0.0
     min_weight: torch.Tensor | float = 0.0
     threshold: float = 1.0
-    top_k: ClassVar[int] = 0
 
     def at(self, rows: slice | torch.Tensor) -> Power:
-        exponent, floor = (v[rows] if isinstance(v, torch.Tensor) else v for v in (self.exponent, self.min_weight))
+        exponent, floor = (v if isinstance(v, (int, float)) else v[rows] for v in (self.exponent, self.min_weight))
         return replace(self, exponent=exponent, min_weight=floor)
 
-    def __call__(self, seen: TokenStats) -> Paid:
-        nll_R = seen.nll_R
-        # p^a = exp(−a·nll), and p^0 is 1 even where p is 0.
-        if isinstance(self.exponent, torch.Tensor):
-            factor_R = torch.where(self.exponent == 0, 0.0, self.exponent * nll_R).neg_().exp_()
-        elif self.exponent == 0:
-            factor_R = torch.ones_like(nll_R)
-        else:
-            factor_R = (nll_R * -self.exponent).exp_()
-        if isinstance(self.min_weight, torch.Tensor):
-            factor_R = torch.maximum(factor_R, self.min_weight)
-        else:
-            factor_R.clamp_(min=self.min_weight)
+    def __call__(self, token: TokenStats) -> torch.Tensor:
+        nll_R = token.nll.detach()
+        weight_R = (nll_R * -self.exponent).exp().clamp(min=self.min_weight)
         if self.threshold < 1:
-            factor_R = torch.where(nll_R > -math.log(self.threshold), factor_R, 1.0)
-        return Paid(factor_R, factor_R)
+            weight_R = weight_R.where(nll_R > -math.log(self.threshold), 1.0)
+        return weight_R * token.nll
+
+
+class FocalConfig(Strict):
+    """Token loss −(1 − p)^gamma·log p, differentiated through its factor (arXiv 1708.02002, eq. 4)."""
+
+    gamma: Weight = Field(2.0, ge=0.0, description="γ in the factor (1 − p)^γ: 0 is plain NLL.")
 
 
 @dataclass(frozen=True)
-class Focal:
-    """f = (1 − p)^gamma, through which the gradient flows: s = (1 − p)^γ + γ·(1 − p)^(γ−1)·p·nll (arXiv 1708.02002, eq. 4)."""
+class Focal(TokenLoss):
+    """ℓ = (1 − p)^gamma·nll."""
 
-    gamma: float = 2.0
-    top_k: ClassVar[int] = 0
+    Options = FocalConfig
+    gamma: float
 
-    def at(self, rows: slice | torch.Tensor) -> Focal:
-        return self
+    def __call__(self, token: TokenStats) -> torch.Tensor:
+        return token.one_minus_p**self.gamma * token.nll
 
-    def __call__(self, seen: TokenStats) -> Paid:
-        factor_R = seen.miss_R**self.gamma
-        nll_R = seen.nll_R.clamp(max=torch.finfo(seen.nll_R.dtype).max)  # p·nll is 0, not NaN, where p is 0
-        # nll/(1 − p) → 1 as p → 1, so no power of 1 − p is negative.
-        ratio_R = torch.where(seen.miss_R > 0, nll_R / seen.miss_R, 1.0)
-        return Paid(factor_R, factor_R * (1 + self.gamma * nll_R.neg().exp() * ratio_R))
+
+class EAFTConfig(Strict):
+    """Token loss −sg(H/ln k)^exponent·log p, H the entropy over the top_k most likely tokens (arXiv 2601.02151)."""
+
+    exponent: Weight = Field(1.0, ge=0.0, description="Power of the normalised entropy: 0 is plain NLL.")
+    top_k: int = Field(20, ge=2, le=1024, description="k: how many of the most likely tokens the entropy is taken over.")
 
 
 @dataclass(frozen=True)
-class EntropyGate:
-    """f = sg(H/ln k)^exponent, H the entropy of the softmax over the k largest logits; s = f (EAFT, arXiv 2601.02151).
+class EntropyGate(TokenLoss):
+    """ℓ = sg(H/ln k)^exponent·nll, H the entropy of the softmax over the k largest logits.
 
-    k is the vocabulary where that is smaller.
+    k is the vocabulary if that is smaller.
     """
 
-    exponent: float = 1.0
-    top_k: int = 20
+    Options = EAFTConfig
+    exponent: float
+    top_k: int
 
-    def at(self, rows: slice | torch.Tensor) -> EntropyGate:
-        return self
+    @property
+    def needs_top(self) -> int:
+        return self.top_k
 
-    def __call__(self, seen: TokenStats) -> Paid:
-        assert seen.top_Rk is not None
-        top_Rk = seen.top_Rk[:, : self.top_k]
-        # H = log Σ e^(z_j − z_1) + Σ p_j·(z_1 − z_j): no term is negative, so a certain token keeps its digits.
-        gap_Rk = (top_Rk[:, :1] - top_Rk[:, 1:]).clamp_(max=torch.finfo(top_Rk.dtype).max)
-        odds_Rk = gap_Rk.neg().exp_()
+    def __call__(self, token: TokenStats) -> torch.Tensor:
+        assert token.top_logits is not None
+        top_Rk = token.top_logits[:, : self.top_k]
+        # H = log Σ e^(z_j − z_1) + Σ p_j·(z_1 − z_j): no term is negative, so a certain token keeps its digits. A gap of 1e4 is as
+        # good as any above: e^−1e4 is 0.
+        gap_Rk = (top_Rk[:, :1] - top_Rk[:, 1:]).clamp(max=1e4)
+        odds_Rk = gap_Rk.neg().exp()
         others_R = odds_Rk.sum(1)
         entropy_R = others_R.log1p() + (gap_Rk * odds_Rk).sum(1) / (1 + others_R)
-        share_R = entropy_R / math.log(max(2, top_Rk.shape[1]))
-        factor_R = share_R**self.exponent
-        return Paid(factor_R, factor_R)
+        return (entropy_R / math.log(max(2, top_Rk.shape[1]))) ** self.exponent * token.nll
 
 
-Objective = Power | Focal | EntropyGate
+class TokenLossOptions(Strict):
+    """Base of the options of token losses from other packages."""
+
+    type: str = Field(description="Which token loss.")
+
+
+TokenLossConfig = DFTConfig | FocalConfig | EAFTConfig | TokenLossOptions
+
+TOKEN_LOSSES: dict[str, type[TokenLoss]] = {"dft": Power, "focal": Focal, "eaft": EntropyGate}
+"""By the name that a YAML has for it, which is also the key of its options. `nll` is dft with exponent 0."""
+
+_PART_OF_DFT = {"asft": "anchor: 0.05", "gft": "threshold: 0.7", "sft": "exponent: 0"}
+
+
+def _not_part_of_dft(value: object) -> object:
+    """Names from papers that are `dft` with an option."""
+    if isinstance(value, str) and value.lower() in _PART_OF_DFT:
+        raise PydanticCustomError("dwl", f"is `token_loss: dft` with `dft: {{{_PART_OF_DFT[value.lower()]}}}`")
+    return value
+
+
+if TYPE_CHECKING:
+    TokenLossName = str
+else:
+    TokenLossName = Annotated[Literal[("nll", *TOKEN_LOSSES)], BeforeValidator(_not_part_of_dft)]
+
+
+def objective_of(options: TokenLossConfig) -> TokenLoss:
+    """The formula with these options."""
+    return next(formula for formula in TOKEN_LOSSES.values() if formula.Options is type(options)).of(options)
+
+
+Objective = TokenLoss
 
 
 @dataclass(frozen=True)
 class Term:
-    """A part of what tokens pay: weight · objective. The weight has one number per token; None is 1 everywhere."""
+    """A part of what tokens pay: weight · token loss. The weight has one number per token; None is 1 everywhere."""
 
-    objective: Objective
+    objective: TokenLoss
     weight: torch.Tensor | None = None
-
-
-def objective_of(config: DFTConfig | FocalConfig | EAFTConfig) -> Objective:
-    """What a config's token loss asks for."""
-    if isinstance(config, FocalConfig):
-        return Focal(config.gamma)
-    if isinstance(config, EAFTConfig):
-        return EntropyGate(config.exponent, config.top_k)
-    return Power(config.exponent, config.min_weight, config.threshold)

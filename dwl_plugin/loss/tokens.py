@@ -15,11 +15,11 @@ import torch
 from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.token_losses import Power, Term, TokenStats
 
-__all__ = ["Payment", "Tokens", "brief", "require", "require_number", "select_tokens"]
+__all__ = ["TokenLossValue", "Tokens", "brief", "require", "require_number", "select_tokens"]
 
 
-class Payment(NamedTuple):
-    """What tokens pay: Σ over the terms of weight·factor·nll, its slope in nll, and the factor of each term."""
+class TokenLossValue(NamedTuple):
+    """What tokens pay: Σ over the terms of weight·ℓ, its slope in nll, and ℓ/nll for each term. The slope is 0 if not asked for."""
 
     loss_R: torch.Tensor
     slope_R: torch.Tensor
@@ -44,11 +44,11 @@ class Tokens:
     @property
     def top_k(self) -> int:
         """How many of the largest logits the objectives want to see."""
-        return max(term.objective.top_k for term in self.terms)
+        return max(term.objective.needs_top for term in self.terms)
 
     def gated(self, rows: slice) -> torch.Tensor | None:
         """Which of the tokens in `rows` an objective wants to see the largest logits of; None: all of them."""
-        weights = [term.weight for term in self.terms if term.objective.top_k]
+        weights = [term.weight for term in self.terms if term.objective.needs_top]
         if any(weight is None for weight in weights):
             return None
         return torch.stack([weight[rows] != 0 for weight in weights if weight is not None]).any(0)
@@ -68,16 +68,24 @@ class Tokens:
         rows_N = which if self.rows_N is None else self.rows_N[which]
         return Tokens(rows_N, self.targets_N[which], terms, anchor)
 
-    def pay(self, seen: TokenStats, rows: slice) -> Payment:
-        """What the tokens in `rows` pay."""
-        losses, slopes, factors = [], [], []
-        for term in self.terms:
-            paid = term.objective.at(rows)(seen)
-            weight_R = 1.0 if term.weight is None else term.weight[rows]
-            losses.append(weight_R * paid.factor_R * seen.nll_R)
-            slopes.append(weight_R * paid.slope_R)
-            factors.append(paid.factor_R)
-        return Payment(_added(losses), _added(slopes), torch.stack(factors))
+    def token_losses(self, nll_R: torch.Tensor, top_Rk: torch.Tensor | None, rows: slice, *, slope: bool) -> TokenLossValue:
+        """What the tokens in `rows` pay, and d/dnll of that by autograd."""
+        # Finite, so that 0·nll is 0; above 0, so that a power of 1 − p has a slope.
+        limits = torch.finfo(nll_R.dtype)
+        clamped_R = nll_R.detach().clamp(limits.tiny, limits.max).requires_grad_(slope)
+        weights: list[torch.Tensor | float] = [1.0 if term.weight is None else term.weight[rows] for term in self.terms]
+        # What is saved for the slope is no activation: a checkpoint around the loss would compute the loss again to get it.
+        with torch.set_grad_enabled(slope), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+            paid = [term.objective.at(rows)(TokenStats(clamped_R, top_Rk)) for term in self.terms]
+            weighted_R = _added([weight_R * paid_R for weight_R, paid_R in zip(weights, paid, strict=True)])
+            slope_R = torch.autograd.grad(weighted_R.sum(), clamped_R)[0] if slope else torch.zeros_like(nll_R)
+        factors_KR = torch.stack(paid).detach() / clamped_R.detach()
+        loss_R = _added([weight_R * factor_R * nll_R for weight_R, factor_R in zip(weights, factors_KR, strict=True)])
+        return TokenLossValue(loss_R, slope_R, factors_KR)
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _added(parts: list[torch.Tensor]) -> torch.Tensor:

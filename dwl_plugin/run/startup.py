@@ -13,9 +13,9 @@ from dwl_plugin.alpha.dft import end_hints, token_losses_of
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedule import Alpha, alpha_of
 from dwl_plugin.config import Block, ControllerOptions, DFTConfig, LossControllerOptions
-from dwl_plugin.config.token_loss import SCHEDULED
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.loss.reduction import class_weights
+from dwl_plugin.loss.token_losses import SCHEDULED
 
 __all__ = ["ClassWeight", "class_weight_table", "hints", "opening_lines", "other_length_lines", "other_options_lines"]
 

@@ -10,8 +10,8 @@ import regex
 from hypothesis import given, settings, strategies as st
 
 from dwl_plugin.classes.backtracking import conduct
+from dwl_plugin.classes.masks import FAST_STEPS, InText
 from dwl_plugin.classes.samples import Samples
-from dwl_plugin.classes.selectors import FAST_STEPS, InText
 from dwl_plugin.classes.token_bytes import TokenTable
 from tests.classes.little_tokenizers import END, byte_level, encode
 

@@ -11,7 +11,7 @@ import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
-from dwl_plugin.classes import Labeller, PatternTooSlowError, build_labeller, selectors
+from dwl_plugin.classes import Labeller, PatternTooSlowError, build_labeller, masks
 from dwl_plugin.config import RegexClass, TokenRegexClass
 from dwl_plugin.config.classes import AnyClass
 from dwl_plugin.errors import ConfigError
@@ -32,7 +32,7 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
 
 @pytest.fixture
 def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selectors, "TIME_LIMIT_S", 0.2)
+    monkeypatch.setattr(masks, "TIME_LIMIT_S", 0.2)
 
 
 @pytest.mark.usefixtures("short_limit")
@@ -90,7 +90,7 @@ def test_at_the_real_limit_a_long_sample_is_stopped_within_seconds(tokenizer: An
     began = time.process_time()
     with pytest.raises(PatternTooSlowError, match=r"dwl\.classes\.evil\.regex: too slow"):
         labeller(ids, labels)
-    assert time.process_time() - began < selectors.TIME_LIMIT_S + 2
+    assert time.process_time() - began < masks.TIME_LIMIT_S + 2
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ class Collate:
 
 
 def shorten_limit(_: int) -> None:
-    selectors.TIME_LIMIT_S = 0.2
+    masks.TIME_LIMIT_S = 0.2
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ OBJECTIVES: dict[str, Objective] = {
     "focal": Focal(2.0),
     "focal below one": Focal(0.5),
     "focal of nothing": Focal(0.0),
-    "entropy": EntropyGate(),
+    "entropy": EntropyGate(1.0, 20),
     "entropy of three": EntropyGate(0.333, 3),
     "entropy of nothing": EntropyGate(0.0, 20),
 }
@@ -247,7 +247,7 @@ def test_objectives_side_by_side_match_their_formulas(body: str) -> None:
 
 @pytest.mark.parametrize("vocab", [1, 2, 5, 20, 21])
 def test_an_entropy_over_more_tokens_than_there_are(vocab: int, body: str) -> None:
-    case = terms_case(9, vocab=vocab, ignored=0.0, objectives=(EntropyGate(), EntropyGate(0.5, 4)), dtype=torch.float64)
+    case = terms_case(9, vocab=vocab, ignored=0.0, objectives=(EntropyGate(1.0, 20), EntropyGate(0.5, 4)), dtype=torch.float64)
     for function in (linear_cross_entropy, as_module):
         out, grads = run(function, case, upstream=1.0)
         torch.testing.assert_close(out.loss, per_token(case).loss, rtol=1e-12, atol=1e-12)
@@ -255,7 +255,7 @@ def test_an_entropy_over_more_tokens_than_there_are(vocab: int, body: str) -> No
 
 
 def test_an_entropy_beside_tokens_masked_out_of_the_vocabulary_is_finite(body: str) -> None:
-    case = random_case(7, vocab=22, ignored=0.0, terms=[Term(EntropyGate())])
+    case = random_case(7, vocab=22, ignored=0.0, terms=[Term(EntropyGate(1.0, 20))])
     bias = torch.zeros(22)
     bias[3:19] = -torch.inf
     case = replace(case, bias=bias, targets=case.targets % 3)
@@ -267,7 +267,7 @@ def test_an_entropy_beside_tokens_masked_out_of_the_vocabulary_is_finite(body: s
         assert 0 < out.factors[0].min() <= out.factors[0].max() <= 1
 
 
-@pytest.mark.parametrize("objective", [Focal(0.5), Focal(2.0), EntropyGate()])
+@pytest.mark.parametrize("objective", [Focal(0.5), Focal(2.0), EntropyGate(1.0, 20)])
 @pytest.mark.parametrize("nats", [9.0, 16.0])
 def test_a_certain_token_keeps_its_digits_under_other_objectives(objective: Objective, nats: float) -> None:
     case = random_case(6, vocab=5, width=5, ignored=0.0)
@@ -281,7 +281,7 @@ def test_a_certain_token_keeps_its_digits_under_other_objectives(objective: Obje
 
 def test_a_token_without_any_probability_pays_a_finite_slope() -> None:
     hidden, weight = torch.tensor([[300.0]]), torch.tensor([[0.0], [1.0]])
-    for objective in (Focal(), EntropyGate(), Power(1.0, 0.1, 0.7)):
+    for objective in (Focal(2.0), EntropyGate(1.0, 20), Power(1.0, 0.1, 0.7)):
         terms = [Term(objective)]
         out = linear_cross_entropy(hidden.requires_grad_(), weight, torch.tensor([0]), terms=terms)
         (grad,) = torch.autograd.grad(out.loss, hidden)
@@ -310,7 +310,7 @@ def test_axolotls_eaft_is_the_same_without_the_published_normalisation() -> None
     theirs = eaft.eaft_loss(outputs, labels)  # shifts by itself
     targets = case.targets.clone()
     targets[:, -1] = -100
-    out = linear_cross_entropy(case.hidden, case.weight, targets, terms=[Term(EntropyGate())])
+    out = linear_cross_entropy(case.hidden, case.weight, targets, terms=[Term(EntropyGate(1.0, 20))])
     torch.testing.assert_close(out.loss / (targets != -100).sum() * math.log(20), theirs, rtol=1e-5, atol=0.0)
 
 

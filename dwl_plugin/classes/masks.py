@@ -31,16 +31,16 @@ __all__ = [
     "TIME_LIMIT_S",
     "AllOf",
     "AnyOf",
+    "AtTurnEnds",
     "Between",
     "Clock",
     "InText",
     "InVocabulary",
+    "Mask",
     "Not",
+    "NthTurn",
+    "OfRole",
     "PatternTooSlowError",
-    "Position",
-    "Role",
-    "Selector",
-    "Turn",
     "all_of",
     "any_of",
     "covers",
@@ -65,7 +65,7 @@ class PatternTooSlowError(ConfigError):
             Exception.__init__(self, "\n".join(f"[dwl] {problem}" for problem in self.problems))
 
 
-class Selector(Protocol):
+class Mask(Protocol):
     """Samples -> (T,) True where a token is meant."""
 
     def __call__(self, samples: Samples) -> Bools: ...
@@ -252,7 +252,7 @@ class Between:
 
 
 @dataclass(frozen=True)
-class Turn:
+class NthTurn:
     """`turn`: the n-th contiguous run of targets of each sample; 1 is the first, -1 the last."""
 
     number: int
@@ -267,7 +267,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Position:
+class AtTurnEnds:
     """`position`: so many tokens at the beginning and at the end of each turn."""
 
     first: int
@@ -281,7 +281,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Role:
+class OfRole:
     """`role`: the messages of one role. A message begins with its header and ends where the next one begins.
 
     Args:
@@ -311,7 +311,7 @@ class Role:
 class AnyOf:
     """`any`."""
 
-    selectors: tuple[Selector, ...]
+    selectors: tuple[Mask, ...]
 
     def __call__(self, samples: Samples) -> Bools:
         return reduce(np.bitwise_or, [selector(samples) for selector in self.selectors])
@@ -321,7 +321,7 @@ class AnyOf:
 class AllOf:
     """`all`."""
 
-    selectors: tuple[Selector, ...]
+    selectors: tuple[Mask, ...]
 
     def __call__(self, samples: Samples) -> Bools:
         return reduce(np.bitwise_and, [selector(samples) for selector in self.selectors])
@@ -331,35 +331,35 @@ class AllOf:
 class Not:
     """`not`."""
 
-    selector: Selector
+    selector: Mask
 
     def __call__(self, samples: Samples) -> Bools:
         return ~self.selector(samples)
 
 
-def any_of(selectors: Sequence[Selector]) -> Selector:
+def any_of(selectors: Sequence[Mask]) -> Mask:
     """`any`, its look-ups folded into one."""
     return _folded(selectors, np.bitwise_or, AnyOf)
 
 
-def all_of(selectors: Sequence[Selector]) -> Selector:
+def all_of(selectors: Sequence[Mask]) -> Mask:
     """`all`, its look-ups folded into one."""
     return _folded(selectors, np.bitwise_and, AllOf)
 
 
-def negation(selector: Selector) -> Selector:
+def negation(selector: Mask) -> Mask:
     """`not`; that of a look-up is a look-up."""
     return InVocabulary(~selector.member) if isinstance(selector, InVocabulary) else Not(selector)
 
 
-def _folded(selectors: Sequence[Selector], join: np.ufunc, together: type[AnyOf | AllOf]) -> Selector:
+def _folded(selectors: Sequence[Mask], join: np.ufunc, together: type[AnyOf | AllOf]) -> Mask:
     lookups = [selector.member for selector in selectors if isinstance(selector, InVocabulary)]
     folded = [InVocabulary(reduce(join, lookups))] if lookups else []
     others = [selector for selector in selectors if not isinstance(selector, InVocabulary)]
     return together((*folded, *others)) if len(folded) + len(others) > 1 else [*folded, *others][0]
 
 
-def covers(wider: Selector, selector: Selector) -> bool:
+def covers(wider: Mask, selector: Mask) -> bool:
     """True where it is plain from the two selectors that the first takes every token of the second."""
     if wider == selector:
         return True
@@ -381,6 +381,6 @@ def covers(wider: Selector, selector: Selector) -> bool:
         return wider == replace(selector, include_delimiters=True)
     if isinstance(wider, Words) and isinstance(selector, Words):
         return wider.ignore_case >= selector.ignore_case and wider.takes(selector.words)
-    if isinstance(wider, Position) and isinstance(selector, Position):
+    if isinstance(wider, AtTurnEnds) and isinstance(selector, AtTurnEnds):
         return wider.first >= selector.first and wider.last >= selector.last
     return False
