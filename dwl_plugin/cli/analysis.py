@@ -240,8 +240,8 @@ def _plugin_line(raw: Mapping[str, Any], found: Findings, active: bool) -> None:
 
 def _with_tokenizer(config: ReadConfig, cfg: Any, found: Findings) -> ValidatedConfig | None:
     """The tokenizer, and the labeller of the classes that it can serve."""
-    from dwl_plugin.classes import labeller_of
     from dwl_plugin.hosts import axolotl_preview as host
+    from dwl_plugin.run.dataset_check import labeller_of
 
     try:
         tokenizer = host.load_tokenizer(cfg)
@@ -312,9 +312,10 @@ def _look_at(config: ValidatedConfig, rows: Rows, found: Findings) -> LookedAt:
 
 def _empty_classes(found_classes: ClassSurvey, block: Block, rows: Rows, found: Findings) -> None:
     from dwl_plugin.classes import empty_class_problems
+    from dwl_plugin.config.classes import may_be_empty
     from dwl_plugin.run.dataset_check import SURVEY_ROWS
 
-    empty = empty_class_problems(found_classes, block.class_configs)
+    empty = empty_class_problems(found_classes, block.class_configs, may_be_empty(block.class_configs))
     if not found_classes.targets or rows.looked_at >= min(SURVEY_ROWS, rows.total or SURVEY_ROWS):
         found.problems.extend(empty)
     else:  # the run looks at more rows before it stops for that
