@@ -12,21 +12,22 @@ if TYPE_CHECKING:
     from dwl_plugin.errors import ConfigError as ConfigError, DWLError as DWLError
     from dwl_plugin.hosts.axolotl import DWLPlugin as DWLPlugin
     from dwl_plugin.hosts.transformers import AppliedLoss as AppliedLoss, apply as apply
+    from dwl_plugin.loss.attach import attach as attach
     from dwl_plugin.loss.linear_cross_entropy import (
         LinearCrossEntropyOutput as LinearCrossEntropyOutput,
         linear_cross_entropy as linear_cross_entropy,
     )
-    from dwl_plugin.loss.seam import LossSpec as LossSpec, attach as attach
+    from dwl_plugin.loss.spec import LossSpec as LossSpec
 
 _HOME = {
     "AppliedLoss": "dwl_plugin.hosts.transformers",
     "ConfigError": "dwl_plugin.errors",
     "DWLError": "dwl_plugin.errors",
     "DWLPlugin": "dwl_plugin.hosts.axolotl",
-    "LossSpec": "dwl_plugin.loss.seam",
+    "LossSpec": "dwl_plugin.loss.spec",
     "LinearCrossEntropyOutput": "dwl_plugin.loss.linear_cross_entropy",
     "apply": "dwl_plugin.hosts.transformers",
-    "attach": "dwl_plugin.loss.seam",
+    "attach": "dwl_plugin.loss.attach",
     "linear_cross_entropy": "dwl_plugin.loss.linear_cross_entropy",
 }
 

@@ -11,8 +11,6 @@ import regex
 from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from dwl_plugin.config.pattern_size import unrolled_size
-
 __all__ = [
     "FIRST_TARGET",
     "IGNORE_INDEX",
@@ -29,6 +27,7 @@ __all__ = [
     "Weight",
     "Word",
     "position",
+    "unrolled_size",
 ]
 
 IGNORE_INDEX = -100
@@ -97,6 +96,38 @@ def _number(value: object) -> object:
 
 
 Weight = Annotated[float, BeforeValidator(_number)]
+
+
+_PATTERN_PIECE = regex.compile(
+    r"""
+    (?P<repeat>\{(?P<least>\d+)(?:,\d*)?\}|\{,\d+\})[?+]?
+    | (?P<open>\()
+    | (?P<close>\))
+    | (?P<atom>\\.|\[\^?\]?(?:\\.|[^\]\\])*+\]?|.)
+    """,
+    regex.VERBOSE | regex.DOTALL,
+)
+
+
+def unrolled_size(pattern: str) -> int:
+    """The number of atoms after every `{n}` and `{n,}` and `{n,m}` is written out n times; an estimate from above.
+
+    The compiler writes out the least number of repetitions: `(?:(?:a{1000}){1000}){1000}` would fill any memory.
+    """
+    outer: list[int] = []
+    total = last = 0  # of the group that is open; of the atom or group that a repetition would repeat
+    for piece in _PATTERN_PIECE.finditer(pattern):
+        if piece["repeat"]:
+            total += last * (max(int(piece["least"] or 1), 1) - 1)
+            last *= max(int(piece["least"] or 1), 1)
+        elif piece["open"]:
+            outer.append(total)
+            total = last = 0
+        elif piece["close"] and outer:
+            last, total = total, outer.pop() + total
+        else:
+            last, total = 1, total + 1
+    return total + sum(outer)
 
 
 def _pattern(value: object) -> object:

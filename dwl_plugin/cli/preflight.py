@@ -90,7 +90,8 @@ def measure(
     import torch
 
     from dwl_plugin.hosts.axolotl_preview import quiet
-    from dwl_plugin.loss.seam import LossSpec, PendingLoss, Seam
+    from dwl_plugin.loss.seam import Seam
+    from dwl_plugin.loss.spec import LossSpec, PendingLoss
 
     assert seen.rows is not None
     nlls: list[NDArray[np.float64]] = []

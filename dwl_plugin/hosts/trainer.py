@@ -35,8 +35,9 @@ from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics, widest
 from dwl_plugin.loss.deferred_logits import DeferredLogits
 from dwl_plugin.loss.membership import Membership, count_classes
 from dwl_plugin.loss.reduction import class_weights
-from dwl_plugin.loss.seam import LossSpec, PendingLoss, Seam
+from dwl_plugin.loss.seam import Seam
 from dwl_plugin.loss.shift import IGNORE_INDEX
+from dwl_plugin.loss.spec import LossSpec, PendingLoss
 from dwl_plugin.loss.token_losses import SCHEDULED, objective_of
 from dwl_plugin.run.closed_loop import ClosedLoop
 from dwl_plugin.run.collate import CLASS_IDS, LabellingCollator

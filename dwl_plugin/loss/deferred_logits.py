@@ -1,7 +1,7 @@
 """Logits that are not computed yet.
 
 Almost every causal LM does `logits = self.lm_head(hidden)`, perhaps some pointwise maths, then hands the logits to a loss.
-While a loss of ours is waiting, the head returns a `DeferredLogits` instead: the hidden states, the head, and a record of the
+While a `PendingLoss` is armed, the head returns a `DeferredLogits` instead: the hidden states, the head, and a record of the
 pointwise maths that the model went on to do. Whatever is done to the rows (slicing off the last position, flattening) is done
 to the hidden states at once. Anything that is not recorded computes the true logits, so the result is right for every model
 and only the memory differs; `on_materialise` is told what asked for them. A cross-entropy goes to `on_cross_entropy`, whether
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["DeferredLogits", "Pointwise"]
+__all__ = ["DeferredLogits", "Folded", "HeadFn", "Pointwise"]
 
-Head = Callable[[torch.Tensor], torch.Tensor]
+HeadFn = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,15 @@ class Pointwise:
         return logits[..., self.operand]
 
 
+@dataclass(frozen=True)
+class Folded:
+    """softcap · tanh(logit_scale · z / softcap) over a slice of the vocabulary; without a softcap, logit_scale · z."""
+
+    logit_scale: float | None
+    softcap: float | None
+    vocab: slice
+
+
 @dataclass(eq=False)
 class DeferredLogits:
     """`operations` of `head(hidden)`, not computed yet. Shape (…, V) for hidden (…, H).
@@ -65,7 +74,7 @@ class DeferredLogits:
     Replaced, never changed, but by the operations that change a tensor in place."""
 
     hidden: torch.Tensor
-    head: Head
+    head: HeadFn
     vocab_size: int
     dtype: torch.dtype
     operations: tuple[Pointwise, ...] = ()
@@ -95,6 +104,25 @@ class DeferredLogits:
     @property
     def is_log_probability(self) -> bool:
         return bool(self.operations) and self.operations[-1].kind == "log_softmax"
+
+    def folded(self) -> Folded | None:
+        """The operations as numbers; None where they are anything else. Of log-probabilities too: a cross-entropy takes either."""
+        before, after, capped, vocab = 1.0, 1.0, False, slice(None)
+        for operation in self.operations[:-1] if self.is_log_probability else self.operations:
+            if operation.kind == "cast":
+                continue
+            if operation.kind in ("scale", "divide") and isinstance(operation.operand, (int, float)):
+                factor = operation.operand if operation.kind == "scale" else 1.0 / operation.operand
+                before, after = (before, after * factor) if capped else (before * factor, after)
+            elif operation.kind == "tanh" and not capped:
+                capped = True
+            elif operation.kind == "slice" and vocab == slice(None):
+                vocab = operation.operand
+            else:
+                return None
+        if capped:
+            return Folded(before * after, after, vocab) if after > 0 else None
+        return Folded(None if before == 1.0 else before, None, vocab)
 
     # what a model asks of its logits: shape and place
 

@@ -18,8 +18,8 @@ from dwl_plugin.cli.packs import markdown_table
 from dwl_plugin.config import Block, parse
 from dwl_plugin.config.pack_files import MAX_BYTES, PackText, shipped_packs
 from dwl_plugin.config.packs import MAX_CLASSES, MAX_PATTERN, parse_pack
-from dwl_plugin.config.pattern_size import unrolled_size
 from dwl_plugin.errors import ConfigError
+from dwl_plugin.values import unrolled_size
 
 README = Path(__file__).parents[2] / "README.md"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

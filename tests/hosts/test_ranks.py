@@ -14,7 +14,8 @@ from dwl_plugin.classes import labeller_of
 from dwl_plugin.config import parse
 from dwl_plugin.errors import DWLError, NotFiniteError
 from dwl_plugin.hosts.trainer import _require_cut_sequences
-from dwl_plugin.loss.seam import LossSpec, PendingLoss, Seam
+from dwl_plugin.loss.seam import Seam
+from dwl_plugin.loss.spec import LossSpec, PendingLoss
 from dwl_plugin.loss.token_losses import Power
 from dwl_plugin.run.collate import CLASS_IDS, LabellingCollator
 from tests.hosts import harness, ranks as on_ranks

@@ -12,9 +12,11 @@ from torch import nn
 
 from dwl_plugin.errors import LossNotTakenError
 from dwl_plugin.loss import seam as seam_module
+from dwl_plugin.loss.attach import attach
 from dwl_plugin.loss.class_sums import ForwardMetrics
-from dwl_plugin.loss.seam import LossSpec, PendingLoss, Seam, attach
+from dwl_plugin.loss.seam import Seam
 from dwl_plugin.loss.shift import shift_left
+from dwl_plugin.loss.spec import LossSpec, PendingLoss
 from dwl_plugin.loss.token_losses import Power
 from tests.loss.test_every_model import batch, build, difference, gradients
 from tests.loss.test_seam import peft

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dwl_plugin.loss.seam import LossSpec, PendingLoss, Seam
+from dwl_plugin.loss.seam import Seam
 from dwl_plugin.loss.shift import shift_left
+from dwl_plugin.loss.spec import LossSpec, PendingLoss
 from dwl_plugin.loss.token_losses import Power
 
 with warnings.catch_warnings(action="ignore"):  # torchao's docstrings, where nothing compiled is kept

@@ -19,9 +19,11 @@ from torch import nn
 
 from dwl_plugin.errors import LossNotTakenError
 from dwl_plugin.loss import seam as seam_module
+from dwl_plugin.loss.attach import attach
 from dwl_plugin.loss.class_sums import ForwardMetrics
-from dwl_plugin.loss.seam import LossSpec, PendingLoss, Seam, attach
+from dwl_plugin.loss.seam import Seam
 from dwl_plugin.loss.shift import shift_left
+from dwl_plugin.loss.spec import LossSpec, PendingLoss
 from dwl_plugin.loss.token_losses import Power
 from tests.loss.test_every_model import SPECS, batch, build, difference, eager, gradients, ours, weighted_nll
 
@@ -580,7 +582,7 @@ def test_the_host_reads_num_items_in_batch_off_the_loss_function() -> None:
     assert seam.replaced == "ForCausalLMLoss"
 
 
-def test_asleep_the_loss_is_the_models_own() -> None:
+def test_inactive_the_loss_is_the_models_own() -> None:
     model = llama()
     ids, labels, _ = batch()
     before = model(input_ids=ids, labels=labels).loss
