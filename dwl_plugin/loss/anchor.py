@@ -45,11 +45,8 @@ class BasePass:
         self._hidden_RH = hidden_RH.to(base.multiplied).to(operand)
         self._base, self._ours, self._operand, self._saves_exp = base, ours, operand, saves_exp
         zeros_R = torch.zeros(len(hidden_RH), dtype=ours.summed, device=hidden_RH.device)
-        self._sum_exp_R, self._cross_R, self._running_max_R = (
-            zeros_R,
-            zeros_R,
-            torch.full_like(zeros_R, torch.finfo(ours.summed).min),
-        )
+        self._sum_exp_R, self._cross_R = zeros_R, zeros_R
+        self._running_max_R = torch.full_like(zeros_R, torch.finfo(ours.summed).min)
         self._grad_RH = torch.zeros(hidden_RH.shape, dtype=ours.summed, device=hidden_RH.device) if hidden else None
         self._saved_exp: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
 

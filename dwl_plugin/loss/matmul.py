@@ -82,7 +82,7 @@ def add_product(out_RX: torch.Tensor, a_RK: torch.Tensor, b_KX: torch.Tensor, *,
 
 
 def add_transposed_product(out_XY: torch.Tensor, a_RX: torch.Tensor, b_RY: torch.Tensor, *, first: bool) -> None:
-    """out = aᵀ @ b, or out += aᵀ @ b, with sums in the dtype of `out`; but a CPU's product of bf16 is rounded before it is added."""
+    """out = aᵀ @ b, or out += aᵀ @ b, with sums in the dtype of `out`; but a CPU rounds a product of bf16 before it is added."""
     even = _rows_of_onednn(a_RX)
     if even:
         _add(out_XY, _onednn(a_RX[:even].t(), b_RY[:even]), first)
@@ -131,7 +131,7 @@ def _onednn_is_faster(device: torch.device, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for it, and oneDNN is not told to leave them alone; without, bf16 takes longer than fp32."""
+    """Whether this CPU has instructions for it that oneDNN may use: without, bf16 takes longer than fp32."""
     if not (_has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     return any(name in _processor() for name in ("avx512_bf16", "amx_bf16"))

@@ -14,9 +14,8 @@ __all__ = ["LinearCrossEntropyOutput", "exact_nll", "refuse_second_derivative", 
 
 
 class LinearCrossEntropyOutput(NamedTuple):
-    """`loss`: the weighted sum, with gradient. `nll`: −log p of each position in nats. `factors`: for each term (…), ℓ/nll of
-    its token loss, before the weight. `kl`: KL(base‖θ) of each position, where there is an anchor. All but the loss
-    are detached, and 0 where ignored."""
+    """`loss`: the weighted sum, with gradient. `nll`: −log p of each position in nats. `factors`: for each term (…), ℓ/nll of its
+    token loss. `kl`: KL(base‖θ) of each position, where there is an anchor. All but the loss are detached, and 0 where ignored."""
 
     loss: torch.Tensor
     nll: torch.Tensor
