@@ -101,12 +101,12 @@ def class_table(seen: Examination) -> Table:
 
 def class_figures(seen: Examination) -> list[dict[str, Any]]:
     """The table's numbers. The columns of α need a block without problems."""
-    from dwl_plugin.run.startup import class_weight_table
+    from dwl_plugin.loss.reduction import class_weight_table
 
     assert seen.block is not None
     assert seen.survey is not None
     alpha, end = _alpha(seen)
-    rows = class_weight_table(seen.block, alpha, seen.survey.counts)
+    rows = class_weight_table(seen.block.reduction, seen.block.class_names, alpha, seen.survey.counts)
     figures = []
     for row, last, tokens, without in zip(rows, end, seen.survey.tokens, seen.survey.rows_without, strict=True):
         figure: dict[str, Any] = {"name": row.name, "tokens": tokens, "token_share": row.token_share, "rows_without": without}

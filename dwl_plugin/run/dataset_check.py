@@ -13,10 +13,10 @@ from dwl_plugin.alpha.dft import token_losses_of
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedule import alpha_of
 from dwl_plugin.classes import ClassSurvey, Labeller, empty_class_problems, survey
-from dwl_plugin.config import Block, ClassConfig
+from dwl_plugin.config import Block
 from dwl_plugin.errors import ConfigError
 
-__all__ = ["look_at", "picked_rows", "require_places"]
+__all__ = ["SURVEY_ROWS", "check_dataset", "picked_rows", "require_places"]
 
 SURVEY_ROWS = 512
 """Rows of the training set that are labelled to see that every class exists."""
@@ -49,8 +49,8 @@ def require_places(block: Block, total_steps: int | None, steps_per_epoch: float
         raise
 
 
-def look_at(labeller: Labeller, samples: Iterable[Mapping[str, Any]], classes: Mapping[str, ClassConfig]) -> ClassSurvey | None:
-    """What the classes find in `samples`; None where there are none.
+def check_dataset(block: Block, labeller: Labeller, samples: Iterable[Mapping[str, Any]]) -> ClassSurvey | None:
+    """Survey the classes in `samples`; None where there are none.
 
     Raises:
         ConfigError: every class without a token that does not say `allow_empty: true`.
@@ -58,7 +58,7 @@ def look_at(labeller: Labeller, samples: Iterable[Mapping[str, Any]], classes: M
     found = survey(labeller, samples)
     if not found.rows:
         return None
-    problems = empty_class_problems(found, classes)
+    problems = empty_class_problems(found, block.class_configs)
     if problems:
         raise ConfigError(problems)
     return found
