@@ -155,10 +155,10 @@ def draw(found: dict[str, dict[int, list[dict[str, float]]]], path: Path) -> Non
             [ours - theirs for ours, theirs in zip(*(curve(h, "eval_dwl/nll")[1] for h in pair), strict=True)]
             for pair in ((history, found[BASELINE][seed]) for seed, history in runs.items())
         ]
-        values, style = list(zip(*against, strict=True)), plots.style_of(index, plain=rule == BASELINE)
-        lines.append(plots.Line(rule, steps, [statistics.mean(at) for at in values], style))
-        bands.append((steps, [min(at) for at in values], [max(at) for at in values], style.colour))
-    figure = plots.draw_labelled(plots.Panel("", lines), "worst class against constant α, nats")
+        values, look = list(zip(*against, strict=True)), plots.look_of(index, plain=rule == BASELINE)
+        lines.append(plots.Line(rule, steps, [statistics.mean(at) for at in values], look))
+        bands.append((steps, [min(at) for at in values], [max(at) for at in values], look["color"]))
+    figure = plots.draw_panels({"": lines}, "worst class against constant α, nats")
     for steps, low, high, colour in bands:
         figure.axes[0].fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -14,17 +14,15 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, reduce
-from itertools import chain
+from functools import reduce
 from typing import Protocol
 
 import numpy as np
 import regex
 
-from dwl_plugin.classes.backtracking import Conduct, conduct
 from dwl_plugin.classes.keywords import Words
-from dwl_plugin.classes.samples import Pieces, Samples
-from dwl_plugin.classes.token_bytes import Bools, Ints
+from dwl_plugin.classes.samples import Samples
+from dwl_plugin.classes.token_bytes import Bools
 from dwl_plugin.errors import ConfigError, Problem
 
 __all__ = [
@@ -50,10 +48,6 @@ __all__ = [
 TIME_LIMIT_S = 4.0
 """How long one pattern may search one sample, or the vocabulary (seconds of CPU time). Ordinary patterns need
 milliseconds."""
-
-
-FAST_STEPS = 3e8
-"""A search that takes no more steps than this at worst is not timed: to look at the clock costs more than a match."""
 
 
 class PatternTooSlowError(ConfigError):
@@ -94,90 +88,31 @@ class InText:
     group: int | str = 0
 
     def __call__(self, samples: Samples) -> Bools:
-        pieces = samples.pieces
-        try:
-            begin_M, end_M = self._spans(pieces)
-        except MemoryError:  # of the engine's own stack
-            raise PatternTooSlowError([self._too_much("it takes more memory than there is", pieces.texts)]) from None
-        some_M = end_M > begin_M
-        if not some_M.all():
-            begin_M, end_M = begin_M[some_M], end_M[some_M]
-        return samples.in_ranges(pieces.first_token[begin_M], pieces.last_token[end_M - 1] + 1)
-
-    def _spans(self, pieces: Pieces) -> tuple[Ints, Ints]:
-        """Begin and end of every match, in characters counted through all pieces."""
-        known, starts = self._conduct, None
-        if known is not None and known.prefix:
-            found = pieces.joined.count(known.prefix)
-            if not found:
-                return _NONE, _NONE
-            starts = found * len(known.prefix)  # those that overlap are not counted
-        longest = int(pieces.lengths.max(initial=0))
-        if known is not None and known.local:
-            length = len(pieces.joined)
-            if known.steps(length, starts, longest if known.stays else length) <= FAST_STEPS:
-                spans = self._spans_in_joined(pieces)
-                if spans is not None:
-                    return spans
-        attempts = None if known is None else known.steps(longest, starts) * (1 if starts else pieces.most_siblings)
-        timed = attempts is None or attempts > FAST_STEPS
-        found_P = self._search_timed(pieces) if timed else self._search(pieces)
-        begin_M, end_M = (_flat(chain.from_iterable(found_P)) + np.repeat(pieces.first_char, list(map(len, found_P)))[:, None]).T
-        return begin_M, end_M
-
-    def _spans_in_joined(self, pieces: Pieces) -> tuple[Ints, Ints] | None:
-        """One search through all pieces; None where it may find something else than a search of each."""
-        matches = self.pattern.finditer(pieces.joined, None, None, False, False, False)
-        if self.group == 0:
-            spans_M = whole_M = _flat([match.span() for match in matches])
-        else:
-            both = [(match.span(), match.span(self.group)) for match in matches]
-            whole_M, spans_M = _flat([whole for whole, _ in both]), _flat([group for _, group in both])
-        joints_M, joints_within_M = pieces.joints.searchsorted(whole_M).T
-        if (joints_M != joints_within_M).any():
-            return None  # a match ran on into the next piece; what it would have been without is not known
-        return spans_M[:, 0] - joints_M, spans_M[:, 1] - joints_M
-
-    # The arguments of `finditer` go by position, because keywords cost more than a search in a short text, in the order
-    # pos, endpos, overlapped, partial, concurrent, timeout. To give the GIL back and forth (concurrent) costs as much.
-
-    def _search(self, pieces: Pieces) -> list[list[tuple[int, int]]]:
-        """The spans in each piece, in characters."""
-        search, group = self.pattern.finditer, self.group
-        return [[match.span(group) for match in search(text, None, None, False, False, False)] for text in pieces.texts]
-
-    def _search_timed(self, pieces: Pieces) -> list[list[tuple[int, int]]]:
-        search, group = self.pattern.finditer, self.group
-        prefix = "" if self._conduct is None else self._conduct.prefix
-        found_P: list[list[tuple[int, int]]] = []
+        search, group, pieces = self.pattern.finditer, self.group, samples.pieces
+        spans_P: list[list[tuple[int, int]]] = []
         sample, clock = -1, Clock()
-        try:
-            for text, own in zip(pieces.texts, pieces.sample.tolist(), strict=True):
-                if prefix not in text:
-                    found_P.append([])
-                    continue
-                if own == sample:
-                    left = clock.left()
-                else:
-                    sample, clock, left = own, Clock(), TIME_LIMIT_S
-                matches = search(text, None, None, False, False, False, left)
-                found_P.append([match.span(group) for match in matches])
-        except TimeoutError:
-            why = f"one sample may take {TIME_LIMIT_S:g} s"
-            raise PatternTooSlowError([self._too_much(why, [text])]) from None
-        return found_P
+        for text, own in zip(pieces.texts, pieces.samples, strict=True):
+            if own != sample:
+                sample, clock = own, Clock()
+            try:
+                # By position, as keywords cost more than a search in a short text: pos, endpos, overlapped, partial,
+                # concurrent (to give the GIL back and forth costs as much), timeout.
+                matches = search(text, None, None, False, False, False, clock.left())
+                spans_P.append([match.span(group) for match in matches])
+            except TimeoutError:
+                raise self._too_slow(text, f"one sample may take {TIME_LIMIT_S:g} s") from None
+            except MemoryError:  # of the engine's own stack
+                raise self._too_slow(text, "it takes more memory than there is") from None
+        return samples.in_text(spans_P)
 
-    @cached_property
-    def _conduct(self) -> Conduct | None:
-        return conduct(self.pattern.pattern)
-
-    def _too_much(self, why: str, texts: list[str]) -> Problem:
-        return Problem(
+    def _too_slow(self, text: str, why: str) -> PatternTooSlowError:
+        problem = Problem(
             self.path,
-            f"too slow: stopped in a text of {max(map(len, texts), default=0):,} characters; {why}",
+            f"too slow: stopped in a text of {len(text):,} characters; {why}",
             self.pattern.pattern,
             hint="the pattern backtracks: avoid a repetition of a repetition, as in (a+)+, or make it atomic, (?>a+)",
         )
+        return PatternTooSlowError([problem])
 
 
 class Clock:
@@ -192,14 +127,6 @@ class Clock:
         if left <= 0:
             raise TimeoutError
         return left
-
-
-_NONE: Ints = np.zeros(0, np.int64)
-
-
-def _flat(spans: Iterable[tuple[int, int]]) -> Ints:
-    """(M, 2); quicker than `np.array` of pairs."""
-    return np.fromiter(chain.from_iterable(spans), np.int64).reshape(-1, 2)
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,36 @@
-"""Samples laid end to end: their bytes, their turns, and the pieces of text that patterns see, made once for all selectors.
+"""Samples laid end to end: their bytes, their turns, and the text that patterns see, made once for all selectors.
 
-Suffixes: T tokens, S samples, P pieces, C characters, M spans.
+Suffixes: T tokens, S samples, P turns or pieces of text, C characters, M spans.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dwl_plugin.classes.token_bytes import Bools, Ints, TokenTable, as_text
 
-__all__ = ["JOINT", "Pieces", "Samples", "ranges"]
+__all__ = ["Samples"]
 
-JOINT = "\ud800"
-"""No text can hold it: half of a surrogate pair, and not one of those that stand for a byte."""
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """Pieces of text as str, and the place of their characters in `Samples.data`.
+
+    Args:
+        texts: the pieces.
+        samples: the number of each piece's sample.
+        first_C: (P,) where each piece begins in `byte_C`.
+        byte_C: the byte at which each character begins; after the characters of a piece, the byte at which it ends.
+    """
+
+    texts: list[str]
+    samples: list[int]
+    first_C: Ints
+    byte_C: Ints
 
 
 class Samples:
@@ -58,7 +72,13 @@ class Samples:
     def pieces(self) -> Pieces:
         """The text that patterns see: each turn, split at special tokens."""
         begin_P, end_P, sample_P = self._runs(self.target_T & ~self.table.special[self.ids_T])
-        return Pieces.of(self, begin_P, end_P, sample_P)
+        begin_P, end_P = self.offsets[begin_P], self.offsets[end_P]
+        texts = [as_text(self.data[begin:end]) for begin, end in zip(begin_P.tolist(), end_P.tolist(), strict=True)]
+        length_C = _bytes_of_characters("".join(text + "\n" for text in texts))
+        end_C = np.cumsum(np.array([len(text) + 1 for text in texts], np.int64))
+        length_C[end_C - 1] = np.append(begin_P[1:], end_P[-1:]) - end_P  # up to the next piece
+        byte_C = begin_P[:1].sum() + np.cumsum(length_C) - length_C
+        return Pieces(texts, sample_P.tolist(), np.append(0, end_C)[:-1], byte_C)
 
     @cached_property
     def turns(self) -> tuple[Ints, Ints, Ints]:
@@ -91,93 +111,26 @@ class Samples:
     def in_ranges(self, first_M: Ints, stop_M: Ints) -> Bools:
         """(T,) True for the tokens of the ranges `first` up to and without `stop`."""
         mask_T = np.zeros(len(self.ids_T), np.bool_)
-        mask_T[ranges(first_M, stop_M - first_M)] = True
+        mask_T[_ranges(first_M, stop_M - first_M)] = True
         return mask_T
 
-
-@dataclass(frozen=True, eq=False)
-class Pieces:
-    """Pieces of text as str, and the tokens of their characters.
-
-    Characters are counted through all pieces: the i-th of piece p is number `first_char[p] + i`.
-
-    Args:
-        texts: the pieces.
-        sample: the number of each piece's sample.
-        first_char: the number of each piece's first character.
-        first_token: for each character, the token of its first byte.
-        last_token: for each character, the token of its last byte.
-    """
-
-    texts: list[str]
-    sample: Ints
-    first_char: Ints
-    first_token: Ints
-    last_token: Ints
-
-    @classmethod
-    def of(cls, samples: Samples, begin_P: Ints, end_P: Ints, sample_P: Ints) -> Pieces:
-        """The pieces of tokens from `begin_P` up to and without `end_P`."""
-        data, offsets = samples.data, samples.offsets
-        edges = zip(offsets[begin_P].tolist(), offsets[end_P].tolist(), strict=True)
-        parts = [data[begin:end] for begin, end in edges]
-        texts = list(map(as_text, parts))
-        chars_P = np.fromiter(map(len, texts), np.int64, len(texts))
-        tokens = ranges(begin_P, end_P - begin_P)
-        length = np.diff(offsets)[tokens]
-        token_of_byte = np.repeat(tokens, length)
-        begin_C, end_C = _characters(texts, b"".join(parts), int(chars_P.sum()))
-        return cls(
-            texts=texts,
-            sample=sample_P,
-            first_char=np.cumsum(chars_P) - chars_P,
-            first_token=token_of_byte[begin_C],
-            last_token=token_of_byte[end_C - 1],
-        )
-
-    @cached_property
-    def lengths(self) -> Ints:
-        """How many characters each has."""
-        return np.diff(np.append(self.first_char, len(self.first_token)))
-
-    @cached_property
-    def most_siblings(self) -> int:
-        """The most pieces that one sample has."""
-        return int(np.bincount(self.sample).max(initial=0))
-
-    @cached_property
-    def joined(self) -> str:
-        """All pieces, with a character between them that no text has."""
-        return JOINT.join(self.texts)
-
-    @cached_property
-    def joints(self) -> Ints:
-        """Where the characters between the pieces are in `joined`."""
-        return self.first_char[1:] + np.arange(len(self.texts) - 1)
-
-    @cached_property
-    def codes(self) -> NDArray[np.uint32]:
-        """The code points of all pieces."""
-        return _codes(self.texts)
+    def in_text(self, spans_P: list[list[tuple[int, int]]]) -> Bools:
+        """(T,) True where a token's bytes overlap a span of one of `pieces`, which is counted in characters."""
+        spans_M = np.fromiter(chain.from_iterable(chain.from_iterable(spans_P)), np.int64).reshape(-1, 2)
+        spans_M += np.repeat(self.pieces.first_C, list(map(len, spans_P)))[:, None]
+        begin_M, end_M = self.pieces.byte_C[spans_M].T
+        return self.covered(begin_M, end_M)
 
 
-def _characters(texts: list[str], data: bytes, chars: int) -> tuple[Ints, Ints]:
-    """Where each character begins and ends in the bytes of the texts."""
-    begin_C = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80)
-    if len(begin_C) == chars:  # no byte inside a character stands alone
-        return begin_C, np.append(begin_C, len(data))[1:]
-    code_C = _codes(texts)
+def _bytes_of_characters(text: str) -> Ints:
+    """How many bytes `as_bytes` makes of each character; one of a lone surrogate, which stands for a byte."""
+    code_C = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     length_C = 1 + (code_C >= 0x80).astype(np.int64) + (code_C >= 0x800) + (code_C >= 0x10000)
-    length_C[(code_C >= 0xDC80) & (code_C <= 0xDCFF)] = 1  # see as_text: one byte each
-    end_C = np.cumsum(length_C)
-    return end_C - length_C, end_C
+    length_C[(code_C >= 0xDC80) & (code_C <= 0xDCFF)] = 1
+    return length_C
 
 
-def _codes(texts: list[str]) -> NDArray[np.uint32]:
-    return np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
-
-
-def ranges(first: Ints, length: Ints) -> Ints:
+def _ranges(first: Ints, length: Ints) -> Ints:
     """`first`, `first + 1`, … `first + length - 1` of each range, end to end."""
     shift = first - (np.cumsum(length) - length)
     shifts: Ints = np.repeat(shift, length)

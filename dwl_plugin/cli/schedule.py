@@ -174,10 +174,6 @@ def _image(drawn: Sequence[tuple[str, Sequence[str], Curve]], end: int, suffix: 
     steps = sorted({round(end * k / _POINTS) for k in range(_POINTS + 1)})
     lines: list[plots.Line] = []
     for _, names, curve in drawn:
-        numbers = list(zip(*map(curve, steps), strict=True))
-        lines += [
-            plots.Line(name, steps, values, plots.style_of(len(lines) + c, plain=name == REST))
-            for c, (name, values) in enumerate(zip(names, numbers, strict=True))
-        ]
-    title = ", ".join(what for what, _, _ in drawn)
-    return plots.to_image(plots.draw_labelled(plots.Panel("", lines), title), suffix)
+        for name, values in zip(names, zip(*map(curve, steps), strict=True), strict=True):
+            lines.append(plots.Line(name, steps, values, plots.look_of(len(lines), plain=name == REST)))
+    return plots.to_image(plots.draw_panels({"": lines}, ", ".join(what for what, _, _ in drawn)), suffix)

@@ -8,7 +8,7 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
-from dwl_plugin.classes import ClassSurvey, Labeller, labeller_of
+from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block
 from dwl_plugin.config.overrides import overridden, overrides_of
 from dwl_plugin.errors import ConfigError
@@ -18,7 +18,7 @@ from dwl_plugin.hosts.dropped_options import dropped_options
 from dwl_plugin.hosts.four_bits import keep_the_training_format
 from dwl_plugin.hosts.trainer import install, less_is_better, uninstall
 from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl
-from dwl_plugin.run.dataset_check import check_dataset, picked_rows, require_places
+from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows, require_places
 from dwl_plugin.run.startup import log_line
 
 __all__ = ["DWLPlugin"]
@@ -109,7 +109,7 @@ class DWLPlugin(BasePlugin):
     def _survey_rows(self, dataset: Any, block: Block, seed: int | None) -> None:
         """Label a seeded sample of the rows; a class that is nowhere in it is an error."""
         assert self._labeller is not None
-        self._survey = check_dataset(self._labeller, _sample(dataset, seed or 0), block.class_configs)
+        self._survey = check_dataset(block, self._labeller, _sample(dataset, seed or 0))
 
     def _forget(self) -> None:
         if self._trainer is not None:

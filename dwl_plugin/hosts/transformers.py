@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from dwl_plugin.classes import ClassSurvey, Labeller, labeller_of
+from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block, read_block
 from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.hosts import trl
 from dwl_plugin.hosts.trainer import BelowHost, TrainerMixin, install, less_is_better, replaced_methods, uninstall
 from dwl_plugin.hosts.versions import transformers_problems
-from dwl_plugin.run.dataset_check import check_dataset, picked_rows
+from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows
 from dwl_plugin.run.session import Session
 from dwl_plugin.run.startup import log_line
 
@@ -145,7 +145,7 @@ def _classes_of(trainer: Trainer, block: Block) -> tuple[Labeller | None, ClassS
     problems = list(trl.cut_problems(trainer.args, labeller))
     if problems:
         raise ConfigError(problems)
-    return labeller, check_dataset(labeller, _collated(trainer), block.class_configs)
+    return labeller, check_dataset(block, labeller, _collated(trainer))
 
 
 def _collated(trainer: Trainer) -> Iterator[dict[str, Any]]:
@@ -166,6 +166,5 @@ def _pick_the_lower_nll(trainer: Trainer) -> None:
     args = trainer.args
     if less_is_better(args.metric_for_best_model) and args.greater_is_better:
         args.greater_is_better = False
-        log_line(
-            f"`metric_for_best_model: {args.metric_for_best_model}` is best where it is lowest: greater_is_better is now False"
-        )
+        metric = f"`metric_for_best_model: {args.metric_for_best_model}`"
+        log_line(f"{metric} is best where it is lowest: greater_is_better is now False")
