@@ -121,7 +121,7 @@ def check_on(kind: str, pack: Pack, *, exact: bool) -> None:
 
 def spellings(table: TokenTable, ids: set[int]) -> set[str]:
     """The texts of tokens, inside a sample and at its beginning."""
-    rows = [row for token_id in ids for row in (token_id, table.opening_row[token_id])]
+    rows = [row for token_id in ids for row in (token_id, table.first_in_sample_row[token_id])]
     return {table.flat[table.row_offsets[row] : table.row_offsets[row + 1]].tobytes().decode() for row in rows}
 
 
