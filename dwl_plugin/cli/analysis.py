@@ -283,8 +283,8 @@ def _rows(config: ReadConfig, validated: ValidatedConfig, found: Findings, sampl
 
 def _look_at(config: ValidatedConfig, rows: Rows, found: Findings) -> LookedAt:
     """Find the classes in the rows, and what a run would hint at its start."""
-    from dwl_plugin.alpha.schedule import alpha_of
     from dwl_plugin.classes import survey
+    from dwl_plugin.run.moving import alpha_of
     from dwl_plugin.run.startup import hints
 
     block, length = config.block, run_length(config.cfg, rows)

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from dwl_plugin.alpha.controllers import ControllerConfig, ControllerOptions
+from dwl_plugin.alpha.schedules import Schedule, ScheduleOptions
 from dwl_plugin.config.classes import ClassConfig, OneOfTheClasses
-from dwl_plugin.config.controllers import Controller, ControllerOptions
-from dwl_plugin.config.schedules import Schedule, ScheduleOptions
 from dwl_plugin.loss.token_losses import TOKEN_LOSSES, DFTConfig, EAFTConfig, FocalConfig, TokenLossConfig, TokenLossName
 from dwl_plugin.values import REST, Overlap, Reduction, Strict, Weight
 
@@ -42,7 +42,7 @@ class DWLConfig(Strict):
         None, description="class -> proportion, `rest` included; normalised to sum to 1. Absent: uniform."
     )
     schedule: Schedule | None = Field(None, description="α as a function of the optimizer step.")
-    controller: Controller | None = Field(None, description="α from what the classes cost.")
+    controller: ControllerConfig | None = Field(None, description="α from what the classes cost.")
 
 
 class Block(Strict):

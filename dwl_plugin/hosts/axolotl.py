@@ -18,7 +18,8 @@ from dwl_plugin.hosts.dropped_options import dropped_options
 from dwl_plugin.hosts.four_bits import keep_the_training_format
 from dwl_plugin.hosts.trainer import install, less_is_better, uninstall
 from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl
-from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows, require_places
+from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows
+from dwl_plugin.run.moving import require_places
 from dwl_plugin.run.startup import log_line
 
 __all__ = ["DWLPlugin"]

@@ -16,7 +16,6 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dwl_plugin.alpha.controllers import Controller
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block
@@ -252,7 +251,8 @@ class AlphaCallback(TrainerCallback):
     def _closed_loop(self, saved: dict[str, Any] | None, tau: int) -> ClosedLoop | None:
         """The controller, as the checkpoint left it or from the start."""
         session, trainer = self._session, self._trainer
-        if session.block.controller is None:
+        controller = controller_of(session.block, session.length)
+        if controller is None:
             return None
         state = None if saved is None else saved["controller"]
         if tau and state is None:
@@ -260,10 +260,9 @@ class AlphaCallback(TrainerCallback):
                 "dwl.controller",
                 f"the checkpoint of step {tau} was not written by a run with a controller, so what it had learned until then is "
                 "not known",
-                session.block.controller.type,
+                controller.options.type,
                 hint="delete `controller`, or start a new run from these weights without `resume_from_checkpoint`",
             )
-        controller = Controller(session.block, session.length)
         loop = ClosedLoop(controller, trainer._of_every_rank, trainer.args.device)
         if state is not None:
             loop.load(state, trainer.args.process_index)

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from dwl_plugin.alpha.dft import token_losses_of
 from dwl_plugin.alpha.run_length import RunLength
-from dwl_plugin.alpha.schedule import Alpha, alpha_of
+from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block, DFTConfig, TokenLossConfig
 from dwl_plugin.errors import ConfigError, LossNotTakenError, Problem
@@ -24,6 +23,7 @@ from dwl_plugin.loss.spec import LossSpec, PendingLoss
 from dwl_plugin.loss.token_losses import SCHEDULED, objective_of
 from dwl_plugin.run.closed_loop import ClosedLoop
 from dwl_plugin.run.collate import CLASS_IDS
+from dwl_plugin.run.moving import alpha_of, token_losses_of
 from dwl_plugin.run.nan_guard import FirstBadStep
 from dwl_plugin.run.startup import log_line
 
@@ -69,7 +69,7 @@ class Session:
         """Before the first step; again in the same process where a host starts over with smaller batches. None: not known yet."""
         self.length = length or RunLength(None, None)
         self.alpha = self.block.alpha
-        self.alpha_at: Alpha = lambda tau: self.block.alpha
+        self.alpha_at: Curve = lambda tau: self.block.alpha
         self.token_losses_at: Callable[[int], tuple[TokenLossConfig, ...]] | None = None
         if length is not None:
             self.alpha_at, self.token_losses_at = alpha_of(self.block, length), token_losses_of(self.block, length)
