@@ -29,6 +29,7 @@ from dwl_plugin.loss.membership import Membership
 from dwl_plugin.loss.shift import IGNORE_INDEX
 from dwl_plugin.run.closed_loop import ClosedLoop
 from dwl_plugin.run.collate import LabellingCollator
+from dwl_plugin.run.moving import controller_of
 from dwl_plugin.run.session import Session
 from dwl_plugin.run.startup import keep_config, log_line, other_length_lines, other_options_lines, startup_lines
 
