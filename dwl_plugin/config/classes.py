@@ -50,6 +50,7 @@ __all__ = [
     "WordsClass",
     "as_class",
     "class_of",
+    "may_be_empty",
     "name_problems",
 ]
 
@@ -160,6 +161,11 @@ def as_class(selector: Selector, options: Mapping[str, object]) -> ClassConfig:
     """The class of a selector and the options beside it."""
     fields = {name: getattr(selector, name) for name in type(selector).model_fields}
     return _CLASSES[selector.key].model_validate({**fields, **options})
+
+
+def may_be_empty(classes: Mapping[str, ClassConfig]) -> frozenset[str]:
+    """Names of the classes that say `allow_empty: true`."""
+    return frozenset(name for name, config in classes.items() if config.allow_empty)
 
 
 def name_problems(classes: Mapping[object, object], path: str = "dwl.classes") -> Iterator[Problem]:

@@ -124,7 +124,7 @@ class Seam:
         pending, self._pending = self._pending, None
         if completed and pending is not None and pending.taken == 0:
             raise LossNotTakenError(
-                f"[dwl] {type(self.model).__name__} returned a loss that dwl_plugin did not compute. Either its own loss is more "
+                f"{type(self.model).__name__} returned a loss that dwl_plugin did not compute. Either its own loss is more "
                 "than a cross-entropy of its logits (label smoothing, for one), or another patch replaced its loss or its output "
                 f"head ({type(self.head).__name__}). Remove that, or delete the `loss:` line."
             )
@@ -272,7 +272,7 @@ class Seam:
 
     def _unmatched(self) -> LossNotTakenError:
         return LossNotTakenError(
-            f"[dwl] {type(self.model).__name__} rearranges its labels in a way dwl_plugin does not know, so token classes (and "
+            f"{type(self.model).__name__} rearranges its labels in a way dwl_plugin does not know, so token classes (and "
             "the base model of an `anchor`) cannot be matched to targets. `loss: nll` and `loss: dft` without them work with it."
         )
 

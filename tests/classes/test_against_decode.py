@@ -302,7 +302,7 @@ def labeller_of(classes: dict[str, ClassConfig], tokenizer: Any) -> Labeller:
     key = (id(tokenizer), repr(classes))
     if key not in _built:
         try:
-            _built[key] = build_labeller(classes, tokenizer)
+            _built[key] = build_labeller(classes, tokenizer, may_be_empty=classes)
         except ConfigError:  # of one draw, the second class may be the first again
             reject()
     return _built[key]

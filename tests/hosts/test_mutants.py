@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dwl_plugin.classes import labeller
-from dwl_plugin.hosts import trainer as host
 from dwl_plugin.loss import seam
 from dwl_plugin.loss.linear_cross_entropy import LinearCrossEntropyOutput
 from dwl_plugin.loss.tokens import Targets
+from dwl_plugin.run.session import Session
 from tests.hosts.harness import Run, rows, train, write_rows
 
 Configure = Callable[..., dict[str, Any]]
@@ -112,8 +112,8 @@ def unshift(patch: pytest.MonkeyPatch, _: str) -> None:
 
 
 def count_one_micro_batch(patch: pytest.MonkeyPatch, _: str) -> None:
-    right = host.Session.counts
-    patch.setattr(host.Session, "counts", lambda self, batches, device: right(self, batches[:1], device))
+    right = Session.counts
+    patch.setattr(Session, "counts", lambda self, batches, device: right(self, batches[:1], device))
 
 
 def shift_classes(patch: pytest.MonkeyPatch, _: str) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from dwl_plugin.classes import labeller_of
 from dwl_plugin.config import parse
 from dwl_plugin.errors import DWLError, NotFiniteError
 from dwl_plugin.hosts.trainer import _require_cut_sequences
@@ -18,6 +17,7 @@ from dwl_plugin.loss.seam import Seam
 from dwl_plugin.loss.spec import LossSpec, PendingLoss
 from dwl_plugin.loss.token_losses import Power
 from dwl_plugin.run.collate import CLASS_IDS, LabellingCollator
+from dwl_plugin.run.dataset_check import labeller_of
 from tests.hosts import harness, ranks as on_ranks
 from tests.hosts.ranks import Ranks, Report
 
@@ -166,9 +166,9 @@ def test_two_ranks_with_unequal_rows_have_the_alpha_of_one(
 
 
 def test_every_controller_runs_on_two_ranks_here() -> None:
-    from dwl_plugin.alpha.controllers import _RULES
+    from dwl_plugin.alpha import controllers
 
-    assert set(CONTROLLERS) == set(_RULES)
+    assert set(CONTROLLERS) == set(controllers.CONTROLLERS)
 
 
 def train_sharded(settings: dict[str, Any]) -> Report:
