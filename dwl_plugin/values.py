@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 from math import isfinite
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import regex
-from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ModelWrapValidatorHandler, WithJsonSchema, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
+
+from dwl_plugin.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "FIRST_TARGET",
@@ -21,11 +26,14 @@ __all__ = [
     "Pattern",
     "Position",
     "PositionKey",
+    "Reduction",
     "Strict",
     "Text",
     "TokenId",
     "Weight",
     "Word",
+    "line_error",
+    "line_errors",
     "position",
     "unrolled_size",
 ]
@@ -42,6 +50,9 @@ MOST_OVERLAPPING = 62
 Overlap = Literal["first", "sum"]
 """`first`: a token is in the first class that matches. `sum`: in every class that matches."""
 
+Reduction = Literal["token_mean", "weighted_mean", "class_mean", "sequence_mean_token_sum"]
+"""How the losses of tokens become one number; the formulas are in `loss.reduction`."""
+
 REST = "rest"
 """The class of every target token that no other class claims."""
 
@@ -53,8 +64,39 @@ _FRACTION = re.compile(r"\d*\.\d+")
 _TOKEN_ID = re.compile(r"(?P<first>\d+)(?:\s*-\s*(?P<last>\d+))?")
 
 
+def line_error(path: tuple[int | str, ...], message: str, value: object, allowed: str = "", hint: str = "") -> InitErrorDetails:
+    """An error at `path` below what a validator looks at, for `ValidationError.from_exception_data`."""
+    why = PydanticCustomError("dwl", message, {"allowed": allowed, "hint": hint})
+    return InitErrorDetails(type=why, loc=path, input=value)
+
+
+def line_errors(error: ValidationError) -> list[InitErrorDetails]:
+    """The errors of `error`, to be raised again together with others."""
+    return [
+        InitErrorDetails(type=PydanticCustomError(item["type"], item["msg"], item.get("ctx")), loc=item["loc"], input=item["input"])
+        for item in error.errors(include_url=False)
+    ]
+
+
 class Strict(BaseModel):
+    """Frozen and closed. An unknown key is reported with the known ones."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _name_known_keys(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            known = [field.alias or name for name, field in cls.model_fields.items()]
+            lines = [
+                line_error(item["loc"], "unknown key", item["input"], ", ".join(known), did_you_mean(item["loc"][0], known))
+                if item["type"] == "extra_forbidden" and len(item["loc"]) == 1
+                else line
+                for item, line in zip(error.errors(), line_errors(error), strict=True)
+            ]
+            raise ValidationError.from_exception_data(error.title, lines) from None
 
 
 def position(value: object) -> object:

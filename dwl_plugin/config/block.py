@@ -8,16 +8,15 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from dwl_plugin.alpha.controllers import ControllerConfig, ControllerOptions
+from dwl_plugin.alpha.schedules import Schedule, ScheduleOptions
 from dwl_plugin.config.classes import ClassConfig, OneOfTheClasses
-from dwl_plugin.config.controllers import Controller, ControllerOptions
-from dwl_plugin.config.schedules import Schedule, ScheduleOptions
 from dwl_plugin.loss.token_losses import TOKEN_LOSSES, DFTConfig, EAFTConfig, FocalConfig, TokenLossConfig, TokenLossName
-from dwl_plugin.values import REST, Overlap, Strict, Weight
+from dwl_plugin.values import REST, Overlap, Reduction, Strict, Weight
 
 __all__ = ["Block", "DWLConfig", "LossName", "Reduction"]
 
 LossName = Literal["nll", "dft", "dwl"]
-Reduction = Literal["token_mean", "weighted_mean", "class_mean", "sequence_mean_token_sum"]
 
 
 class DWLConfig(Strict):
@@ -43,7 +42,7 @@ class DWLConfig(Strict):
         None, description="class -> proportion, `rest` included; normalised to sum to 1. Absent: uniform."
     )
     schedule: Schedule | None = Field(None, description="α as a function of the optimizer step.")
-    controller: Controller | None = Field(None, description="α from what the classes cost.")
+    controller: ControllerConfig | None = Field(None, description="α from what the classes cost.")
 
 
 class Block(Strict):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from dwl_plugin.alpha.controllers import ControllerConfig, ControllerOptions, controller_problems
+from dwl_plugin.alpha.schedules import vectors
 from dwl_plugin.config.alpha import alpha_problems
 from dwl_plugin.config.block import Block, DWLConfig, LossName
 from dwl_plugin.config.classes import ClassConfig, class_of, name_problems
-from dwl_plugin.config.controllers import ControllerOptions, controller_of, controller_problems
 from dwl_plugin.config.packs import Shelf
-from dwl_plugin.config.schedules import order_problems, schedule_of, vectors
 from dwl_plugin.config.selectors import group_problems
 from dwl_plugin.config.validate import one_of, unique, validate
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
@@ -21,6 +24,7 @@ from dwl_plugin.values import MOST_OVERLAPPING, REST
 
 __all__ = ["parse"]
 
+_CONTROLLER: TypeAdapter[ControllerOptions | None] = TypeAdapter(ControllerConfig | None)
 _KEYS = tuple(Block.model_fields)
 _WITHOUT_CLASSES = {"token_loss", "focal", "eaft", "reduction"}
 """Keys of `dwl` that do something where no class is named."""
@@ -78,38 +82,25 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
             problems += error.problems
             dwl, complete = {key: value for key, value in dwl.items() if key != "pack"}, False
         ours["dwl"] = dwl
-        # The model of a class, schedule or controller is chosen by its key, here: a typo gives one error, not one per kind.
+        # The model of a class is chosen by its key, here: a typo gives one error, not one per kind.
         chosen = dict(dwl)
         if isinstance(dwl.get("classes"), Mapping):
-            built = {
-                name: class_of(_with_dft_chosen(spec, f"dwl.classes.{name}.dft", problems), f"dwl.classes.{name}", problems)
-                for name, spec in dwl["classes"].items()
-            }
+            built = {name: class_of(spec, f"dwl.classes.{name}", problems) for name, spec in dwl["classes"].items()}
             chosen["classes"] = classes = {
                 str(name): shelf.without_packs(model, f"dwl.classes.{name}", problems)
                 for name, model in built.items()
                 if model is not None
             }
-        if dwl.get("schedule") is not None:
-            chosen["schedule"] = schedule_of(dwl["schedule"], "dwl.schedule", problems)
-        if dwl.get("controller") is not None:
-            chosen["controller"] = controller = controller_of(dwl["controller"], "dwl.controller", problems)
-        block = validate(Block, _with_dft_chosen({**ours, "dwl": chosen}, "dft", problems), "", problems)
+        with suppress(ValidationError):  # what is wrong with it is found where the block is validated
+            controller = _CONTROLLER.validate_python(dwl.get("controller"))
+        block = validate(Block, {**ours, "dwl": chosen}, "", problems)
     else:
-        block = validate(Block, _with_dft_chosen(ours, "dft", problems), "", problems)
+        block = validate(Block, ours, "", problems)
     problems += group_problems(classes)
     problems += _cross_checks(ours, controller, block if not problems else None, complete)
     if problems or block is None:
         raise ConfigError(unique(problems))
     return block
-
-
-def _with_dft_chosen(holder: object, path: str, problems: list[Problem]) -> Any:
-    """`holder` with the schedule of its `dft`, if it has one, as a model."""
-    dft = holder.get("dft") if isinstance(holder, Mapping) else None
-    if not isinstance(holder, Mapping) or not isinstance(dft, Mapping) or dft.get("schedule") is None:
-        return holder
-    return {**holder, "dft": {**dft, "schedule": schedule_of(dft["schedule"], f"{path}.schedule", problems)}}
 
 
 def _unfit(ours: Mapping[str, Any]) -> Iterator[Problem]:
@@ -188,7 +179,6 @@ def _cross_checks(
         problems.append(
             Problem("dwl.classes", "has no class in it, so this is plain cross-entropy", hint="name at least one class")
         )
-    problems += order_problems(dwl.get("schedule"), "dwl.schedule")
     if dwl.get("schedule") is not None and dwl.get("controller") is not None:
         problems.append(
             Problem(
@@ -290,4 +280,3 @@ def _dft_problems(dft: object, path: str) -> Iterator[Problem]:
             elif isinstance(value, (int, float)) and not 0 <= value <= (1 if name == "min_weight" else value):
                 allowed = "numbers from 0 to 1" if name == "min_weight" else "numbers from 0 up"
                 yield Problem(f"{where}.{name}", "out of range", value, allowed=allowed)
-    yield from order_problems(spec, f"{path}.schedule")

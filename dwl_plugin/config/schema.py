@@ -6,26 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from dwl_plugin.config.block import Block
-from dwl_plugin.extensions import Kind, installed
 from dwl_plugin.values import REST
 
 __all__ = ["json_schema", "merged_into"]
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_KINDS: tuple[Kind, ...] = ("schedule", "controller")
 _NAMES = {"pattern": f"^(?!{REST}$)[A-Za-z_][A-Za-z0-9_]*$"}
 
 
 def json_schema() -> dict[str, Any]:
     """Schema of a whole config, of which only our keys are described; all others may be anything."""
     block = _exclusive(Block.model_json_schema())
-    dwl = block["$defs"]["DWLConfig"]["properties"]
-    dwl["classes"]["propertyNames"] = _NAMES
-    for kind in _KINDS:
-        others = sorted(installed(kind))
-        if kind in dwl and others:  # their own keys are known to their packages alone
-            named = {"type": "object", "properties": {"type": {"enum": others}}, "required": ["type"]}
-            dwl[kind]["oneOf"].append(named)
+    block["$defs"]["DWLConfig"]["properties"]["classes"]["propertyNames"] = _NAMES
     described = {
         "loss": "nll: the host's own loss, measured. dft: Dynamic Fine-Tuning. dwl: classes of tokens with weights α.",
         "dft": "Options of the dft token loss.",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from dwl_plugin.config.schedules import Schedule
+from dwl_plugin.alpha.schedules import Schedule
 from dwl_plugin.values import Strict, Weight
 
 if TYPE_CHECKING:
