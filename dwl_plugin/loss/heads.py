@@ -67,7 +67,7 @@ def output_head(model: Any) -> nn.Module:
     """The outermost output head of `model`."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Module):
-        raise LossNotTakenError(f"[dwl] {type(model).__name__} has no output head to take the loss from; it is no language model.")
+        raise LossNotTakenError(f"{type(model).__name__} has no output head to take the loss from; it is no language model.")
     return head
 
 
@@ -93,7 +93,7 @@ def vocab_size_of(head: nn.Module) -> int:
     weight = getattr(head, "weight", None)
     if isinstance(weight, torch.Tensor) and weight.ndim == 2:
         return weight.shape[0]
-    raise LossNotTakenError(f"[dwl] the vocabulary size of the output head {type(head).__name__} cannot be read.")
+    raise LossNotTakenError(f"the vocabulary size of the output head {type(head).__name__} cannot be read.")
 
 
 def as_linear(head: nn.Module) -> nn.Linear | None:
