@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dwl_plugin.alpha.run_length import RunLength
     from dwl_plugin.classes import ClassSurvey, Labeller
     from dwl_plugin.hosts.axolotl_preview import Rows
-    from dwl_plugin.run.startup import ClassWeight
+    from dwl_plugin.loss.reduction import ClassWeight
 
 __all__ = ["ClassFigures", "Findings", "LookedAt", "ValidatedConfig", "analyse", "quiet_environment"]
 
@@ -325,9 +325,9 @@ def _empty_classes(found_classes: ClassSurvey, block: Block, rows: Rows, found: 
 def _figures(
     block: Block, classes: ClassSurvey, alpha: Sequence[float], end: Sequence[float], *, weighed: bool
 ) -> Iterator[ClassFigures]:
-    from dwl_plugin.run.startup import class_weight_table
+    from dwl_plugin.loss.reduction import class_weight_table
 
-    rows = class_weight_table(block, alpha, classes.counts)
+    rows = class_weight_table(block.reduction, block.class_names, alpha, classes.counts)
     for row, last, tokens, without in zip(rows, end, classes.tokens, classes.rows_without, strict=True):
         yield ClassFigures(row.name, tokens, row.token_share, without, row if weighed else None, last)
 

@@ -12,12 +12,11 @@ from dwl_plugin.alpha.controllers import ControllerConfig, ControllerOptions
 from dwl_plugin.alpha.schedules import Schedule, ScheduleOptions
 from dwl_plugin.config.classes import ClassConfig, OneOfTheClasses
 from dwl_plugin.loss.token_losses import TOKEN_LOSSES, DFTConfig, EAFTConfig, FocalConfig, TokenLossConfig, TokenLossName
-from dwl_plugin.values import REST, Overlap, Strict, Weight
+from dwl_plugin.values import REST, Overlap, Reduction, Strict, Weight
 
 __all__ = ["Block", "DWLConfig", "LossName", "Reduction"]
 
 LossName = Literal["nll", "dft", "dwl"]
-Reduction = Literal["token_mean", "weighted_mean", "class_mean", "sequence_mean_token_sum"]
 
 
 class DWLConfig(Strict):

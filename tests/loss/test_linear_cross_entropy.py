@@ -16,6 +16,7 @@ from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.chunked import module_cross_entropy
 from dwl_plugin.loss.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
 from dwl_plugin.loss.token_losses import EntropyGate, Focal, Objective, Power, Term
+from dwl_plugin.loss.tokens import Targets, terms_of
 from tests.loss.mutants import ANCHOR_MISTAKES, MISTAKES, TERM_MISTAKES, mutant, naive
 from tests.loss.oracle import Case, per_token, relative
 
@@ -125,6 +126,9 @@ def errors(
     return found
 
 
+FLAT = {"terms": None, "token_weight": None, "exponent": 0.0, "min_weight": 0.0}
+
+
 def as_module(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_tokens: int | None = 5, **options: Any
 ) -> LinearCrossEntropyOutput:
@@ -141,9 +145,10 @@ def as_module(
         return head
 
     if anchor is not None:
-        options["anchor"] = replace(anchor, head=under(*(anchor.head or (weight.detach(), bias))))
-    head = under(weight, bias)
-    return module_cross_entropy(hidden, head, targets, chunk_tokens=chunk_tokens, **options)
+        anchor = replace(anchor, head=under(*(anchor.head or (weight.detach(), bias))))
+    paid = {name: options.pop(name, default) for name, default in FLAT.items()}
+    given = Targets(targets, terms_of(**paid), anchor, options.pop("ignore_index", -100))
+    return module_cross_entropy(hidden, under(weight, bias), given, chunk_tokens=chunk_tokens)
 
 
 @pytest.fixture
@@ -152,7 +157,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fused_walk._ROWS, "cpu", 11)
     monkeypatch.setitem(fused_walk._TILE_BYTES, "cpu", 11 * 4 * 17)
     monkeypatch.setattr(fused_walk, "_LEAST_WIDTH", 16)
-    monkeypatch.setattr(fused_walk, "_WIDTH_ROUNDED", 16)
+    monkeypatch.setattr(matmul, "_WIDTH", 16)
 
 
 def multiply_with_onednn(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
@@ -440,6 +445,8 @@ def test_matches_the_loop_for_any_shape(
 @pytest.fixture(params=[False, True], ids=["bf16 emulated", "bf16 in hardware"])
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without instructions for bf16, and one with them."""
+    if request.param and not matmul._multiplies_bf16():
+        pytest.skip("this CPU has no instructions for bf16")
     monkeypatch.setattr(matmul, "_multiplies_bf16", lambda: request.param)
 
 
@@ -750,7 +757,7 @@ def test_module_path_reaches_parameters_with_one_chunk_of_logits_at_a_time() -> 
         seen.append(chunk.shape[0])
         return F.linear(chunk, case.weight) + up(down(chunk))
 
-    out = module_cross_entropy(case.hidden, head, case.targets, exponent=1.0, chunk_tokens=4, vocab_size=211)
+    out = module_cross_entropy(case.hidden, head, Targets(case.targets, [Term(Power(1.0))]), chunk_tokens=4, vocab_size=211)
     out.loss.backward()
     merged = (case.weight + up.weight @ down.weight).detach()
     truth = per_token(replace(case, weight=merged, exponent=1.0))
@@ -769,9 +776,9 @@ def test_module_path_repeats_dropout_in_its_backward() -> None:
         masks.append(dropped.detach().clone())
         return F.linear(dropped, weight)
 
-    module_cross_entropy(case.hidden, head, case.targets, chunk_tokens=100, vocab_size=211).loss.backward()
+    module_cross_entropy(case.hidden, head, Targets(case.targets), chunk_tokens=100, vocab_size=211).loss.backward()
     masks.clear()
-    module_cross_entropy(case.hidden, head, case.targets, chunk_tokens=12, vocab_size=211).loss.backward()
+    module_cross_entropy(case.hidden, head, Targets(case.targets), chunk_tokens=12, vocab_size=211).loss.backward()
     half = len(masks) // 2
     for forward in masks[:half]:
         assert any(torch.equal(forward, again) for again in masks[half:])
@@ -780,49 +787,56 @@ def test_module_path_repeats_dropout_in_its_backward() -> None:
 def test_module_path_without_grad_keeps_no_graph() -> None:
     case = random_case(4, 9)
     with torch.no_grad():
-        out = module_cross_entropy(case.hidden, lambda h: h @ case.weight.T, case.targets)
+        out = module_cross_entropy(case.hidden, lambda h: h @ case.weight.T, Targets(case.targets))
     assert not out.loss.requires_grad
     assert relative(out.nll, per_token(case).nll) <= FP32
 
 
+def plan_of(tokens: int, vocab: int, width: int, trained: bool) -> fused_walk._Plan:
+    operands = matmul.Operands(torch.float32, torch.float32)
+    return fused_walk._plan(tokens, vocab, width, trained, 1, operands, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("tokens", [1, 330, 1000, 8192, 100_000])
 @pytest.mark.parametrize("vocab", [1, 257, 151_936, 1_000_003])
-@pytest.mark.parametrize("kept", [False, True])
-@pytest.mark.parametrize("rounded", [False, True])
-def test_workspace_is_bounded_whatever_the_shape(tokens: int, vocab: int, kept: bool, rounded: bool) -> None:
-    plan = fused_walk._plan(tokens, vocab, 64, "cpu", kept, torch.float32, softmaxes=1, rounded=rounded)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("onednn", [False, True])
+def test_workspace_is_bounded_whatever_the_shape(
+    tokens: int, vocab: int, trained: bool, onednn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    multiply_with_onednn(monkeypatch, onednn)
+    plan = plan_of(tokens, vocab, 64, trained)
     tile = 4 * plan.rows * plan.width
-    least = fused_walk._WIDTH_ROUNDED if rounded else fused_walk._LEAST_WIDTH
+    least = matmul._WIDTH if onednn else fused_walk._LEAST_WIDTH
     assert tile <= max(fused_walk._TILE_BYTES["cpu"] * 1.01, 4 * plan.rows * least)
     assert plan.rows <= 1024
-    if kept:
-        assert plan.rows <= (16 if rounded else 4) or 4 * plan.rows * vocab <= 4 * max(64 * 2**20, vocab * 64)
+    if trained:
+        assert plan.rows <= (16 if onednn else 4) or 4 * plan.rows * vocab <= 4 * max(64 * 2**20, vocab * 64)
     covered = [i for block in plan.blocks() for i in (block.start, block.stop)]
     assert covered == sorted(covered)
-    assert (covered[0], covered[-1]) == (0, plan.tokens)
-    assert sum(b.stop - b.start for b in plan.blocks()) == plan.tokens
-    assert tokens <= plan.tokens <= (tokens if not rounded else max(16, tokens * 1.125 + 15))
-    assert sum(t.stop - t.start for t in plan.tiles(vocab)) == vocab
-    assert len(list(plan.tiles(vocab))) == plan.count
+    assert (covered[0], covered[-1]) == (0, tokens)
+    assert sum(b.stop - b.start for b in plan.blocks()) == tokens
+    assert sum(t.stop - t.start for t in plan.tiles()) == vocab
 
 
 @pytest.mark.parametrize("vocab", [49_152, 151_936])
-@pytest.mark.parametrize("kept", [False, True])
-def test_products_that_remember_shapes_are_asked_for_few(vocab: int, kept: bool) -> None:
+@pytest.mark.parametrize("trained", [False, True])
+def test_products_that_remember_shapes_are_asked_for_few(vocab: int, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of any size up to 8,192 tokens: what oneDNN would keep for each new shape stays bounded."""
+    multiply_with_onednn(monkeypatch, True)
     shapes = set()
     for tokens in range(1, 8193):
-        plan = fused_walk._plan(tokens, vocab, 576, "cpu", kept, torch.float32, softmaxes=1, rounded=True)
-        rows = {block.stop - block.start for block in plan.blocks()}
-        shapes |= {(R, tile.stop - tile.start) for R in rows for tile in plan.tiles(vocab)}
+        plan = plan_of(tokens, vocab, 576, trained)
+        rows = {matmul._rows_of_onednn(torch.empty(block.stop - block.start, 1)) for block in plan.blocks()}
+        shapes |= {(R, tile.stop - tile.start) for R in rows if R for tile in plan.tiles()}
     assert len(shapes) <= 72
 
 
-def test_tokens_that_fill_up_a_block_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_onednn_leaves_over_are_multiplied_too(monkeypatch: pytest.MonkeyPatch) -> None:
     multiply_with_onednn(monkeypatch, True)
     for case in (full_case(5, 7), anchored_case(5, 7), random_case(21, ignored=0.0, exponent=1.0)):
         case = replace(case, hidden=case.hidden.clone())
-        case.hidden.view(-1, 24)[-1] = torch.inf  # the last one is what fills up
+        case.hidden.view(-1, 24)[-1] = torch.inf  # ignored, so it is nowhere
         case.targets.view(-1)[-1] = -100
         out, grads = run(linear_cross_entropy, case)
         truth = per_token(case)
@@ -878,7 +892,7 @@ def test_errors_name_the_argument_and_what_is_allowed(change: dict[str, Any], me
 def test_module_path_refuses_an_empty_chunk() -> None:
     case = random_case(3, 7)
     with pytest.raises(ValueError, match="chunk_tokens must be a positive integer or None, got 0"):
-        module_cross_entropy(case.hidden, lambda h: h @ case.weight.T, case.targets, chunk_tokens=0)
+        module_cross_entropy(case.hidden, lambda h: h @ case.weight.T, Targets(case.targets), chunk_tokens=0)
 
 
 def test_a_compiler_that_fails_is_reported_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
