@@ -95,7 +95,7 @@ class ChosenByType:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         choices = handler(schema)["anyOf"]
-        others = sorted(installed(self.kind))
+        others = sorted(set(installed(self.kind)) - set(self.built_in))
         if others:  # their options are known to their packages alone
             choices.append({"type": "object", "properties": {"type": {"enum": others}}, "required": ["type"]})
         return {"oneOf": choices}

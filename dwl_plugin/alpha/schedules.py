@@ -14,15 +14,19 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
-from pydantic_core import PydanticCustomError, ValidationError
+from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
 from dwl_plugin.alpha.run_length import RunLength
-from dwl_plugin.errors import ConfigError, DWLError
+from dwl_plugin.errors import ConfigError, RunError
 from dwl_plugin.extensions import ChosenByType, class_of
 from dwl_plugin.values import Position, PositionKey, Strict, Weight, line_error, line_errors, position
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["SCHEDULES", "Curve", "Schedule", "ScheduleContext", "ScheduleOptions", "Vector", "curve_of", "vectors"]
 
@@ -38,7 +42,7 @@ class ScheduleOptions(Strict):
     vector_keys: ClassVar[tuple[str, ...]] = ()
     """Options that hold a number for each class."""
     ascending_keys: ClassVar[tuple[str, ...]] = ()
-    """Options that hold positions, declared in this order, each of which has to come after the one before."""
+    """Options that hold positions, each of which has to come after the one before."""
 
     type: str = Field(description="Which schedule.")
 
@@ -52,13 +56,25 @@ class ScheduleOptions(Strict):
         """(option, numbers by name) of every vector in the options as a YAML has them."""
         yield from ((key, written[key]) for key in cls.vector_keys if key in written)
 
-    @field_validator("*")
     @classmethod
-    def _in_order(cls, value: Any, info: ValidationInfo) -> Any:
-        for before, key in zip(cls.ascending_keys, cls.ascending_keys[1:], strict=False):
-            if key == info.field_name and _comes_too_early(value, info.data.get(before)):
-                raise PydanticCustomError("dwl", f"must come after `{before}`, which is {info.data[before]}")
-        return value
+    def misplaced(cls, written: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+        """Positions that come too early, as far as it can be known before the length of the run is."""
+        given = [(key, written.get(key, cls.model_fields[key].default)) for key in cls.ascending_keys]
+        for (before, first), (key, second) in pairwise(given):
+            if _comes_too_early(second, first):
+                yield line_error((key,), f"must come after `{before}`, which is {first}", second)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_order(cls, written: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        wrong = list(cls.misplaced(written)) if isinstance(written, Mapping) else []
+        try:
+            options = handler(written)
+        except ValidationError as error:
+            wrong = [*line_errors(error), *wrong]
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return options
 
 
 @dataclass(frozen=True)
@@ -274,29 +290,24 @@ class KeyframesOptions(ScheduleOptions):
         frames = written.get("at")
         yield from ((f"at.{where}", numbers) for where, numbers in frames.items()) if isinstance(frames, Mapping) else ()
 
-    @field_validator("at", mode="wrap")
     @classmethod
-    def _frames_in_order(cls, frames: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-        """Both what is wrong with the order and what is wrong with the numbers."""
-        if not isinstance(frames, Mapping):
-            return handler(frames)
-        wrong = []
-        for at, frame in enumerate(frames):
-            later = next((other for other in [*frames][:at] if _comes_too_early(frame, other)), None)
+    def misplaced(cls, written: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+        frames = list(written["at"]) if isinstance(written.get("at"), Mapping) else []
+        for index, frame in enumerate(frames):
+            at, later = ("at", str(frame)), next((other for other in frames[:index] if _comes_too_early(frame, other)), None)
             if later is not None:
-                wrong.append(line_error((str(frame),), f"must come after the keyframe {later}", frame))
-            elif at == 0 and (_number_and_unit(frame) or (1.0,))[0] == 0.0:
-                why = "the numbers of step 0 are those outside the schedule"
+                yield line_error(at, f"must come after the keyframe {later}", frame)
+            elif index == 0 and (_number_and_unit(frame) or (1.0,))[0] == 0.0:
                 hint = "write them there, and begin with a later keyframe"
-                wrong.append(line_error((str(frame),), why, frame, hint=hint))
-        try:
-            # A key may be a number of YAML. That it reads `on` as a boolean is reported where any such key is.
-            at_frames = handler({str(key): numbers for key, numbers in frames.items() if not isinstance(key, bool)})
-        except ValidationError as error:
-            wrong += line_errors(error)
-        if wrong:
-            raise ValidationError.from_exception_data("at", wrong)
-        return at_frames
+                yield line_error(at, "the numbers of step 0 are those outside the schedule", frame, hint=hint)
+
+    @field_validator("at", mode="before")
+    @classmethod
+    def _with_string_keys(cls, frames: object) -> object:
+        """A key may be a number of YAML. That YAML reads `on` as a boolean is reported where any such key is."""
+        if not isinstance(frames, Mapping):
+            return frames
+        return {str(key): numbers for key, numbers in frames.items() if not isinstance(key, bool)}
 
 
 class Keyframes(_Interpolated):
@@ -387,7 +398,7 @@ def curve_of(options: ScheduleOptions, run: ScheduleContext, check: Callable[[Ve
     def checked(tau: int) -> Vector:
         vector = tuple(float(number) for number in curve(tau))
         if len(vector) != len(run.first) or not check(vector):
-            raise DWLError(f"[dwl] the schedule `{options.type}` gave {vector} at step {tau}, which cannot be used for {run.path}")
+            raise RunError(f"the schedule `{options.type}` gave {vector} at step {tau}, which cannot be used for {run.path}")
         return vector
 
     return checked

@@ -56,8 +56,7 @@ def run(out: Path, steps: int | None) -> None:
     _check_folder(out)
 
     model = prepared_model(console)
-    problems = generate(ROWS, SEED)
-    write_jsonl(problems, out / "problems.jsonl")
+    write_jsonl(generate(ROWS, SEED), out / "problems.jsonl")
     console.print(f"Data: {ROWS} word problems with their reasoning in [bold]{_short(out / 'problems.jsonl')}[/]")
     config = out / "quickstart.yml"
     _write_config(config, render(template(), model, out, steps), console)

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dwl_plugin.cli.printable import printable
 from dwl_plugin.cli.report.run import Run
 
-__all__ = ["ComparedRow", "Row", "compared", "facts", "print_comparison", "print_run", "printable", "rows_of"]
+__all__ = ["ComparedRow", "Row", "compared", "facts", "print_comparison", "print_run", "rows_of"]
 
 NONE = "–"
 MOVING = {"signal": "Signal", "exponent": "Exponent of dft", "min_weight": "Least weight of dft", "kl": "KL to the base model"}
@@ -166,11 +167,6 @@ def _final(run: Run, name: str | None, held_out: bool) -> float:
 def _share(run: Run, name: str, held_out: bool) -> float:
     key = f"dwl/token_share/{name}"
     return run.eval_curve(key).ends[1] if held_out else run.curve(key).mean
-
-
-def printable(text: str) -> str:
-    """`text` without anything a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def percent(value: float) -> str:
