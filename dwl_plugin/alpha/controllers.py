@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from dwl_plugin.alpha.run_length import RunLength
-from dwl_plugin.errors import ConfigError, DWLError, Problem, did_you_mean
+from dwl_plugin.errors import ConfigError, Problem, RunError, did_you_mean
 from dwl_plugin.extensions import ChosenByType, class_of
 from dwl_plugin.values import Position, Strict, Weight
 
@@ -384,7 +384,7 @@ class Controller:
         weights_C = np.asarray(self._rule(window, self._memory), dtype=np.float64)
         usable = weights_C.shape == window.prior_C.shape and (weights_C < math.inf).all() and np.isfinite(weights_C).any()
         if not usable:
-            raise DWLError(f"[dwl] the controller `{self.options.type}` gave {weights_C.tolist()}, which are no log-weights")
+            raise RunError(f"the controller `{self.options.type}` gave {weights_C.tolist()}, which are no log-weights")
         return weights_C
 
     def _floored(self, weights_C: Numbers) -> Numbers:

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, field_val
 from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
 from dwl_plugin.alpha.run_length import RunLength
-from dwl_plugin.errors import ConfigError, DWLError
+from dwl_plugin.errors import ConfigError, RunError
 from dwl_plugin.extensions import ChosenByType, class_of
 from dwl_plugin.values import Position, PositionKey, Strict, Weight, line_error, line_errors, position
 
@@ -375,7 +375,7 @@ def curve_of(options: ScheduleOptions, run: ScheduleContext, check: Callable[[Ve
     def checked(tau: int) -> Vector:
         vector = tuple(float(number) for number in curve(tau))
         if len(vector) != len(run.first) or not check(vector):
-            raise DWLError(f"[dwl] the schedule `{options.type}` gave {vector} at step {tau}, which cannot be used for {run.path}")
+            raise RunError(f"the schedule `{options.type}` gave {vector} at step {tau}, which cannot be used for {run.path}")
         return vector
 
     return checked
