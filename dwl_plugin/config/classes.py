@@ -4,59 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, create_model
 
-from dwl_plugin.config.selectors import (
-    AddedSelector,
-    AllSelector,
-    AnySelector,
-    BetweenSelector,
-    NotSelector,
-    PackSelector,
-    PositionSelector,
-    RegexSelector,
-    RoleSelector,
-    Selector,
-    SpecialSelector,
-    TokenIdsSelector,
-    TokenRegexSelector,
-    TokensSelector,
-    TurnSelector,
-    WordsSelector,
-    choose,
-)
+from dwl_plugin.classes.selectors import SELECTORS, OneOf, SelectorConfig, choose
 from dwl_plugin.errors import Problem
 from dwl_plugin.loss.token_losses import DFTConfig, EAFTConfig, FocalConfig, TokenLossName
 from dwl_plugin.values import REST
 
-__all__ = [
-    "AddedClass",
-    "AllClass",
-    "AnyClass",
-    "BetweenClass",
-    "ClassConfig",
-    "NotClass",
-    "OneOfTheClasses",
-    "PackClass",
-    "PositionClass",
-    "RegexClass",
-    "RoleClass",
-    "SpecialClass",
-    "TokenIdsClass",
-    "TokenRegexClass",
-    "TokensClass",
-    "TurnClass",
-    "WordsClass",
-    "as_class",
-    "class_of",
-    "name_problems",
-]
+__all__ = ["CLASSES", "ClassConfig", "Classes", "as_class", "name_problems"]
 
-_CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-class ClassConfig(Selector):
+class ClassConfig(SelectorConfig):
     """What every class may say beside its selector."""
 
     token_loss: TokenLossName | None = Field(
@@ -68,98 +31,32 @@ class ClassConfig(Selector):
     allow_empty: bool = Field(False, description="Do not stop when the class matches nothing in a sample of the data.")
 
 
-class TokenIdsClass(ClassConfig, TokenIdsSelector):
-    __doc__ = TokenIdsSelector.__doc__
+CLASSES: dict[str, type[ClassConfig]] = {
+    key: create_model(
+        selector.__name__.replace("Selector", "Class"), __base__=(ClassConfig, selector), __doc__=selector.__doc__, __module__=__name__
+    )
+    for key, selector in SELECTORS.items()
+}
+"""By the key of the selector."""
 
 
-class TokensClass(ClassConfig, TokensSelector):
-    __doc__ = TokensSelector.__doc__
+def _by_name(classes: Any) -> Any:
+    """With names for keys, also where YAML read a number or a boolean, which is reported with all such keys."""
+    return {str(name): spec for name, spec in classes.items()} if isinstance(classes, Mapping) else classes
 
 
-class TokenRegexClass(ClassConfig, TokenRegexSelector):
-    __doc__ = TokenRegexSelector.__doc__
+if TYPE_CHECKING:
+    Classes = dict[str, ClassConfig]
+else:
+    Classes = Annotated[
+        dict[str, Annotated[Union[tuple(CLASSES.values())], BeforeValidator(partial(choose, CLASSES, "a class")), OneOf()]], BeforeValidator(_by_name)
+    ]
 
 
-class RegexClass(ClassConfig, RegexSelector):
-    __doc__ = RegexSelector.__doc__
-
-
-class WordsClass(ClassConfig, WordsSelector):
-    __doc__ = WordsSelector.__doc__
-
-
-class BetweenClass(ClassConfig, BetweenSelector):
-    __doc__ = BetweenSelector.__doc__
-
-
-class TurnClass(ClassConfig, TurnSelector):
-    __doc__ = TurnSelector.__doc__
-
-
-class PositionClass(ClassConfig, PositionSelector):
-    __doc__ = PositionSelector.__doc__
-
-
-class RoleClass(ClassConfig, RoleSelector):
-    __doc__ = RoleSelector.__doc__
-
-
-class SpecialClass(ClassConfig, SpecialSelector):
-    __doc__ = SpecialSelector.__doc__
-
-
-class AddedClass(ClassConfig, AddedSelector):
-    __doc__ = AddedSelector.__doc__
-
-
-class PackClass(ClassConfig, PackSelector):
-    __doc__ = PackSelector.__doc__
-
-
-class AnyClass(ClassConfig, AnySelector):
-    __doc__ = AnySelector.__doc__
-
-
-class AllClass(ClassConfig, AllSelector):
-    __doc__ = AllSelector.__doc__
-
-
-class NotClass(ClassConfig, NotSelector):
-    __doc__ = NotSelector.__doc__
-
-
-OneOfTheClasses = (
-    TokenIdsClass
-    | TokensClass
-    | TokenRegexClass
-    | RegexClass
-    | WordsClass
-    | BetweenClass
-    | TurnClass
-    | PositionClass
-    | RoleClass
-    | SpecialClass
-    | AddedClass
-    | PackClass
-    | AnyClass
-    | AllClass
-    | NotClass
-)
-
-_CLASSES: dict[str, type[ClassConfig]] = {model.key: model for model in OneOfTheClasses.__args__}
-
-
-def class_of(spec: object, path: str, problems: list[Problem]) -> ClassConfig | None:
-    """The class that a YAML mapping describes; what is wrong with it goes to `problems`."""
-    if isinstance(spec, ClassConfig):
-        return spec
-    return choose(_CLASSES, spec, path, "a class", problems)
-
-
-def as_class(selector: Selector, options: Mapping[str, object]) -> ClassConfig:
+def as_class(selector: SelectorConfig, options: Mapping[str, object]) -> ClassConfig:
     """The class of a selector and the options beside it."""
     fields = {name: getattr(selector, name) for name in type(selector).model_fields}
-    return _CLASSES[selector.key].model_validate({**fields, **options})
+    return CLASSES[selector.key].model_validate({**fields, **options})
 
 
 def name_problems(classes: Mapping[object, object], path: str = "dwl.classes") -> Iterator[Problem]:
@@ -167,5 +64,5 @@ def name_problems(classes: Mapping[object, object], path: str = "dwl.classes") -
     for name in classes:
         if name == REST:
             yield Problem(f"{path}.{name}", f"`{REST}` is always the class of unclaimed tokens; choose another name")
-        elif isinstance(name, str) and not _CLASS_NAME.fullmatch(name):
+        elif isinstance(name, str) and not _NAME.fullmatch(name):
             yield Problem(path, "a class name is made of letters, digits and _", name)

@@ -1,0 +1,326 @@
+"""Selectors: the ways to say which target tokens are meant. Each is a mapping with exactly one selector key.
+
+A selector is a class when options stand beside it (`dwl_plugin/config/classes.py`), and stands without them inside `any`, `all`,
+`not`. A new one is a model here and an entry in `SELECTORS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar, Union
+
+import regex
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import CoreSchema
+
+from dwl_plugin.errors import did_you_mean
+from dwl_plugin.values import Pattern, Strict, Text, TokenId, Word, invalid
+
+__all__ = [
+    "SELECTORS",
+    "AddedSelector",
+    "AllSelector",
+    "AnySelector",
+    "BetweenSelector",
+    "Context",
+    "NotSelector",
+    "OneOf",
+    "PackSelector",
+    "PositionSelector",
+    "RegexSelector",
+    "Role",
+    "RoleSelector",
+    "SelectorConfig",
+    "SpecialSelector",
+    "TokenIdsSelector",
+    "TokenRegexSelector",
+    "TokensSelector",
+    "TurnSelector",
+    "WordsSelector",
+    "as_selector",
+    "choose",
+    "walk",
+]
+
+Role = Literal["user", "assistant", "tool", "system"]
+
+MAX_DEPTH = 16
+"""How deep selectors may stand in each other; people need two or three."""
+
+
+class SelectorConfig(Strict):
+    """What every selector has: the key that chooses it."""
+
+    key: ClassVar[str]
+
+
+_Model = TypeVar("_Model", bound=SelectorConfig)
+
+
+class PackSource(Protocol):
+    """Where `pack:` is looked up."""
+
+    def checked(self, pack: object) -> object:
+        """`pack` if it names a pack; else raises what a validator raises."""
+
+    def expanded(self, config: _Model) -> _Model:
+        """What stands for a selector, or a class, with `pack:`."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What validation carries from a selector to those inside it. Without a source of packs, `pack:` stays as it is."""
+
+    packs: PackSource | None = None
+    depth: int = 0
+
+
+def choose(models: Mapping[str, type[_Model]], noun: str, value: object, info: ValidationInfo) -> _Model:
+    """The model of a mapping, by its one selector key, before its options are looked at: a typo gives one error."""
+    if isinstance(value, SelectorConfig):
+        return value  # type: ignore[return-value]
+    selectors = ", ".join(models)
+    if not isinstance(value, Mapping):
+        raise invalid(f"{noun} is a mapping with one selector", selectors)
+    found = [key for key in models if key in value]
+    if len(found) > 1:
+        hint = "make them two classes, or put them into `any` or `all`"
+        raise invalid(f"{noun} has one selector, this one has {' and '.join(found)}", hint=hint)
+    if not found:
+        options = {name for model in models.values() for name in model.model_fields}
+        hints = [hint for key in value if key not in options and (hint := did_you_mean(key, list(models)))]
+        raise invalid("there is no selector", selectors, " ".join(hints))
+    context = info.context or Context()
+    if context.depth >= MAX_DEPTH:
+        raise invalid(f"selectors are nested more than {MAX_DEPTH} deep")
+    config = models[found[0]].model_validate(value, context=replace(context, depth=context.depth + 1))
+    return config if context.packs is None or not isinstance(config, PackSelector) else context.packs.expanded(config)
+
+
+def _list(value: object) -> object:
+    if not isinstance(value, (list, tuple)):
+        raise invalid("is a list of selectors")
+    return value
+
+
+class OneOf:
+    """In the JSON Schema a choice between models is a choice of one: each has a key of its own, and none allows another's."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"oneOf": handler(schema)["anyOf"]}
+
+
+if TYPE_CHECKING:
+    NestedSelector = SelectorConfig
+
+
+class TokenIdsSelector(SelectorConfig):
+    """Tokens by id."""
+
+    key = "token_ids"
+    token_ids: tuple[TokenId, ...] = Field(min_length=1, description='Ids and ranges with both ends in, e.g. [11, "100-199"].')
+
+
+class TokensSelector(SelectorConfig):
+    """Tokens by their string; each must be exactly one token of the tokenizer."""
+
+    key = "tokens"
+    tokens: tuple[Text, ...] = Field(min_length=1, description='Token strings, e.g. ["<|im_end|>"].')
+
+
+class TokenRegexSelector(SelectorConfig):
+    """Tokens whose own text matches a pattern in full."""
+
+    key = "token_regex"
+    token_regex: Pattern = Field(description="Python `regex` pattern; must match the whole of one token's text.")
+
+
+class RegexSelector(SelectorConfig):
+    """Tokens that overlap a match in the decoded text of a turn."""
+
+    key = "regex"
+    regex: Pattern = Field(description="Python `regex` pattern over the decoded text, searched per turn.")
+    group: int | str = Field(0, description="The group of the match that counts; 0 is the whole match.")
+
+    @field_validator("group")
+    @classmethod
+    def _of_the_pattern(cls, group: int | str, info: ValidationInfo) -> int | str:
+        compiled = regex.compile(info.data.get("regex", ""))
+        known = {*range(compiled.groups + 1), *compiled.groupindex}
+        if "regex" in info.data and group not in known:
+            raise invalid(f"the pattern has {compiled.groups} group(s)", ", ".join(str(name) for name in sorted(known, key=str)))
+        return group
+
+
+class WordsSelector(SelectorConfig):
+    """Tokens that overlap one of many keywords, as whole words, in the decoded text of a turn."""
+
+    key = "words"
+    words: tuple[Word, ...] = Field(min_length=1, description="Keywords, thousands if need be; found as whole words.")
+    ignore_case: bool = Field(False, description="Compare letters without regard to case.")
+
+
+class BetweenSelector(SelectorConfig):
+    """Tokens in the span from an opening to a closing delimiter; an unclosed span ends with the sample."""
+
+    key = "between"
+    between: tuple[Text, Text] = Field(description='Opening and closing delimiter, e.g. ["<think>", "</think>"].')
+    include_delimiters: bool = Field(True, description="Count the delimiters themselves as members.")
+
+
+def _turn(value: object) -> object:
+    if value in ("first", "last") or (isinstance(value, int) and not isinstance(value, bool) and value != 0):
+        return value
+    raise invalid("not a turn: write `first`, `last`, or its number, 1 for the first, -1 for the last")
+
+
+class TurnSelector(SelectorConfig):
+    """Tokens of the n-th turn: a turn is a contiguous run of targets in a sample."""
+
+    key = "turn"
+    turn: Annotated[Literal["first", "last"] | int, BeforeValidator(_turn)] = Field(
+        description="first, last, or a number: 1 is the first turn, 2 the second, -1 the last."
+    )
+
+
+class TurnEnds(Strict):
+    """How many tokens at each end of a turn."""
+
+    first: int | None = Field(None, ge=1, description="So many tokens at the beginning of each turn.")
+    last: int | None = Field(None, ge=1, description="So many tokens at the end of each turn.")
+
+    @model_validator(mode="after")
+    def _some(self) -> TurnEnds:
+        if self.first is None and self.last is None:
+            raise invalid("says nothing: give `first`, `last`, or both, a number of tokens")
+        return self
+
+
+class PositionSelector(SelectorConfig):
+    """The first and last tokens of each turn: a turn is a contiguous run of targets in a sample."""
+
+    key = "position"
+    position: TurnEnds = Field(description="E.g. {last: 32}, or {first: 8, last: 8}.")
+
+
+class RoleSelector(SelectorConfig):
+    """Tokens of the messages of one role, by the headers of the tokenizer's chat template."""
+
+    key = "role"
+    role: Role = Field(description="user, assistant, tool or system.")
+
+
+def _yes(value: object) -> object:
+    if value is not True:
+        raise invalid("is written with `true`; for the other tokens use `not`")
+    return value
+
+
+class SpecialSelector(SelectorConfig):
+    """Tokens that the tokenizer calls special."""
+
+    key = "special"
+    special: Annotated[Literal[True], BeforeValidator(_yes)] = Field(description="true.")
+
+
+class AddedSelector(SelectorConfig):
+    """Tokens that were added to the tokenizer's vocabulary, special or not."""
+
+    key = "added"
+    added: Annotated[Literal[True], BeforeValidator(_yes)] = Field(description="true.")
+
+
+class PackSelector(SelectorConfig):
+    """Tokens of a pack's classes, or of one of them; replaced by the pack's selectors while the config is parsed."""
+
+    key = "pack"
+    pack: str = Field(description="A pack by its name, file or address on the Hub; `.member` after it for one class.")
+
+    @field_validator("pack", mode="before")
+    @classmethod
+    def _exists(cls, pack: object, info: ValidationInfo) -> object:
+        packs = (info.context or Context()).packs
+        return pack if packs is None else packs.checked(pack)
+
+
+class AnySelector(SelectorConfig):
+    """Tokens that at least one of the selectors selects."""
+
+    key = "any"
+    any: Annotated[tuple[NestedSelector, ...], BeforeValidator(_list)] = Field(min_length=1, description="Selectors.")
+
+
+class AllSelector(SelectorConfig):
+    """Tokens that every one of the selectors selects."""
+
+    key = "all"
+    all: Annotated[tuple[NestedSelector, ...], BeforeValidator(_list)] = Field(min_length=1, description="Selectors.")
+
+
+class NotSelector(SelectorConfig):
+    """Target tokens that the selector does not select."""
+
+    key = "not"
+    model_config = ConfigDict(populate_by_name=True)
+    not_: NestedSelector = Field(alias="not", description="A selector.")
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`not`, also where a host dumps by field name."""
+        return {"not" if name == "not_" else name: value for name, value in handler(self).items()}
+
+
+SELECTORS: dict[str, type[SelectorConfig]] = {
+    model.key: model
+    for model in (
+        TokenIdsSelector,
+        TokensSelector,
+        TokenRegexSelector,
+        RegexSelector,
+        WordsSelector,
+        BetweenSelector,
+        TurnSelector,
+        PositionSelector,
+        RoleSelector,
+        SpecialSelector,
+        AddedSelector,
+        PackSelector,
+        AnySelector,
+        AllSelector,
+        NotSelector,
+    )
+}
+"""By the key that a YAML has for it."""
+
+if not TYPE_CHECKING:
+    NestedSelector = Annotated[Union[tuple(SELECTORS.values())], BeforeValidator(partial(choose, SELECTORS, "a selector")), OneOf()]
+    for _model in (AnySelector, AllSelector, NotSelector):
+        _model.model_rebuild()
+
+
+def walk(selector: SelectorConfig, path: str) -> Iterator[tuple[str, SelectorConfig]]:
+    """`selector` and every one inside it, each with its YAML path."""
+    yield path, selector
+    if isinstance(selector, NotSelector):
+        yield from walk(selector.not_, f"{path}.not")
+    elif isinstance(selector, (AnySelector, AllSelector)):
+        for index, item in enumerate(getattr(selector, selector.key)):
+            yield from walk(item, f"{path}.{selector.key}[{index}]")
+
+
+def as_selector(config: SelectorConfig) -> SelectorConfig:
+    """What a class selects, without the options that stand beside it."""
+    model = SELECTORS[config.key]
+    return model(**{name: getattr(config, name) for name in model.model_fields})
