@@ -63,8 +63,9 @@ def main() -> None:
         return lambda: labeller.label_batch(ids[None], labels[None], positions[None], packed=True)
 
     def made(**classes: dict[str, Any]) -> Labeller:
-        configs = {name: class_of({**spec, "allow_empty": True}, f"dwl.classes.{name}", []) for name, spec in classes.items()}
-        return build_labeller({name: config for name, config in configs.items() if config is not None}, tokenizer)
+        parsed = {name: class_of(spec, f"dwl.classes.{name}", []) for name, spec in classes.items()}
+        configs = {name: config for name, config in parsed.items() if config is not None}
+        return build_labeller(configs, tokenizer, may_be_empty=configs)
 
     regexes = {name: {"regex": pattern} for name, pattern in REGEXES.items()}
     eight = made(**regexes)

@@ -1,6 +1,6 @@
 """Which class is this token in? Selectors, the bytes of tokens, and the labeller that joins them."""
 
-from dwl_plugin.classes.build import build_labeller, labeller_of
+from dwl_plugin.classes.build import build_labeller
 from dwl_plugin.classes.labeller import IGNORE_INDEX, Labeller
 from dwl_plugin.classes.masks import TIME_LIMIT_S, PatternTooSlowError
 from dwl_plugin.classes.survey import ClassSurvey, empty_class_problems, survey
@@ -15,6 +15,5 @@ __all__ = [
     "TokenTable",
     "build_labeller",
     "empty_class_problems",
-    "labeller_of",
     "survey",
 ]

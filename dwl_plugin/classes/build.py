@@ -5,8 +5,7 @@ Suffixes: V token ids.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,9 +29,7 @@ from dwl_plugin.classes.masks import (
     negation,
 )
 from dwl_plugin.classes.role_headers import role_headers
-from dwl_plugin.classes.token_bytes import TokenTable, added_ids, as_bytes, as_text, special_ids, vocabulary_size
-from dwl_plugin.config import REST, Block, ClassConfig, Overlap
-from dwl_plugin.config.selectors import (
+from dwl_plugin.classes.selectors import (
     AddedSelector,
     AllSelector,
     AnySelector,
@@ -41,7 +38,7 @@ from dwl_plugin.config.selectors import (
     PositionSelector,
     RegexSelector,
     RoleSelector,
-    Selector as SelectorConfig,
+    SelectorConfig,
     SpecialSelector,
     TokenIdsSelector,
     TokenRegexSelector,
@@ -50,9 +47,11 @@ from dwl_plugin.config.selectors import (
     WordsSelector,
     walk,
 )
+from dwl_plugin.classes.token_bytes import TokenTable, added_ids, as_bytes, as_text, special_ids, vocabulary_size
 from dwl_plugin.errors import ConfigError, DWLError, Problem
+from dwl_plugin.values import REST, Overlap
 
-__all__ = ["build_labeller", "labeller_of"]
+__all__ = ["build_labeller"]
 
 _WITHOUT_TEXT = (
     TokenIdsSelector,
@@ -67,16 +66,22 @@ _WITHOUT_TEXT = (
 _TEXT_OF_ONE_TOKEN = (TokensSelector, TokenRegexSelector)
 
 
-def labeller_of(block: Block, tokenizer: Any) -> Labeller | None:
-    """The labeller that a block asks for; None if nothing in it depends on the tokens. Raises as `build_labeller`."""
-    if not block.labels_tokens:
-        return None
-    marks_samples = block.reduction == "sequence_mean_token_sum"
-    return replace(build_labeller(block.class_configs, tokenizer, block.overlap), marks_samples=marks_samples)
+def build_labeller(
+    classes: Mapping[str, SelectorConfig],
+    tokenizer: Any,
+    overlap: Overlap = "first",
+    may_be_empty: Container[str] = (),
+    *,
+    marks_samples: bool = False,
+) -> Labeller:
+    """The labeller of some classes for one tokenizer.
 
-
-def build_labeller(classes: Mapping[str, ClassConfig], tokenizer: Any, overlap: Overlap = "first") -> Labeller:
-    """The labeller of a config's classes for one tokenizer; `labeller_of` takes everything from a block.
+    Args:
+        classes: name -> selector, in priority order.
+        tokenizer: fast or slow.
+        overlap: first: a token is in the first class that matches it; sum: in every class that does.
+        may_be_empty: names of the classes that need not have a token in the vocabulary.
+        marks_samples: as for `Labeller`.
 
     Raises:
         ConfigError: every class that this tokenizer cannot serve, all at once.
@@ -88,9 +93,9 @@ def build_labeller(classes: Mapping[str, ClassConfig], tokenizer: Any, overlap: 
     problems: list[Problem] = []
     for name, config in classes.items():
         path = f"dwl.classes.{name}"
-        making = _Making(table, tokenizer, config.allow_empty)
+        making = _Making(table, tokenizer, name in may_be_empty)
         selector = making.selector(config, path)
-        found = making.problems or _empty(path, selector, config)
+        found = making.problems or ([] if making.allow_empty else _empty(path, selector))
         if overlap == "first":
             found = found or _shadowed(path, selector, selectors)
         selectors[name] = selector
@@ -103,10 +108,10 @@ def build_labeller(classes: Mapping[str, ClassConfig], tokenizer: Any, overlap: 
             lookup[selector.member] = index if overlap == "first" else lookup[selector.member] | 1 << index
     if all(isinstance(kind, (*_WITHOUT_TEXT, *_TEXT_OF_ONE_TOKEN)) for kind in kinds):
         table = blank  # what one token says is in the look-up now
-    return Labeller((*classes, REST), tuple(selectors.values()), lookup, table, overlap)
+    return Labeller((*classes, REST), tuple(selectors.values()), lookup, table, overlap, marks_samples)
 
 
-def _table(classes: Mapping[str, ClassConfig], tokenizer: Any) -> TokenTable:
+def _table(classes: Mapping[str, SelectorConfig], tokenizer: Any) -> TokenTable:
     """The tokenizer's bytes. Raises `ConfigError` with every class that needs them where they are not known."""
     try:
         return TokenTable.of(tokenizer)
@@ -237,9 +242,9 @@ class _Making:
         return OfRole(frozenset(headers.values()), own)
 
 
-def _empty(path: str, selector: Mask, config: ClassConfig) -> list[Problem]:
+def _empty(path: str, selector: Mask) -> list[Problem]:
     """A problem if no token of the vocabulary can be a member."""
-    if config.allow_empty or not isinstance(selector, InVocabulary) or selector.member.any():
+    if not isinstance(selector, InVocabulary) or selector.member.any():
         return []
     return [Problem(path, f"selects none of the {len(selector.member) - 1:,} tokens of the vocabulary")]
 

@@ -15,8 +15,8 @@ from typing import Any, get_args
 
 import numpy as np
 
+from dwl_plugin.classes.selectors import Role
 from dwl_plugin.classes.token_bytes import TokenTable, added_ids, special_ids
-from dwl_plugin.config.selectors import Role
 
 __all__ = ["role_headers"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 import regex
 from pydantic import (
@@ -75,8 +75,8 @@ class PackSource(Protocol):
     def checked(self, pack: object) -> object:
         """`pack` if it names a pack; else raises what a validator raises."""
 
-    def expanded(self, config: _Model) -> _Model:
-        """What stands for a selector, or a class, with `pack:`."""
+    def expanded(self, config: PackSelector) -> SelectorConfig:
+        """What stands for `pack:`; a class for a class."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,9 @@ def choose(models: Mapping[str, type[_Model]], noun: str, value: object, info: V
     if context.depth >= MAX_DEPTH:
         raise invalid(f"selectors are nested more than {MAX_DEPTH} deep")
     config = models[found[0]].model_validate(value, context=replace(context, depth=context.depth + 1))
-    return config if context.packs is None or not isinstance(config, PackSelector) else context.packs.expanded(config)
+    if context.packs is not None and isinstance(config, PackSelector):
+        return context.packs.expanded(config)  # type: ignore[return-value]
+    return config
 
 
 def _list(value: object) -> object:
@@ -305,7 +307,7 @@ SELECTORS: dict[str, type[SelectorConfig]] = {
 """By the key that a YAML has for it."""
 
 if not TYPE_CHECKING:
-    NestedSelector = Annotated[Union[tuple(SELECTORS.values())], BeforeValidator(partial(choose, SELECTORS, "a selector")), OneOf()]
+    NestedSelector = Annotated[tuple(SELECTORS.values()), BeforeValidator(partial(choose, SELECTORS, "a selector")), OneOf()]
     for _model in (AnySelector, AllSelector, NotSelector):
         _model.model_rebuild()
 

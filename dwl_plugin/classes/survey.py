@@ -5,16 +5,16 @@ Suffixes: C classes with `rest`, K classes without it, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from dwl_plugin.classes.labeller import Labeller, as_ints
-from dwl_plugin.config import IGNORE_INDEX, ClassConfig
-from dwl_plugin.config.selectors import BetweenSelector, RegexSelector, RoleSelector, TokenRegexSelector
+from dwl_plugin.classes.selectors import BetweenSelector, RegexSelector, RoleSelector, SelectorConfig, TokenRegexSelector
 from dwl_plugin.errors import Problem
+from dwl_plugin.values import IGNORE_INDEX
 
 __all__ = ["ClassSurvey", "empty_class_problems", "survey"]
 
@@ -75,8 +75,10 @@ def survey(labeller: Labeller, samples: Iterable[Mapping[str, Any]]) -> ClassSur
     )
 
 
-def empty_class_problems(found: ClassSurvey, classes: Mapping[str, ClassConfig]) -> list[Problem]:
-    """One problem for each class without a token that does not say `allow_empty: true`."""
+def empty_class_problems(
+    found: ClassSurvey, classes: Mapping[str, SelectorConfig], may_be_empty: Container[str] = ()
+) -> list[Problem]:
+    """One problem for each class without a token that is not in `may_be_empty`."""
     if found.rows and not found.targets:
         message = f"there is nothing to classify: no target token in the {found.rows:,} rows looked at"
         hint = "every label is -100; look at the dataset's type and at `train_on_inputs`"
@@ -84,7 +86,7 @@ def empty_class_problems(found: ClassSurvey, classes: Mapping[str, ClassConfig])
     return [
         Problem(f"dwl.classes.{name}", _emptiness(found, matches), hint=_where_to_look(config, matches))
         for (name, config), tokens, matches in zip(classes.items(), found.tokens, found.matches, strict=False)
-        if tokens == 0 and not config.allow_empty
+        if tokens == 0 and name not in may_be_empty
     ]
 
 
@@ -95,7 +97,7 @@ def _emptiness(found: ClassSurvey, matches: int) -> str:
     return f"matches nothing ({looked})"
 
 
-def _where_to_look(config: ClassConfig, matches: int) -> str:
+def _where_to_look(config: SelectorConfig, matches: int) -> str:
     if matches:
         return "the first class that matches wins; move this class up, or write `allow_empty: true`"
     if isinstance(config, BetweenSelector):

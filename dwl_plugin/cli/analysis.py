@@ -230,7 +230,7 @@ def _tokenizer(seen: Examination) -> bool:
 
 def _labeller(block: Block, tokenizer: Any) -> tuple[Block, Labeller | None, list[Problem]]:
     """The labeller of the classes that this tokenizer can serve, their block, and what is wrong with the others."""
-    from dwl_plugin.classes import labeller_of
+    from dwl_plugin.run.dataset_check import labeller_of
 
     problems: list[Problem] = []
     while block.class_configs:
@@ -247,6 +247,7 @@ def _labeller(block: Block, tokenizer: Any) -> tuple[Block, Labeller | None, lis
 
 def _look_at_rows(seen: Examination, samples: int, spread: bool) -> None:
     from dwl_plugin.classes import empty_class_problems, survey
+    from dwl_plugin.config.classes import may_be_empty
     from dwl_plugin.hosts import axolotl_preview as host
     from dwl_plugin.run.dataset_check import SURVEY_ROWS
 
@@ -270,7 +271,7 @@ def _look_at_rows(seen: Examination, samples: int, spread: bool) -> None:
     except ConfigError as error:  # a pattern that backtracks
         seen.problems += error.problems
         return
-    empty = empty_class_problems(seen.survey, seen.block.class_configs)
+    empty = empty_class_problems(seen.survey, seen.block.class_configs, may_be_empty(seen.block.class_configs))
     if not seen.survey.targets or seen.rows.looked_at >= min(SURVEY_ROWS, seen.rows.total or SURVEY_ROWS):
         seen.problems += empty
     else:  # the run looks at more rows before it stops for that

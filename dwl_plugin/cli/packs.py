@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
 
-from dwl_plugin.classes.pack_cases import CaseResult, run_case, untouched_classes
+from dwl_plugin.config.pack_cases import CaseResult, run_case, untouched_classes
 from dwl_plugin.config.pack_files import PackReference, read_pack, shipped_packs
 from dwl_plugin.config.packs import Pack, PackCase, Shelf, parse_pack
 from dwl_plugin.errors import ConfigError, DWLError, Problem

@@ -14,7 +14,7 @@ from dwl_plugin.errors import Problem
 from dwl_plugin.loss.token_losses import DFTConfig, EAFTConfig, FocalConfig, TokenLossName
 from dwl_plugin.values import REST
 
-__all__ = ["CLASSES", "ClassConfig", "Classes", "as_class", "name_problems"]
+__all__ = ["CLASSES", "ClassConfig", "Classes", "as_class", "may_be_empty", "name_problems"]
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -33,7 +33,10 @@ class ClassConfig(SelectorConfig):
 
 CLASSES: dict[str, type[ClassConfig]] = {
     key: create_model(
-        selector.__name__.replace("Selector", "Class"), __base__=(ClassConfig, selector), __doc__=selector.__doc__, __module__=__name__
+        selector.__name__.replace("Selector", "Class"),
+        __base__=(ClassConfig, selector),
+        __doc__=selector.__doc__,
+        __module__=__name__,
     )
     for key, selector in SELECTORS.items()
 }
@@ -49,7 +52,8 @@ if TYPE_CHECKING:
     Classes = dict[str, ClassConfig]
 else:
     Classes = Annotated[
-        dict[str, Annotated[Union[tuple(CLASSES.values())], BeforeValidator(partial(choose, CLASSES, "a class")), OneOf()]], BeforeValidator(_by_name)
+        dict[str, Annotated[Union[tuple(CLASSES.values())], BeforeValidator(partial(choose, CLASSES, "a class")), OneOf()]],
+        BeforeValidator(_by_name),
     ]
 
 
@@ -57,6 +61,11 @@ def as_class(selector: SelectorConfig, options: Mapping[str, object]) -> ClassCo
     """The class of a selector and the options beside it."""
     fields = {name: getattr(selector, name) for name in type(selector).model_fields}
     return CLASSES[selector.key].model_validate({**fields, **options})
+
+
+def may_be_empty(classes: Mapping[str, ClassConfig]) -> frozenset[str]:
+    """Names of the classes that say `allow_empty: true`."""
+    return frozenset(name for name, config in classes.items() if config.allow_empty)
 
 
 def name_problems(classes: Mapping[object, object], path: str = "dwl.classes") -> Iterator[Problem]:

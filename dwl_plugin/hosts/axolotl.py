@@ -8,7 +8,7 @@ from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 
-from dwl_plugin.classes import ClassSurvey, Labeller, labeller_of
+from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block
 from dwl_plugin.config.overrides import overridden, overrides_of
 from dwl_plugin.errors import ConfigError, Problem
@@ -18,7 +18,7 @@ from dwl_plugin.hosts.dropped_options import dropped_options
 from dwl_plugin.hosts.four_bits import keep_the_training_format
 from dwl_plugin.hosts.trainer import Session, join, leave, less_is_better, say
 from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl
-from dwl_plugin.run.dataset_check import look_at, picked_rows, require_places
+from dwl_plugin.run.dataset_check import labeller_of, look_at, picked_rows, require_places
 
 __all__ = ["DWLPlugin"]
 

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from dwl_plugin.classes import ClassSurvey, Labeller, labeller_of
+from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block, read_block
 from dwl_plugin.errors import ConfigError, LossNotTakenError, Problem
 from dwl_plugin.hosts.trainer import Session, TrainerMixin, join, leave, less_is_better, say, shadowed
 from dwl_plugin.hosts.versions import transformers_problems
 from dwl_plugin.loss.deferred_logits import DeferredLogits
 from dwl_plugin.loss.shift import IGNORE_INDEX
-from dwl_plugin.run.dataset_check import look_at, picked_rows
+from dwl_plugin.run.dataset_check import labeller_of, look_at, picked_rows
 
 __all__ = ["AppliedLoss", "apply"]
 

@@ -12,14 +12,24 @@ from dwl_plugin.alpha.controllers import Controller
 from dwl_plugin.alpha.dft import token_losses_of
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedule import alpha_of
-from dwl_plugin.classes import ClassSurvey, Labeller, empty_class_problems, survey
+from dwl_plugin.classes import ClassSurvey, Labeller, build_labeller, empty_class_problems, survey
 from dwl_plugin.config import Block, ClassConfig
+from dwl_plugin.config.classes import may_be_empty
 from dwl_plugin.errors import ConfigError
 
-__all__ = ["look_at", "picked_rows", "require_places"]
+__all__ = ["labeller_of", "look_at", "picked_rows", "require_places"]
 
 SURVEY_ROWS = 512
 """Rows of the training set that are labelled to see that every class exists."""
+
+
+def labeller_of(block: Block, tokenizer: Any) -> Labeller | None:
+    """The labeller that a block asks for; None if nothing in it depends on the tokens. Raises as `build_labeller`."""
+    if not block.labels_tokens:
+        return None
+    classes = block.class_configs
+    marks_samples = block.reduction == "sequence_mean_token_sum"
+    return build_labeller(classes, tokenizer, block.overlap, may_be_empty(classes), marks_samples=marks_samples)
 
 
 def picked_rows(count: int, seed: int, most: int = SURVEY_ROWS) -> list[int]:
@@ -58,7 +68,7 @@ def look_at(labeller: Labeller, samples: Iterable[Mapping[str, Any]], classes: M
     found = survey(labeller, samples)
     if not found.rows:
         return None
-    problems = empty_class_problems(found, classes)
+    problems = empty_class_problems(found, classes, may_be_empty(classes))
     if problems:
         raise ConfigError(problems)
     return found

@@ -12,9 +12,7 @@ import regex
 from hypothesis import HealthCheck, given, reject, settings, strategies as st
 
 from dwl_plugin.classes import Labeller, build_labeller
-from dwl_plugin.config import ClassConfig, RegexClass
-from dwl_plugin.config.classes import class_of
-from dwl_plugin.config.selectors import (
+from dwl_plugin.classes.selectors import (
     AddedSelector,
     AllSelector,
     AnySelector,
@@ -28,6 +26,8 @@ from dwl_plugin.config.selectors import (
     TurnSelector,
     WordsSelector,
 )
+from dwl_plugin.config import ClassConfig, RegexClass
+from dwl_plugin.config.classes import class_of
 from dwl_plugin.errors import ConfigError, Problem
 from tests.classes.little_tokenizers import END, KINDS, START, decode, encode
 
@@ -302,7 +302,7 @@ def labeller_of(classes: dict[str, ClassConfig], tokenizer: Any) -> Labeller:
     key = (id(tokenizer), repr(classes))
     if key not in _built:
         try:
-            _built[key] = build_labeller(classes, tokenizer)
+            _built[key] = build_labeller(classes, tokenizer, may_be_empty=classes)
         except ConfigError:  # of one draw, the second class may be the first again
             reject()
     return _built[key]

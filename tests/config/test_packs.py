@@ -12,10 +12,10 @@ import yaml
 from click.testing import CliRunner
 from hypothesis import given, settings, strategies as st
 
-from dwl_plugin.classes.pack_cases import run_case
 from dwl_plugin.cli.main import main
 from dwl_plugin.cli.packs import markdown_table
 from dwl_plugin.config import Block, parse
+from dwl_plugin.config.pack_cases import run_case
 from dwl_plugin.config.pack_files import MAX_BYTES, PackText, shipped_packs
 from dwl_plugin.config.packs import MAX_CLASSES, MAX_PATTERN, parse_pack
 from dwl_plugin.errors import ConfigError

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from dwl_plugin.classes import labeller_of
 from dwl_plugin.config import parse
 from dwl_plugin.run.collate import CLASS_IDS, LabellingCollator
+from dwl_plugin.run.dataset_check import labeller_of
 from tests.hosts.harness import rows, train
 
 Configure = Callable[..., dict[str, Any]]

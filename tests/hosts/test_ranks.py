@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from dwl_plugin.classes import labeller_of
 from dwl_plugin.config import parse
 from dwl_plugin.errors import DWLError, NotFiniteError
 from dwl_plugin.hosts.trainer import _require_cut_sequences
@@ -18,6 +17,7 @@ from dwl_plugin.loss.seam import Seam
 from dwl_plugin.loss.spec import LossSpec, PendingLoss
 from dwl_plugin.loss.token_losses import Power
 from dwl_plugin.run.collate import CLASS_IDS, LabellingCollator
+from dwl_plugin.run.dataset_check import labeller_of
 from tests.hosts import harness, ranks as on_ranks
 from tests.hosts.ranks import Ranks, Report
 

@@ -16,8 +16,9 @@ import regex
 from dwl_plugin.classes.build import build_labeller
 from dwl_plugin.classes.labeller import IGNORE_INDEX
 from dwl_plugin.classes.token_bytes import as_bytes
-from dwl_plugin.config import REST
+from dwl_plugin.config.classes import may_be_empty
 from dwl_plugin.config.packs import Pack, PackCase
+from dwl_plugin.values import REST
 
 __all__ = ["ByteTokenizer", "CaseResult", "class_of_bytes", "run_case", "untouched_classes"]
 
@@ -83,7 +84,7 @@ class CaseResult:
 def class_of_bytes(pack: Pack, case: PackCase) -> tuple[bytes, list[int]]:
     """The sample's bytes, and the class index of each; -100 where it is masked."""
     tokenizer = ByteTokenizer(case.special, case.added)
-    labeller = build_labeller(pack.classes, tokenizer)
+    labeller = build_labeller(pack.classes, tokenizer, may_be_empty=may_be_empty(pack.classes))
     ids: list[int] = []
     labels: list[int] = []
     for turn in case.sample:
