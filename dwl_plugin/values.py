@@ -8,16 +8,8 @@ from math import isfinite, prod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import regex
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    ModelWrapValidatorHandler,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ModelWrapValidatorHandler, WithJsonSchema, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
 
 from dwl_plugin.errors import did_you_mean
 
@@ -70,7 +62,7 @@ _MAX_PARTS = 1_000_000
 
 def invalid(message: str, allowed: str = "", hint: str = "") -> PydanticCustomError:
     """What a validator raises: a `Problem` whose path and value pydantic knows."""
-    return PydanticCustomError("dwl", message, {"allowed": allowed, "hint": hint})  # type: ignore[arg-type]
+    return PydanticCustomError("dwl", message, {"allowed": allowed, "hint": hint})
 
 
 def line_error(path: tuple[int | str, ...], message: str, value: object, allowed: str = "", hint: str = "") -> InitErrorDetails:
@@ -81,7 +73,7 @@ def line_error(path: tuple[int | str, ...], message: str, value: object, allowed
 def line_errors(error: ValidationError) -> list[InitErrorDetails]:
     """The errors of `error`, to be raised again together with others."""
     return [
-        InitErrorDetails(type=PydanticCustomError(item["type"], item["msg"], item.get("ctx")), loc=item["loc"], input=item["input"])  # type: ignore[arg-type]
+        InitErrorDetails(type=PydanticCustomError(item["type"], item["msg"], item.get("ctx")), loc=item["loc"], input=item["input"])
         for item in error.errors(include_url=False)
     ]
 

@@ -65,8 +65,8 @@ def load_plain_yaml(text: str, name: str) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise ConfigError.at(at, "no anchors and aliases (`&` and `*`) here; write it out, or put it in quotes")
-            if getattr(event, "tag", None):
-                raise ConfigError.at(at, "no tags here", event.tag)
+            if tag := getattr(event, "tag", None):
+                raise ConfigError.at(at, "no tags here", tag)
             if depth > _MAX_NESTING:
                 raise ConfigError.at(at, f"nested more than {_MAX_NESTING} deep")
         content = _loaded(text, twice)

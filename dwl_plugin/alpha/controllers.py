@@ -4,27 +4,40 @@ The nll of a window of optimizer steps is summed over its micro-batches and rank
 running averages into log-weights; a floor and a limit on the change turn these into α. Everything is fp64 on the CPU and the same
 on every rank, because the sums are.
 
-Shapes: C classes in the order of `Block.class_names`.
+A rule is its options, a pydantic model, and the class that computes with them, built once for a run. A new one is a pair of the two
+here and an entry in `CONTROLLERS`.
+
+L is the average raw nll of a class, in nats per token; α⁰ the `alpha` of the YAML (uniform if absent), where a controller starts
+from. Shapes: C classes in the order of the class ids.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from dwl_plugin.alpha.run_length import RunLength
-from dwl_plugin.config import Block, ControllerOptions, LossControllerOptions
-from dwl_plugin.errors import ConfigError, DWLError, Problem
-from dwl_plugin.extensions import load
+from dwl_plugin.errors import ConfigError, DWLError, Problem, did_you_mean
+from dwl_plugin.extensions import ChosenByType, class_of
+from dwl_plugin.values import Position, Strict, Weight
 
-__all__ = ["Controller", "Memory", "Rule", "Window"]
+__all__ = [
+    "CONTROLLERS",
+    "Controller",
+    "ControllerConfig",
+    "ControllerOptions",
+    "LossControllerOptions",
+    "Memory",
+    "Window",
+    "controller_problems",
+]
 
 PATH = "dwl.controller"
 
@@ -52,21 +65,256 @@ class Window:
     prior_C: Numbers
 
 
-Rule = Callable[[Window, Memory], Sequence[float] | Numbers]
-"""Log-weights (C,) of an update; what they sum to does not matter. May change the memory."""
+class ControllerOptions(Strict):
+    """Base of the options of every controller, those of other packages too."""
+
+    type: str = Field(description="Which controller.")
+    every: int = Field(10, ge=1, description="Optimizer steps in a window; α is updated at the end of each.")
+    warmup: Position = Field(0, description="α stays at `alpha` until here: a step, `10%` of the run, or `1ep`.")
+    min_alpha: Weight = Field(0.01, ge=0.0, lt=1.0, description="No class falls below: α is (1 − K·min_alpha)·α + min_alpha.")
+    max_change: Weight | None = Field(
+        None, gt=0.0, le=1.0, description="The most that the α of any class moves in one update. Absent: no limit."
+    )
+
+
+class LossControllerOptions(ControllerOptions):
+    """Base of the options of controllers that look at losses."""
+
+    ema: Weight = Field(
+        0.9, ge=0.0, lt=1.0, description="Share of the old average that a window keeps: L ← ema·L + (1 − ema)·mean."
+    )
+    signal: Literal["raw", "ratio_to_init", "excess_over_ref"] = Field(
+        "raw", description="What is compared: L, L over its first value, or L minus `reference`."
+    )
+    reference: dict[str, Weight] | Literal["base"] | None = Field(
+        None, description="class -> nll to compare with, or `base`: measured before the first step, without the adapter."
+    )
+    reference_rows: int = Field(256, ge=1, description="Rows of the training set that `reference: base` is measured on.")
+
+
+_Options = TypeVar("_Options", bound=ControllerOptions)
+
+
+class _Rule(Generic[_Options]):
+    """Log-weights (C,) of an update, whose sum does not matter."""
+
+    Options: ClassVar[type[ControllerOptions]]
+
+    def __init__(self, options: _Options) -> None:
+        self.options = options
+
+    def __call__(self, window: Window, memory: Memory) -> Numbers:
+        raise NotImplementedError
+
+
+class SoftmaxLossOptions(LossControllerOptions):
+    """α ∝ α⁰·e^(L/temperature): arXiv 2412.14780."""
+
+    type: Literal["softmax_loss"]
+    temperature: Weight = Field(3.0, gt=0.0, description="Nats by which a loss must be larger to count e times as much.")
+
+
+class SoftmaxLoss(_Rule[SoftmaxLossOptions]):
+    Options = SoftmaxLossOptions
+
+    def __call__(self, window: Window, memory: Memory) -> Numbers:
+        weights_C: Numbers = window.prior_C + window.signal_C / self.options.temperature
+        return weights_C
+
+
+class DWAOptions(LossControllerOptions):
+    """α ∝ α⁰·e^(w/temperature), w = L of the last window over L of the one before: arXiv 1803.10704, eq. 7 and 8."""
+
+    type: Literal["dwa"]
+    ema: Weight = Field(0.0, ge=0.0, lt=1.0, description="As everywhere; the windows are averages already.")
+    signal: Literal["raw"] = Field("raw", description="The ratio of two losses has no unit: nothing else to choose.")
+    reference: None = Field(None, description="Not used.")
+    temperature: Weight = Field(2.0, gt=0.0, description="T: larger is more even.")
+
+
+class DWA(_Rule[DWAOptions]):
+    Options = DWAOptions
+
+    def __call__(self, window: Window, memory: Memory) -> Numbers:
+        if window.previous_C is None:  # two windows are needed; until then w = 1 for all
+            return window.prior_C
+        ratio_C = window.signal_C / np.maximum(window.previous_C, _TINY)
+        weights_C: Numbers = window.prior_C + ratio_C / self.options.temperature
+        return weights_C
+
+
+class SoftAdaptOptions(LossControllerOptions):
+    """α ∝ α⁰·e^(beta·slope), slope = change of L since the window before: arXiv 1912.12355."""
+
+    type: Literal["softadapt"]
+    ema: Weight = Field(0.0, ge=0.0, lt=1.0, description="As everywhere; the windows are averages already.")
+    beta: Weight = Field(0.1, description="β above 0 favours the class that learns slowest, below 0 the fastest.")
+    normalized: bool = Field(False, description="Divide the slopes by the sum of their sizes.")
+    loss_weighted: bool = Field(False, description="Multiply by L.")
+
+
+class SoftAdapt(_Rule[SoftAdaptOptions]):
+    Options = SoftAdaptOptions
+
+    def __call__(self, window: Window, memory: Memory) -> Numbers:
+        if window.previous_C is None:
+            return window.prior_C
+        slope_C = window.signal_C - window.previous_C
+        if self.options.normalized:
+            slope_C = slope_C / (np.abs(slope_C).sum() + 1e-8)
+        weights_C: Numbers = window.prior_C + self.options.beta * slope_C
+        if self.options.loss_weighted:
+            weights_C = weights_C + np.log(np.maximum(window.loss_C, _TINY))
+        return weights_C
+
+
+class GroupDROOptions(LossControllerOptions):
+    """α ← α·e^(eta·L), normalised: arXiv 1911.08731, algorithm 1."""
+
+    type: Literal["group_dro"]
+    eta: Weight = Field(0.01, gt=0.0, description="Step size of the exponentiated gradient.")
+
+
+class GroupDRO(_Rule[GroupDROOptions]):
+    Options = GroupDROOptions
+
+    def __call__(self, window: Window, memory: Memory) -> Numbers:
+        before_C = np.array(memory.get("log_weights", window.prior_C))
+        weights_C = _normalised(before_C + self.options.eta * window.signal_C)
+        memory["log_weights"] = weights_C.tolist()
+        return weights_C
+
+
+class DoReMiOptions(LossControllerOptions):
+    """α ← α·e^(eta·max(L − reference, 0)), normalised, then (1 − smoothing)·α + smoothing/K: arXiv 2305.10429, algorithm 1."""
+
+    type: Literal["doremi"]
+    signal: Literal["excess_over_ref"] = Field("excess_over_ref", description="The excess is the method.")
+    eta: Weight = Field(1.0, gt=0.0, description="Step size of the exponentiated gradient.")
+    smoothing: Weight = Field(1e-4, ge=0.0, le=1.0, description="c, the share of the uniform vector in each update.")
+
+
+class DoReMi(_Rule[DoReMiOptions]):
+    Options = DoReMiOptions
+
+    def __call__(self, window: Window, memory: Memory) -> Numbers:
+        before_C = np.array(memory.get("log_weights", window.prior_C))
+        alpha_C = np.exp(_normalised(before_C + self.options.eta * np.maximum(window.signal_C, 0.0)))
+        smoothing = self.options.smoothing
+        with np.errstate(divide="ignore"):  # without smoothing a weight may come to nothing
+            weights_C: Numbers = np.log((1.0 - smoothing) * alpha_C + smoothing / len(alpha_C))
+        memory["log_weights"] = weights_C.tolist()
+        return weights_C
+
+
+class RLWOptions(ControllerOptions):
+    """α ∝ α⁰·e^z, z fresh standard normal noise: arXiv 2111.10603. What a controller has to beat."""
+
+    type: Literal["rlw"]
+    every: int = Field(1, ge=1, description="Optimizer steps between two draws.")
+    seed: int = Field(0, ge=0, description="Of the noise; a resumed run goes on with the same.")
+
+
+class RLW(_Rule[RLWOptions]):
+    Options = RLWOptions
+
+    def __call__(self, window: Window, memory: Memory) -> Numbers:
+        noise = np.random.default_rng([self.options.seed, window.update])
+        return window.prior_C + noise.standard_normal(len(window.prior_C))
+
+
+CONTROLLERS: dict[str, type[_Rule[Any]]] = {
+    "softmax_loss": SoftmaxLoss,
+    "dwa": DWA,
+    "softadapt": SoftAdapt,
+    "group_dro": GroupDRO,
+    "doremi": DoReMi,
+    "rlw": RLW,
+}
+"""By the `type` that a YAML has for it."""
+
+ControllerConfig = Annotated[ControllerOptions, ChosenByType("controller", CONTROLLERS, ControllerOptions)]
+
+
+def controller_problems(options: ControllerOptions | None, path: str, alpha: object, names: Sequence[str]) -> Iterator[Problem]:
+    """What no single option can see; `alpha` is the one of the YAML, as it was written, and `names` all classes."""
+    if options is None:
+        return
+    yield from _floor_problems(options, path, alpha, names)
+    if isinstance(options, LossControllerOptions):
+        yield from _reference_problems(options, path, names)
+
+
+def _floor_problems(options: ControllerOptions, path: str, alpha: object, names: Sequence[str]) -> Iterator[Problem]:
+    floor = options.min_alpha
+    if floor * len(names) > 1:
+        yield Problem(
+            f"{path}.min_alpha",
+            f"{len(names)} classes cannot all have at least this much of 1",
+            floor,
+            allowed=f"at most {1 / len(names):.4g}",
+        )
+        return
+    if not isinstance(alpha, Mapping) or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in alpha.values()):
+        return  # reported elsewhere, or uniform
+    total = sum(alpha.values())
+    for name, value in alpha.items():
+        if value == 0:
+            yield Problem(
+                f"dwl.alpha.{name}",
+                f"the controller multiplies weights, so 0 stays 0 and {path} does nothing here",
+                value,
+                hint="give the class a small number",
+            )
+        elif total > 0 and value > 0 and value / total < floor * (1 - 1e-9):
+            yield Problem(
+                f"dwl.alpha.{name}",
+                f"its share, {value / total:.4g}, is below `{path}.min_alpha`, {floor:g}",
+                value,
+                hint="raise this number, or lower `min_alpha`",
+            )
+
+
+def _reference_problems(options: LossControllerOptions, path: str, names: Sequence[str]) -> Iterator[Problem]:
+    reference, wanted = options.reference, options.signal == "excess_over_ref"
+    if wanted and reference is None:
+        yield Problem(
+            f"{path}.reference",
+            "is required: the excess is over it",
+            allowed="`base` (measured before the first step), or class -> nll",
+        )
+    if not wanted and reference is not None:
+        yield Problem(
+            f"{path}.reference",
+            f"has no effect with `signal: {options.signal}`",
+            reference,
+            hint="write `signal: excess_over_ref`, or delete this line",
+        )
+    if isinstance(reference, Mapping):
+        for name in reference:
+            if name not in names:
+                yield Problem(f"{path}.reference.{name}", "no such class", allowed=", ".join(names), hint=did_you_mean(name, names))
+        missing = [name for name in names if name not in reference]
+        if missing:
+            yield Problem(f"{path}.reference", f"every class needs a number; missing: {', '.join(missing)}")
 
 
 class Controller:
-    """α over the windows of a run. `alpha` is the current one, `signal` what it was last updated from (None: nothing yet)."""
+    """α over the windows of a run. `alpha` is the current one, `signal` what it was last updated from (None: nothing yet).
 
-    def __init__(self, block: Block, length: RunLength) -> None:
-        options = block.controller
-        assert options is not None
-        self.names, self.options, self.alpha = block.class_names, options, block.alpha
+    Args:
+        options: those of a rule of ours or of another package.
+        names: the classes.
+        first: α⁰ by class.
+        length: of the run, for the warm-up.
+    """
+
+    def __init__(self, options: ControllerOptions, names: Sequence[str], first: Sequence[float], length: RunLength) -> None:
+        self.options, self.names, self.alpha = options, tuple(names), tuple(first)
         self.signal: tuple[float, ...] | None = None
         self._warmup = length.step(options.warmup, f"{PATH}.warmup")
-        self._prior_C = np.log(np.array(block.alpha))
-        self._rule = _rule(options)
+        self._prior_C = np.log(np.array(self.alpha))
+        self._rule = class_of("controller", options.type, CONTROLLERS, ControllerOptions, f"{PATH}.type")(options)
         self._updates, self._memory = 0, Memory()
         unseen_C = np.full(len(self.names), np.nan)
         self._average_C, self._first_C, self._previous_C = unseen_C, unseen_C, unseen_C
@@ -86,7 +334,7 @@ class Controller:
         missing = [name for name in self.names if name not in nll]
         if missing:
             why = f"no token of {', '.join(missing)} was in the rows that the base model was measured on"
-            raise ConfigError([Problem(f"{PATH}.reference", why, "base", hint="raise `reference_rows`, or write the numbers")])
+            raise ConfigError.at(f"{PATH}.reference", why, "base", hint="raise `reference_rows`, or write the numbers")
         self._reference_C = np.array([nll[name] for name in self.names])
 
     def is_due(self, steps: int) -> bool:
@@ -141,15 +389,15 @@ class Controller:
         if theirs != ours:
             was, now = (f"`{kind}` over {', '.join(classes)}" for kind, classes in (theirs, ours))
             why = f"the checkpoint was written by {was}; this is {now}"
-            raise ConfigError([Problem(PATH, why, hint="resume with the config of the checkpoint, or start a new run")])
+            raise ConfigError.at(PATH, why, hint="resume with the config of the checkpoint, or start a new run")
         before, options = state["options"], self.options.model_dump(mode="json")
         again = "resume with the value of the checkpoint, or start a new run"
         if before.get("signal") != options.get("signal"):
             why = f"the checkpoint's controller has learned from `signal: {before.get('signal')}`"
-            raise ConfigError([Problem(f"{PATH}.signal", why, options.get("signal"), hint=again)])
+            raise ConfigError.at(f"{PATH}.signal", why, options.get("signal"), hint=again)
         if options.get("reference") == "base" != before.get("reference"):
             why = "can only be measured before the first step, and the checkpoint's run did not"
-            raise ConfigError([Problem(f"{PATH}.reference", why, "base", hint=again)])
+            raise ConfigError.at(f"{PATH}.reference", why, "base", hint=again)
         self.alpha = tuple(state["alpha"])
         if min(self.alpha) < self.options.min_alpha:
             with np.errstate(divide="ignore"):
@@ -199,71 +447,6 @@ class Controller:
         if limit is not None and most > limit:
             alpha_C = np.maximum(old_C + (alpha_C - old_C) * (limit / most), self.options.min_alpha)
         return tuple(alpha_C.tolist())
-
-
-# One function per `type`; `dwl_plugin/config/controllers.py` has the formulas and their sources.
-
-
-def _softmax_loss(options: Any, window: Window, memory: Memory) -> Numbers:
-    weights_C: Numbers = window.prior_C + window.signal_C / options.temperature
-    return weights_C
-
-
-def _dwa(options: Any, window: Window, memory: Memory) -> Numbers:
-    if window.previous_C is None:  # two windows are needed; until then w = 1 for all
-        return window.prior_C
-    weights_C: Numbers = window.prior_C + window.signal_C / np.maximum(window.previous_C, _TINY) / options.temperature
-    return weights_C
-
-
-def _softadapt(options: Any, window: Window, memory: Memory) -> Numbers:
-    if window.previous_C is None:
-        return window.prior_C
-    slope_C = window.signal_C - window.previous_C
-    if options.normalized:
-        slope_C = slope_C / (np.abs(slope_C).sum() + 1e-8)
-    weights_C: Numbers = window.prior_C + options.beta * slope_C
-    if options.loss_weighted:
-        weights_C = weights_C + np.log(np.maximum(window.loss_C, _TINY))
-    return weights_C
-
-
-def _group_dro(options: Any, window: Window, memory: Memory) -> Numbers:
-    before_C = np.array(memory.get("log_weights", window.prior_C))
-    weights_C = _normalised(before_C + options.eta * window.signal_C)
-    memory["log_weights"] = weights_C.tolist()
-    return weights_C
-
-
-def _doremi(options: Any, window: Window, memory: Memory) -> Numbers:
-    before_C = np.array(memory.get("log_weights", window.prior_C))
-    alpha_C = np.exp(_normalised(before_C + options.eta * np.maximum(window.signal_C, 0.0)))
-    with np.errstate(divide="ignore"):  # without smoothing a weight may come to nothing
-        weights_C: Numbers = np.log((1.0 - options.smoothing) * alpha_C + options.smoothing / len(alpha_C))
-    memory["log_weights"] = weights_C.tolist()
-    return weights_C
-
-
-def _rlw(options: Any, window: Window, memory: Memory) -> Numbers:
-    noise = np.random.default_rng([options.seed, window.update])
-    return window.prior_C + noise.standard_normal(len(window.prior_C))
-
-
-_RULES: dict[str, Callable[[Any, Window, Memory], Numbers]] = {
-    "softmax_loss": _softmax_loss,
-    "dwa": _dwa,
-    "softadapt": _softadapt,
-    "group_dro": _group_dro,
-    "doremi": _doremi,
-    "rlw": _rlw,
-}
-
-
-def _rule(options: ControllerOptions) -> Rule:
-    if options.type in _RULES:
-        return partial(_RULES[options.type], options)
-    rule: Rule = load("controller", options.type, ControllerOptions, f"{PATH}.type")(options)
-    return rule
 
 
 def _normalised(weights_C: Numbers) -> Numbers:

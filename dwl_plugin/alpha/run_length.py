@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
-from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.errors import ConfigError
 
 __all__ = ["RunLength"]
 
@@ -26,26 +26,10 @@ class RunLength:
             return float(position)
         if position.endswith("%"):
             if self.total_steps is None:
-                raise ConfigError(
-                    [
-                        Problem(
-                            path,
-                            "this run has no known length, so a share of it is no step",
-                            position,
-                            hint="write a number of steps, or set `max_steps`",
-                        )
-                    ]
-                )
+                why = "this run has no known length, so a share of it is no step"
+                raise ConfigError.at(path, why, position, hint="write a number of steps, or set `max_steps`")
             return float(Fraction(position[:-1]) / 100 * self.total_steps)
         if self.steps_per_epoch is None:
-            raise ConfigError(
-                [
-                    Problem(
-                        path,
-                        "the dataset has no known length, so epochs cannot be counted",
-                        position,
-                        hint="write a number of steps",
-                    )
-                ]
-            )
+            why = "the dataset has no known length, so epochs cannot be counted"
+            raise ConfigError.at(path, why, position, hint="write a number of steps")
         return float(Fraction(position[:-2]) * Fraction(self.steps_per_epoch))

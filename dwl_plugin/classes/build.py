@@ -105,7 +105,7 @@ def build_labeller(
     lookup = np.full(table.size + 1, len(classes) if overlap == "first" else 0)
     for index, selector in reversed(list(enumerate(selectors.values()))):
         if isinstance(selector, InVocabulary):
-            lookup[selector.member] = index if overlap == "first" else lookup[selector.member] | 1 << index
+            lookup[selector.member_V] = index if overlap == "first" else lookup[selector.member_V] | 1 << index
     if all(isinstance(kind, (*_WITHOUT_TEXT, *_TEXT_OF_ONE_TOKEN)) for kind in kinds):
         table = blank  # what one token says is in the look-up now
     return Labeller((*classes, REST), tuple(selectors.values()), lookup, table, overlap, marks_samples)
@@ -148,8 +148,8 @@ class _Making:
             case WordsSelector():
                 return Words(frozenset(config.words), config.ignore_case)
             case BetweenSelector():
-                opening, closing = map(as_bytes, config.between)
-                return Between(opening, closing, config.include_delimiters)
+                open_tag, close_tag = map(as_bytes, config.between)
+                return Between(open_tag, close_tag, config.include_delimiters)
             case TurnSelector():
                 return NthTurn(1 if config.turn == "first" else -1 if config.turn == "last" else config.turn)
             case PositionSelector():
@@ -244,19 +244,19 @@ class _Making:
 
 def _empty(path: str, selector: Mask) -> list[Problem]:
     """A problem if no token of the vocabulary can be a member."""
-    if not isinstance(selector, InVocabulary) or selector.member.any():
+    if not isinstance(selector, InVocabulary) or selector.member_V.any():
         return []
-    return [Problem(path, f"selects none of the {len(selector.member) - 1:,} tokens of the vocabulary")]
+    return [Problem(path, f"selects none of the {len(selector.member_V) - 1:,} tokens of the vocabulary")]
 
 
 def _shadowed(path: str, selector: Mask, earlier: Mapping[str, Mask]) -> list[Problem]:
     """A problem if earlier classes are known to claim every token of this one."""
     by: list[str] = []
     if isinstance(selector, InVocabulary):
-        left_V = selector.member.copy()
+        left_V = selector.member_V.copy()
         for other, claimed in earlier.items():
-            if isinstance(claimed, InVocabulary) and (left_V & claimed.member).any():
-                left_V &= ~claimed.member
+            if isinstance(claimed, InVocabulary) and (left_V & claimed.member_V).any():
+                left_V &= ~claimed.member_V
                 by.append(other)
         if left_V.any():
             by = []

@@ -30,7 +30,7 @@ class Words:
     def __call__(self, samples: Samples) -> Bools:
         return samples.in_text([list(self._spans(text)) for text in samples.pieces.texts])
 
-    def takes(self, words: Iterable[str]) -> bool:
+    def contains(self, words: Iterable[str]) -> bool:
         """True if each of `words` is one of these, case folded where this folds it."""
         return set(map(self._fold, words)) <= set(map(self._fold, self.words))
 

@@ -32,7 +32,7 @@ class Labeller:
 
     Args:
         names: classes in priority order, then `rest`.
-        selectors: one per class without `rest`.
+        masks: one per class without `rest`.
         lookup: (V + 1,) the class id as far as token selectors decide it; `rest` where there is none.
         table: the tokenizer's bytes; blank where no class looks at text.
         overlap: first or sum.
@@ -40,7 +40,7 @@ class Labeller:
     """
 
     names: tuple[str, ...]
-    selectors: tuple[Mask, ...]
+    masks: tuple[Mask, ...]
     lookup: Ints
     table: TokenTable
     overlap: Overlap = "first"
@@ -49,7 +49,7 @@ class Labeller:
     @cached_property
     def needs_boundaries(self) -> bool:
         """True where a class looks beyond the token itself, and so has to know where samples begin."""
-        return not all(isinstance(selector, InVocabulary) for selector in self.selectors)
+        return not all(isinstance(mask, InVocabulary) for mask in self.masks)
 
     def __call__(self, input_ids: Any, labels: Any) -> Ints:
         """Class index of each target of one sample, -100 elsewhere.
@@ -137,12 +137,12 @@ class Labeller:
     def members(self, input_ids: Any, labels: Any, position_ids: Any = None) -> Bools:
         """(K, T) True where a target matches a class, whatever the priority; samples begin as in `label_batch`."""
         ids_T, target_T = _pair(input_ids, labels)
-        matches_KT = np.zeros((len(self.selectors), len(ids_T)), np.bool_)
+        matches_KT = np.zeros((len(self.masks), len(ids_T)), np.bool_)
         if target_T.any():
             starts_S = np.flatnonzero(_sample_starts(ids_T, position_ids))
             samples = Samples(self.table, self._known(ids_T), target_T, starts_S)
-            for matches_T, selector in zip(matches_KT, self.selectors, strict=True):
-                np.logical_and(selector(samples), target_T, out=matches_T)
+            for matches_T, mask in zip(matches_KT, self.masks, strict=True):
+                np.logical_and(mask(samples), target_T, out=matches_T)
         return matches_KT
 
     def _known(self, ids: Ints) -> Ints:
@@ -154,14 +154,14 @@ class Labeller:
         classes_T = self.lookup[ids_T]
         if self.needs_boundaries and target_T.any():
             samples = Samples(self.table, ids_T, target_T, starts_S)
-            first_T = np.full(len(ids_T), len(self.selectors))
-            for index, selector in reversed(list(enumerate(self.selectors))):
-                if isinstance(selector, InVocabulary):
+            first_T = np.full(len(ids_T), len(self.masks))
+            for index, mask in reversed(list(enumerate(self.masks))):
+                if isinstance(mask, InVocabulary):
                     continue
                 if self.overlap == "sum":
-                    classes_T[selector(samples)] |= 1 << index
+                    classes_T[mask(samples)] |= 1 << index
                 else:
-                    first_T[selector(samples)] = index
+                    first_T[mask(samples)] = index
             if self.overlap == "first":
                 np.minimum(classes_T, first_T, out=classes_T)
         if self.marks_samples:

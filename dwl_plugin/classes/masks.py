@@ -1,8 +1,8 @@
-"""What decides membership: one callable per selector, from samples to a mask over their tokens.
+"""Masks: callables from samples to the tokens that a selector selects.
 
-A selector that only looks at the token itself is a look-up in an array over the vocabulary. Text selectors work in bytes
-of the decoded text and share one decode; a token is a member when its bytes overlap a span. A mask may be True outside
-the targets: whoever calls last leaves only targets in it.
+Selectors of single tokens become a look-up in an array over the vocabulary. Selectors of text work in bytes of the decoded
+text and share one decode; a token is selected when its bytes overlap a span. A mask may be True outside the targets, and the
+labeller drops those tokens.
 
 Suffixes: V token ids, T tokens, S samples, P pieces or turns, M spans.
 """
@@ -46,8 +46,7 @@ __all__ = [
 ]
 
 TIME_LIMIT_S = 4.0
-"""How long one pattern may search one sample, or the vocabulary (seconds of CPU time). Ordinary patterns need
-milliseconds."""
+"""How long one pattern may search one sample, or the vocabulary, in seconds of CPU time; most patterns need milliseconds."""
 
 
 class PatternTooSlowError(ConfigError):
@@ -60,24 +59,28 @@ class PatternTooSlowError(ConfigError):
 
 
 class Mask(Protocol):
-    """Samples -> (T,) True where a token is meant."""
+    """Samples -> (T,) True where a token is selected."""
 
     def __call__(self, samples: Samples) -> Bools: ...
 
 
 @dataclass(frozen=True, eq=False)
 class InVocabulary:
-    """`token_ids`, `tokens`, `token_regex`, `special`, `added`: membership is the token's own."""
+    """`token_ids`, `tokens`, `token_regex`, `special`, `added`: a look-up by token id.
 
-    member: Bools
+    Args:
+        member_V: (V + 1,) True for the ids that are selected.
+    """
+
+    member_V: Bools
 
     def __call__(self, samples: Samples) -> Bools:
-        return self.member[samples.ids_T]
+        return self.member_V[samples.ids_T]
 
 
 @dataclass(frozen=True)
 class InText:
-    """`regex`: tokens that overlap a group of a match; a match without length selects nothing.
+    """`regex`: tokens that overlap a group of a match; an empty match selects nothing.
 
     Raises:
         PatternTooSlowError: a sample took longer than `TIME_LIMIT_S`, or more memory than there is.
@@ -116,13 +119,13 @@ class InText:
 
 
 class Clock:
-    """What is left of `TIME_LIMIT_S`, by the clock that `regex` reads."""
+    """The rest of `TIME_LIMIT_S`, by the clock that `regex` reads."""
 
     def __init__(self) -> None:
         self.end = time.process_time() + TIME_LIMIT_S
 
     def left(self) -> float:
-        """Seconds; raises `TimeoutError` where there are none."""
+        """The seconds that are left; raises `TimeoutError` where there are none."""
         left = self.end - time.process_time()
         if left <= 0:
             raise TimeoutError
@@ -131,15 +134,15 @@ class Clock:
 
 @dataclass(frozen=True)
 class Between:
-    """`between`: tokens from an opening delimiter to the next closing one, or to the end of the sample.
+    """`between`: tokens from an open tag to the next close tag, or to the end of the sample.
 
-    The delimiters are looked for in all of a sample's text. A token that overlaps one at all belongs to the delimiter.
-    A prompt may only mention one: a masked opening that is never closed, or that another one follows before it is, counts
-    only where a turn begins right after it, whitespace aside, and no longer than that turn.
+    The tags are searched in all of a sample's text. A token that overlaps a tag belongs to it. A prompt may only mention
+    a tag: a masked open tag that is never closed, or that another one follows before it is, counts only where a turn begins
+    right after it, whitespace aside, and no longer than that turn.
     """
 
-    opening: bytes
-    closing: bytes
+    open_tag: bytes
+    close_tag: bytes
     include_delimiters: bool = True
 
     def __call__(self, samples: Samples) -> Bools:
@@ -147,35 +150,35 @@ class Between:
         outer_begin, inner_begin, inner_end, outer_end = spans.T
         if self.include_delimiters:
             return samples.covered(outer_begin, outer_end)
-        opening, closing = samples.covered(outer_begin, inner_begin), samples.covered(inner_end, outer_end)
-        return samples.covered(inner_begin, inner_end) & ~opening & ~closing
+        open_tags, close_tags = samples.covered(outer_begin, inner_begin), samples.covered(inner_end, outer_end)
+        return samples.covered(inner_begin, inner_end) & ~open_tags & ~close_tags
 
     def _spans(self, samples: Samples) -> Iterator[tuple[int, int, int, int]]:
-        """Where the delimiters begin and end: opening, text, closing."""
+        """Yield where the open tag begins, where the text begins and ends, and where the close tag ends."""
         data = samples.data
         turn_begins, turn_ends = samples.turn_extents
         for at, sample_end in samples.extents:
-            closing = at
-            while (opening := data.find(self.opening, at, sample_end)) >= 0:
-                text = opening + len(self.opening)
+            closing = at  # where the next close tag begins; below 0 where there is none
+            while (begin := data.find(self.open_tag, at, sample_end)) >= 0:
+                text = begin + len(self.open_tag)
                 if 0 <= closing < text:
-                    closing = data.find(self.closing, text, sample_end)
-                turn = bisect_right(turn_ends, opening)
+                    closing = data.find(self.close_tag, text, sample_end)
+                turn = bisect_right(turn_ends, begin)
                 masked = turn == len(turn_ends) or turn_begins[turn] >= text
-                if masked and (closing < 0 or data.find(self.opening, text, closing) >= 0):
+                if masked and (closing < 0 or data.find(self.open_tag, text, closing) >= 0):
                     next_turn = turn_begins[turn] if turn < len(turn_ends) else sample_end
                     if next_turn >= sample_end or data[text:next_turn].strip():
                         at = text
                         continue
                     if not text <= closing < turn_ends[turn]:
                         at = turn_ends[turn]
-                        yield opening, text, at, at
+                        yield begin, text, at, at
                         continue
                 if closing < 0:
-                    yield opening, text, sample_end, sample_end
+                    yield begin, text, sample_end, sample_end
                     break
-                at = closing + len(self.closing)
-                yield opening, text, closing, at
+                at = closing + len(self.close_tag)
+                yield begin, text, closing, at
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ class OfRole:
     """`role`: the messages of one role. A message begins with its header and ends where the next one begins.
 
     Args:
-        headers: what opens a message, of every role.
+        headers: what stands before a message, of every role.
         own: the headers of this role.
     """
 
@@ -238,76 +241,77 @@ class OfRole:
 class AnyOf:
     """`any`."""
 
-    selectors: tuple[Mask, ...]
+    masks: tuple[Mask, ...]
 
     def __call__(self, samples: Samples) -> Bools:
-        return reduce(np.bitwise_or, [selector(samples) for selector in self.selectors])
+        return reduce(np.bitwise_or, [mask(samples) for mask in self.masks])
 
 
 @dataclass(frozen=True)
 class AllOf:
     """`all`."""
 
-    selectors: tuple[Mask, ...]
+    masks: tuple[Mask, ...]
 
     def __call__(self, samples: Samples) -> Bools:
-        return reduce(np.bitwise_and, [selector(samples) for selector in self.selectors])
+        return reduce(np.bitwise_and, [mask(samples) for mask in self.masks])
 
 
 @dataclass(frozen=True)
 class Not:
     """`not`."""
 
-    selector: Mask
+    mask: Mask
 
     def __call__(self, samples: Samples) -> Bools:
-        return ~self.selector(samples)
+        return ~self.mask(samples)
 
 
-def any_of(selectors: Sequence[Mask]) -> Mask:
-    """`any`, its look-ups folded into one."""
-    return _folded(selectors, np.bitwise_or, AnyOf)
+def any_of(masks: Sequence[Mask]) -> Mask:
+    """The union of masks; look-ups among them are folded into one."""
+    return _folded(masks, np.bitwise_or, AnyOf)
 
 
-def all_of(selectors: Sequence[Mask]) -> Mask:
-    """`all`, its look-ups folded into one."""
-    return _folded(selectors, np.bitwise_and, AllOf)
+def all_of(masks: Sequence[Mask]) -> Mask:
+    """The intersection of masks; look-ups among them are folded into one."""
+    return _folded(masks, np.bitwise_and, AllOf)
 
 
-def negation(selector: Mask) -> Mask:
-    """`not`; that of a look-up is a look-up."""
-    return InVocabulary(~selector.member) if isinstance(selector, InVocabulary) else Not(selector)
+def negation(mask: Mask) -> Mask:
+    """The complement of a mask; that of a look-up is a look-up."""
+    return InVocabulary(~mask.member_V) if isinstance(mask, InVocabulary) else Not(mask)
 
 
-def _folded(selectors: Sequence[Mask], join: np.ufunc, together: type[AnyOf | AllOf]) -> Mask:
-    lookups = [selector.member for selector in selectors if isinstance(selector, InVocabulary)]
+def _folded(masks: Sequence[Mask], join: np.ufunc, combine: type[AnyOf | AllOf]) -> Mask:
+    lookups = [mask.member_V for mask in masks if isinstance(mask, InVocabulary)]
     folded = [InVocabulary(reduce(join, lookups))] if lookups else []
-    others = [selector for selector in selectors if not isinstance(selector, InVocabulary)]
-    return together((*folded, *others)) if len(folded) + len(others) > 1 else [*folded, *others][0]
+    others = [mask for mask in masks if not isinstance(mask, InVocabulary)]
+    return combine((*folded, *others)) if len(folded) + len(others) > 1 else [*folded, *others][0]
 
 
-def covers(wider: Mask, selector: Mask) -> bool:
-    """True where it is plain from the two selectors that the first takes every token of the second."""
-    if wider == selector:
+def covers(wider: Mask, narrower: Mask) -> bool:
+    """True where the two masks alone show that the first selects every token of the second."""
+    if wider == narrower:
         return True
-    if isinstance(selector, AnyOf):
-        return all(covers(wider, part) for part in selector.selectors)
+    if isinstance(narrower, AnyOf):
+        return all(covers(wider, part) for part in narrower.masks)
     if isinstance(wider, AllOf):
-        return all(covers(part, selector) for part in wider.selectors)
-    if isinstance(wider, AnyOf) and any(covers(part, selector) for part in wider.selectors):
+        return all(covers(part, narrower) for part in wider.masks)
+    if isinstance(wider, AnyOf) and any(covers(part, narrower) for part in wider.masks):
         return True
-    if isinstance(selector, AllOf):
-        return any(covers(wider, part) for part in selector.selectors)
-    if isinstance(wider, Not) and isinstance(selector, Not):
-        return covers(selector.selector, wider.selector)
-    if isinstance(wider, InVocabulary) and isinstance(selector, InVocabulary):
-        return not (selector.member & ~wider.member).any()
-    if isinstance(wider, InText) and isinstance(selector, InText):
-        return wider.pattern == selector.pattern and wider.group == 0
-    if isinstance(wider, Between) and isinstance(selector, Between):
-        return wider == replace(selector, include_delimiters=True)
-    if isinstance(wider, Words) and isinstance(selector, Words):
-        return wider.ignore_case >= selector.ignore_case and wider.takes(selector.words)
-    if isinstance(wider, AtTurnEnds) and isinstance(selector, AtTurnEnds):
-        return wider.first >= selector.first and wider.last >= selector.last
+    if isinstance(narrower, AllOf):
+        return any(covers(wider, part) for part in narrower.masks)
+    match wider, narrower:
+        case Not(), Not():
+            return covers(narrower.mask, wider.mask)
+        case InVocabulary(), InVocabulary():
+            return not (narrower.member_V & ~wider.member_V).any()
+        case InText(), InText():
+            return wider.pattern == narrower.pattern and wider.group == 0
+        case Between(), Between():
+            return wider == replace(narrower, include_delimiters=True)
+        case Words(), Words():
+            return wider.ignore_case >= narrower.ignore_case and wider.contains(narrower.words)
+        case AtTurnEnds(), AtTurnEnds():
+            return wider.first >= narrower.first and wider.last >= narrower.last
     return False

@@ -1,7 +1,7 @@
-"""Who says a token: the headers that a tokenizer's chat template puts before the messages of each role.
+"""The headers that a tokenizer's chat template puts before the messages of each role.
 
-They are found by rendering little conversations of known words and looking at what stands before each, in the text of
-the final tokens. Then every conversation is read back by those headers alone; a role that comes out wrong is not known.
+Short conversations of known words are rendered and tokenised; a header is what stands before each word in the text of the
+tokens. Then each conversation is parsed by the headers alone; a role that comes out wrong is not known.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ _BOTH: tuple[Role, Role] = ("assistant", "user")
 """Every template has them; where these two cannot be told apart, nothing can."""
 
 _ORDER: tuple[Role, ...] = (*_BOTH, "system", "tool")
-"""Who keeps a header that two roles would share: a template without tool messages may write them as the user's."""
+"""Of two roles with one header the first keeps it: a template without tool messages may write them as the user's."""
 
 _WORDS = (("quartz", "violin", "harbour", "meadow", "lantern"), ("glacier", "pepper", "ox", "drum", "cobalt"))
 """Two sets that share no beginning, so that what is the same in both is the template's."""
 
 
 def role_headers(tokenizer: Any, table: TokenTable) -> tuple[dict[Role, bytes], dict[Role, str]]:
-    """The bytes that open a message of each role, and for the other roles why they cannot be known.
+    """The bytes before a message of each role, and for the other roles why they cannot be known.
 
-    A header is cut as short as tells the roles apart, at whitespace or a special token: dates, channels and empty
-    thoughts that a template writes behind the name of the role are not part of it.
+    A header is cut at the first whitespace or special token that tells the roles apart: dates, channels and empty thoughts
+    that a template writes after the name of the role are not part of it.
     """
     if not getattr(tokenizer, "chat_template", None):
         return {}, dict.fromkeys(get_args(Role), "there is none")
     reader = _Reader(tokenizer, table)
-    openings: dict[Role, bytes] = {}
+    whole_headers: dict[Role, bytes] = {}
     why_not: dict[Role, str] = {}
     for role in _ORDER:
         try:
-            openings[role] = reader.opening(role)
-        except Exception as error:  # a template is a program: it refuses a role with any error it likes
+            whole_headers[role] = reader.whole_header(role)
+        except Exception as error:  # a template is a program, and any error may be how it refuses a role
             why_not[role] = f"it does not render such a message ({error})"
     headers: dict[Role, bytes] = {}
-    for role, opening in openings.items():
-        others = [openings[other] for other in _BOTH if other != role and other in openings]
-        cuts = [cut for cut in reader.cuts(opening) if len(cut) >= 3 and not any(cut in other for other in others)]
+    for role, whole in whole_headers.items():
+        others = [whole_headers[other] for other in _BOTH if other != role and other in whole_headers]
+        cuts = [cut for cut in reader.cuts(whole) if len(cut) >= 3 and not any(cut in other for other in others)]
         if not cuts or cuts[0] in headers.values():
             why_not[role] = "nothing that only such a message has marks its beginning"
             continue
@@ -83,11 +83,11 @@ class _Reader:
         ids = np.asarray(self.tokenizer.encode(text, add_special_tokens=False), np.int64)
         return self.table.decode(ids, np.zeros(1, np.int64))[0]
 
-    def opening(self, role: Role) -> bytes:
+    def whole_header(self, role: Role) -> bytes:
         """What stands before every message of a role, without what ends the message before."""
-        return reduce(_common_beginning, self._openings(role)).strip()
+        return reduce(_common_beginning, self._before_messages(role)).strip()
 
-    def _openings(self, role: Role) -> Iterator[bytes]:
+    def _before_messages(self, role: Role) -> Iterator[bytes]:
         for words in _WORDS:
             messages = _conversation(role, words)
             text = self.render(messages)
@@ -104,14 +104,14 @@ class _Reader:
                 without_ending = gap.removeprefix(ending)
                 yield without_ending if without_ending.strip() else gap
 
-    def cuts(self, opening: bytes) -> list[bytes]:
-        """The beginnings of `opening` that end before whitespace or a special token, the shortest first."""
+    def cuts(self, header: bytes) -> list[bytes]:
+        """The beginnings of `header` that end before whitespace or a special token, the shortest first."""
         marks = (self.table.spelling(token_id) for token_id in added_ids(self.tokenizer) | special_ids(self.tokenizer))
         mark = re.compile(b"|".join([rb"\s+", *(re.escape(text) for text in marks if text.strip())]))
-        return [opening[: match.start()] for match in mark.finditer(opening) if match.start()] + [opening]
+        return [header[: match.start()] for match in mark.finditer(header) if match.start()] + [header]
 
     def reads_back(self, role: Role, headers: dict[Role, bytes]) -> bool:
-        """True if the headers alone tell who wrote each message of a conversation with that role, and nothing else."""
+        """True if the headers find each message of a conversation with that role, and nothing else."""
         header = re.compile(b"|".join(re.escape(text) for text in sorted(headers.values(), key=len, reverse=True)))
         owner = {text: name for name, text in headers.items()}
         for words in _WORDS:
@@ -124,7 +124,7 @@ class _Reader:
 
 
 def _conversation(role: Role, words: Sequence[str]) -> list[dict[str, Any]]:
-    """Messages that say one word each, some of them of the role; a call of a tool says its name."""
+    """Messages of one word each, some of them of the role; the word of a tool call is the name of the tool."""
     turns: list[Role] = ["user", "assistant", "user", "assistant"]
     if role == "system":
         turns.insert(0, "system")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 import regex
@@ -36,7 +37,6 @@ __all__ = [
     "BetweenSelector",
     "Context",
     "NotSelector",
-    "OneOf",
     "PackSelector",
     "PositionSelector",
     "RegexSelector",
@@ -50,7 +50,7 @@ __all__ = [
     "TurnSelector",
     "WordsSelector",
     "as_selector",
-    "choose",
+    "one_of",
     "walk",
 ]
 
@@ -117,11 +117,16 @@ def _list(value: object) -> object:
     return value
 
 
-class OneOf:
+class _OneOf:
     """In the JSON Schema a choice between models is a choice of one: each has a key of its own, and none allows another's."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         return {"oneOf": handler(schema)["anyOf"]}
+
+
+def one_of(models: Mapping[str, type[_Model]], noun: str) -> Any:
+    """The annotation of a field that holds one of `models`."""
+    return Annotated[reduce(or_, models.values()), BeforeValidator(partial(choose, models, noun)), _OneOf()]
 
 
 if TYPE_CHECKING:
@@ -307,7 +312,7 @@ SELECTORS: dict[str, type[SelectorConfig]] = {
 """By the key that a YAML has for it."""
 
 if not TYPE_CHECKING:
-    NestedSelector = Annotated[tuple(SELECTORS.values()), BeforeValidator(partial(choose, SELECTORS, "a selector")), OneOf()]
+    NestedSelector = one_of(SELECTORS, "a selector")
     for _model in (AnySelector, AllSelector, NotSelector):
         _model.model_rebuild()
 

@@ -1,7 +1,7 @@
-"""What each token id says, in exact bytes.
+"""The exact bytes of each token id.
 
 The text of a sample is the concatenation of its tokens' bytes, so every byte belongs to one token, also where a
-character is spread over several. A token that opens a sample may be spelled otherwise (SentencePiece drops its space,
+character is spread over several. The first token of a sample may have other bytes (SentencePiece drops its space,
 WordPiece adds none): such a token owns a second row.
 
 Suffixes: V token ids, R rows (V, one for ids outside the vocabulary, second spellings), T tokens, S samples, B bytes.
@@ -47,14 +47,14 @@ class TokenTable:
         size: V, one more than the largest token id.
         flat: all spellings, end to end, uint8.
         row_offsets: (R + 1,) where each row begins in `flat`.
-        opening_row: (V + 1,) the row of an id that opens a sample.
+        first_in_sample_row: (V + 1,) the row of an id that is the first of a sample.
         special: (V + 1,) True where the tokenizer calls the token special.
     """
 
     size: int
     flat: NDArray[np.uint8]
     row_offsets: Ints
-    opening_row: Ints
+    first_in_sample_row: Ints
     special: Bools
 
     @classmethod
@@ -67,18 +67,18 @@ class TokenTable:
         spelled = dict(_spellings(tokenizer))
         size = vocabulary_size(tokenizer)
         rows = [spelled.get(token_id, (b"", b""))[0] for token_id in range(size)] + [b""]
-        opening_row = np.arange(size + 1)
-        for token_id, (inside, opening) in spelled.items():
-            if opening != inside:
-                opening_row[token_id] = len(rows)
-                rows.append(opening)
+        first_in_sample_row = np.arange(size + 1)
+        for token_id, (inside, first) in spelled.items():
+            if first != inside:
+                first_in_sample_row[token_id] = len(rows)
+                rows.append(first)
         special = np.zeros(size + 1, np.bool_)
         special[list(special_ids(tokenizer))] = True
         return cls(
             size=size,
             flat=np.frombuffer(b"".join(rows), np.uint8),
             row_offsets=np.cumsum([0, *map(len, rows)]),
-            opening_row=opening_row,
+            first_in_sample_row=first_in_sample_row,
             special=special,
         )
 
@@ -89,15 +89,15 @@ class TokenTable:
         return cls(size, np.zeros(0, np.uint8), zeros, np.arange(size + 1), np.zeros(size + 1, np.bool_))
 
     def spelling(self, token_id: int) -> bytes:
-        """The bytes of a token that does not open a sample."""
+        """The bytes of a token that is not the first of a sample."""
         return self.flat[self.row_offsets[token_id] : self.row_offsets[token_id + 1]].tobytes()
 
     def texts(self) -> list[str]:
-        """The text of each token that does not open a sample."""
+        """The text of each token that is not the first of a sample."""
         return [as_text(self.spelling(token_id)) for token_id in range(self.size)]
 
     def ids_of(self, text: bytes) -> list[int]:
-        """The ids of the tokens whose text this is; several where a tokenizer has, say, `A` and `<0x41>`."""
+        """The ids of the tokens with this text; several where a tokenizer has, say, `A` and `<0x41>`."""
         length_V = np.diff(self.row_offsets[: self.size + 1])
         as_long = np.flatnonzero(length_V == len(text)).tolist()
         return [token_id for token_id in as_long if self.spelling(token_id) == text]
@@ -110,7 +110,7 @@ class TokenTable:
             starts_S: where each sample begins in `ids_T`.
         """
         rows_T = ids_T.copy()
-        rows_T[starts_S] = self.opening_row[ids_T[starts_S]]
+        rows_T[starts_S] = self.first_in_sample_row[ids_T[starts_S]]
         begin_T = self.row_offsets[rows_T]
         length_T = self.row_offsets[rows_T + 1] - begin_T
         offsets = np.concatenate([[0], np.cumsum(length_T)])
@@ -142,7 +142,7 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 
 def _spellings(tokenizer: Any) -> Iterator[tuple[int, Spelling]]:
-    """id -> spelling, by the first description of its bytes that the tokenizer offers."""
+    """Yield each id and its bytes, by the first description of them that the tokenizer offers."""
     names: dict[int, str | bytes] = {token_id: name for name, token_id in tokenizer.get_vocab().items()}
     added = {token_id: getattr(token, "content", str(token)) for token_id, token in _added(tokenizer).items()}
     names |= added
@@ -157,7 +157,7 @@ def _spellings(tokenizer: Any) -> Iterator[tuple[int, Spelling]]:
     elif any(isinstance(name, bytes) for name in names.values()):  # tiktoken's own vocabulary
         spell = _literal
     elif "ByteLevel" in decoders or hasattr(tokenizer, "byte_decoder"):
-        # The map is for text that the model cut up; an added token stands in the text as it is written.
+        # The byte alphabet is for tokens of the model; an added token stands in the text as it is written.
         spell = lambda token_id, name: _literal(token_id, name) if token_id in added else _byte_level(name)  # noqa: E731
     elif mistral is not None or hasattr(tokenizer, "sp_model"):
         spell = lambda token_id, name: _literal(token_id, name) if token_id in added else _sentencepiece(name)  # noqa: E731
@@ -175,7 +175,7 @@ def _decoder_types(tokenizer: Any) -> set[str]:
     if backend is None:
         return set()
     if backend.decoder is None:
-        # A vocabulary in the byte alphabet whose decoder was forgotten is still in the byte alphabet.
+        # Without its decoder, a vocabulary in the byte alphabet is still in the byte alphabet.
         step = backend.pre_tokenizer and json.loads(backend.pre_tokenizer.__getstate__())
         return {"ByteLevel"} & set(_types(step))
     return set(_types(json.loads(backend.decoder.__getstate__())))
@@ -211,7 +211,7 @@ _BYTE_OF = _byte_alphabet()
 def _byte_level(name: str) -> Spelling:
     try:
         return (bytes([_BYTE_OF[char] for char in name]),) * 2
-    except KeyError:  # not in the byte alphabet: a token that was put into the vocabulary by hand
+    except KeyError:  # outside the byte alphabet: a token that was added to the vocabulary file
         return (as_bytes(name),) * 2
 
 
@@ -228,7 +228,7 @@ def _sentencepiece(name: str) -> Spelling:
 
 
 def _ask_decoder(tokenizer: Any, *, byte_fallback: bool) -> Callable[[int, str], Spelling]:
-    """Spell by the tokenizer's own decoder; only bytes that are no character by themselves must be told to it."""
+    """Spell by the tokenizer's own decoder, except bytes that are no character by themselves."""
     before = "x"
     skip = len(tokenizer.convert_tokens_to_string([before]))
 

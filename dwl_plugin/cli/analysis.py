@@ -1,7 +1,5 @@
-"""What `check`, `inspect` and `preflight` see of a config: its problems, its classes, the rows that it would train on.
-
-In order: the file, what it could run or fetch (`trust`), our block, what Axolotl says of the rest, the tokenizer, the first
-rows. Each stage works on what the ones before it left, so that one mistake hides as little as possible.
+"""What `check`, `inspect` and `preflight` find out of a config, in three stages: the file is read, Axolotl and the tokenizer
+validate it, and rows are looked at. Each stage works on what the one before it left, so that one mistake hides little else.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -28,40 +26,56 @@ if TYPE_CHECKING:
     from dwl_plugin.alpha.run_length import RunLength
     from dwl_plugin.classes import ClassSurvey, Labeller
     from dwl_plugin.hosts.axolotl_preview import Rows
+    from dwl_plugin.run.startup import ClassWeight
 
-__all__ = ["Examination", "examine", "quiet_environment"]
+__all__ = ["ClassFigures", "Findings", "LookedAt", "ValidatedConfig", "analyse", "quiet_environment"]
 
 _STAND_INS = {"learning_rate": 1e-5}
 """For what Axolotl must be given and is given wrongly: a value that changes nothing of what is looked at."""
 
 
-@dataclass
-class Examination:
-    """Everything found. `block` is what is left of ours where `problems` is not empty."""
+@dataclass(frozen=True)
+class Findings:
+    """What there is to say of a config, from all stages together."""
 
-    config: Path
-    raw: dict[str, Any] = field(default_factory=dict)
+    path: Path
     problems: list[Problem] = field(default_factory=list)
     dangers: list[Danger] = field(default_factory=list)
     unseen: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
-    block: Block | None = None
-    cfg: Any = None
-    tokenizer: Any = None
-    labeller: Labeller | None = None
-    rows: Rows | None = None
-    survey: ClassSurvey | None = None
-    length: RunLength | None = None
 
     @property
-    def stopped(self) -> bool:
-        """There is something to trust first, and nobody said so."""
-        return bool(self.dangers)
+    def status(self) -> int:
+        """0: nothing wrong; 1: problems; 2: no problem, but not all could be looked at."""
+        return 1 if self.problems else 2 if self.unseen or self.dangers else 0
+
+    def add(self, error: ConfigError) -> None:
+        """The problems of an error that are not known yet."""
+        self.problems.extend(problem for problem in error.problems if problem not in self.problems)
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """The file, with what the environment sets over it; where there are problems, `block` is what is left of ours."""
+
+    path: Path
+    raw: dict[str, Any]
+    block: Block | None
+
+
+@dataclass(frozen=True)
+class ValidatedConfig:
+    """What Axolotl makes of it; `block` and `labeller` are of the classes that the tokenizer can serve."""
+
+    cfg: Any
+    tokenizer: Any
+    block: Block | None
+    labeller: Labeller | None
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes of the rows looked at; the last is that of every target no class claims."""
+        """The last is that of every target no class claims."""
         return (REST,) if self.labeller is None else self.labeller.names
 
     def members(self, sample: Mapping[str, Any], *, matched: bool = False) -> NDArray[np.bool_]:
@@ -75,10 +89,35 @@ class Examination:
             found_KT &= np.cumsum(found_KT, axis=0) == 1
         return np.concatenate([found_KT, rest_1T])
 
-    @property
-    def status(self) -> int:
-        """0: nothing wrong; 1: problems; 2: no problem, but not all could be looked at."""
-        return 1 if self.problems else 2 if self.unseen or self.stopped else 0
+
+class ClassFigures(NamedTuple):
+    """A class in the rows looked at. `weight` and `alpha_end`: under `loss: dwl` without problems."""
+
+    name: str
+    tokens: int
+    token_share: float
+    rows_without: int
+    weight: ClassWeight | None
+    alpha_end: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For machines."""
+        known: dict[str, Any] = {key: getattr(self, key) for key in ("name", "tokens", "token_share", "rows_without")}
+        if self.weight is not None:
+            known |= {"alpha": self.weight.alpha, "alpha_end": self.alpha_end}
+            known |= {"one_token_vs_sft": self.weight.one_token, "weight_share": self.weight.weight_share}
+        return known
+
+
+@dataclass(frozen=True)
+class LookedAt:
+    """The rows; `survey` and `figures` are of the classes, if there are any to look for."""
+
+    config: ValidatedConfig
+    rows: Rows
+    length: RunLength
+    survey: ClassSurvey | None = None
+    figures: tuple[ClassFigures, ...] = ()
 
 
 def quiet_environment() -> None:
@@ -88,194 +127,209 @@ def quiet_environment() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def examine(
-    config: Path,
+def analyse(
+    path: Path,
     samples: int,
     *,
     trust: bool,
     to_run: bool = False,
     spread: bool = False,
     say: Callable[[str], None] = lambda _: None,
-) -> Examination:
-    """Look at a config as far as it goes; `say` is told each stage that takes time.
+) -> tuple[Findings, LookedAt | None]:
+    """Go through the stages as far as it goes; `say` is told each that takes time.
 
     Args:
-        config: the YAML.
+        path: the YAML.
         samples: rows of the training set to tokenise.
         trust: go on although the config could run code or fetch things.
         to_run: the model is about to be loaded here.
         spread: take the rows from all over the data, as a run does that looks at it before its first step; else from its head.
     """
-    seen = Examination(config)
-    try:
-        seen.raw, odd = read_config(config)
-    except ConfigError as error:
-        seen.problems += error.problems
-        return seen
-    seen.problems += odd
-    _overrides(seen)
-    seen.dangers = [] if trust else dangers(seen.raw)
-    _our_block(seen)
-    if seen.stopped:
-        return seen
+    found = Findings(path)
+    config = _read(path, found, trust)
+    if config is None or found.dangers:
+        return found, None
     quiet_environment()
     say("Axolotl reads the config")
-    if not _host_config(seen, to_run):
-        return seen
+    cfg = _host_config(config, found, to_run)
+    if cfg is None:
+        return found, None
     say("The tokenizer")
-    if not _tokenizer(seen):
-        return seen
+    validated = _with_tokenizer(config, cfg, found)
+    if validated is None:
+        return found, None
     say(f"{samples} rows")
-    _look_at_rows(seen, samples, spread)
-    _hints(seen)
-    return seen
+    rows = _rows(config, validated, found, samples, spread)
+    return found, None if rows is None else _look_at(validated, rows, found)
 
 
-def _overrides(seen: Examination) -> None:
-    """What the environment sets over the YAML, as the run would take it."""
-    try:
-        found = overrides_of(os.environ)
-        seen.raw |= overridden(seen.raw, found) if found else {}
-        seen.notes += map(str, found)
-    except ConfigError as error:
-        seen.problems += error.problems
-
-
-def _our_block(seen: Examination) -> None:
-    """`loss`, `dft`, `dwl`, and what cannot stand beside them."""
+def _read(path: Path, found: Findings, trust: bool) -> ReadConfig | None:
+    """The file with `loss`, `dft`, `dwl`, and what cannot stand beside them."""
     from dwl_plugin.hosts.incompatible import refused
 
-    seen.block, problems = salvage(seen.raw, [danger.path for danger in seen.dangers], folder=seen.config.parent)
-    seen.problems += problems
-    if not any(seen.raw.get(key) is not None for key in Block.model_fields):
-        close = [f"`{key}`: {hint}" for key in seen.raw if (hint := did_you_mean(key, list(Block.model_fields)))]
-        seen.problems.append(
-            Problem(
-                "loss",
-                "this config has no `loss`, so dwl_plugin does nothing in it",
-                allowed="nll, dft, dwl",
-                hint="; ".join(close),
-            )
-        )
-    loss = seen.raw.get("loss")
-    seen.problems += refused(seen.raw, loss if loss in ("nll", "dft", "dwl") else "dwl") if loss is not None else []
+    try:
+        raw, odd = read_config(path)
+    except ConfigError as error:
+        found.add(error)
+        return None
+    found.problems.extend(odd)
+    try:
+        overrides = overrides_of(os.environ)
+        raw |= overridden(raw, overrides) if overrides else {}
+        found.notes.extend(map(str, overrides))
+    except ConfigError as error:
+        found.problems.extend(error.problems)
+    found.dangers.extend([] if trust else dangers(raw))
+    block, problems = salvage(raw, [danger.path for danger in found.dangers], folder=path.parent)
+    found.problems.extend(problems)
+    loss = raw.get("loss")
+    if loss is not None:
+        found.problems.extend(refused(raw, loss if loss in ("nll", "dft", "dwl") else "dwl"))
+    elif all(raw.get(key) is None for key in Block.model_fields):
+        close = [f"`{key}`: {hint}" for key in raw if (hint := did_you_mean(key, list(Block.model_fields)))]
+        message = "this config has no `loss`, so dwl_plugin does nothing in it"
+        found.problems.append(Problem("loss", message, allowed="nll, dft, dwl", hint="; ".join(close)))
+    return ReadConfig(path, raw, block)
 
 
-def _host_config(seen: Examination, to_run: bool) -> bool:
+def _host_config(config: ReadConfig, found: Findings, to_run: bool) -> Any:
     """What Axolotl says. Our keys go with it only if they are right: a host's validator stops at the first error."""
     from dwl_plugin.hosts import axolotl_preview as host
 
+    raw, cfg = config.raw, None
     try:
-        _plugin_line(seen, host.plugin_is_active(seen.raw))
-        left_out = set(Block.model_fields) if seen.problems else set()
-        while seen.cfg is None:
-            given = {key: value for key, value in seen.raw.items() if key not in left_out}
+        _plugin_line(raw, found, host.plugin_is_active(raw))
+        left_out = set(Block.model_fields) if found.problems else set()
+        while cfg is None:
+            given = {key: value for key, value in raw.items() if key not in left_out}
             given |= {key: value for key, value in _STAND_INS.items() if key in left_out}
             try:
-                seen.cfg, notes = host.load_cfg(given, seen.config, to_run=to_run)
-                seen.notes += notes
+                cfg, notes = host.load_cfg(given, config.path, to_run=to_run)
+                found.notes.extend(notes)
             except ConfigError as error:
-                seen.problems += [problem for problem in error.problems if problem not in seen.problems]
+                found.add(error)
                 wrong = {re.split(r"[.\[]", problem.path)[0] for problem in error.problems} & given.keys()
                 if not wrong or "base_model" in wrong:  # nothing to leave out and go on without
                     break
                 left_out |= wrong | set(Block.model_fields)
     except host.NotSeenError as error:
-        seen.unseen.append(f"{error}; without it there is no tokenizer and no data")
+        found.unseen.append(f"{error}; without it there is no tokenizer and no data")
     except ImportError as error:
-        seen.unseen.append(f"everything that Axolotl does: it cannot be imported here ({error})")
-        return False
-    _unknown_keys(seen, host)
-    return seen.cfg is not None
+        found.unseen.append(f"everything that Axolotl does: it cannot be imported here ({error})")
+        return None
+    for key in host.unknown_keys(raw):
+        close = did_you_mean(key, host.known_keys())
+        found.hints.append(f"Axolotl does not know the key `{key}` and drops it{'; ' + close if close else ''}")
+    return cfg
 
 
-def _plugin_line(seen: Examination, active: bool) -> None:
+def _plugin_line(raw: Mapping[str, Any], found: Findings, active: bool) -> None:
     """A `loss` that nobody computes is the worst mistake: the run trains plain cross-entropy and says nothing."""
-    if seen.raw.get("loss") is None:
+    if raw.get("loss") is None:
         return
     if not active:
         message = "`loss` is set, but dwl_plugin is not active: the run would train plain cross-entropy"
         hint = "add `- dwl_plugin.DWLPlugin` under `plugins:`"
-        seen.problems.append(Problem("plugins", message, seen.raw.get("plugins"), hint=hint))
-    elif not any("dwl_plugin" in str(name) for name in seen.raw.get("plugins") or ()):
-        seen.hints.append(
+        found.problems.append(Problem("plugins", message, raw.get("plugins"), hint=hint))
+    elif not any("dwl_plugin" in str(name) for name in raw.get("plugins") or ()):
+        found.hints.append(
             "the plugin is active because it is installed here; add `- dwl_plugin.DWLPlugin` under `plugins:`, or a machine "
             "without the package trains plain cross-entropy and says nothing"
         )
 
 
-def _unknown_keys(seen: Examination, host: Any) -> None:
-    for key in host.unknown_keys(seen.raw):
-        close = did_you_mean(key, host.known_keys())
-        seen.hints.append(f"Axolotl does not know the key `{key}` and drops it{'; ' + close if close else ''}")
-
-
-def _tokenizer(seen: Examination) -> bool:
-    """The tokenizer, and the classes that it can serve."""
+def _with_tokenizer(config: ReadConfig, cfg: Any, found: Findings) -> ValidatedConfig | None:
+    """The tokenizer, and the labeller of the classes that it can serve."""
     from dwl_plugin.hosts import axolotl_preview as host
-
-    try:
-        seen.tokenizer = host.load_tokenizer(seen.cfg)
-    except ConfigError as error:
-        seen.problems += error.problems
-        return False
-    except host.NotSeenError as error:
-        seen.unseen.append(f"{error}; without it there is no data either")
-        return False
-    if seen.block is not None:
-        seen.block, seen.labeller, problems = _labeller(seen.block, seen.tokenizer)
-        seen.problems += problems
-    return True
-
-
-def _labeller(block: Block, tokenizer: Any) -> tuple[Block, Labeller | None, list[Problem]]:
-    """The labeller of the classes that this tokenizer can serve, their block, and what is wrong with the others."""
     from dwl_plugin.run.dataset_check import labeller_of
 
-    problems: list[Problem] = []
-    while block.class_configs:
+    try:
+        tokenizer = host.load_tokenizer(cfg)
+    except ConfigError as error:
+        found.problems.extend(error.problems)
+        return None
+    except host.NotSeenError as error:
+        found.unseen.append(f"{error}; without it there is no data either")
+        return None
+    block = config.block
+    while block is not None and block.class_configs:
         try:
-            return block, labeller_of(block, tokenizer), problems
+            return ValidatedConfig(cfg, tokenizer, block, labeller_of(block, tokenizer))
         except ConfigError as error:
-            problems += error.problems
+            found.problems.extend(error.problems)
             left, _ = salvage(block.dump(), leave_out=[problem.path for problem in error.problems])
             if left is None or len(left.class_configs) >= len(block.class_configs):
-                return block, None, problems
+                break
             block = left
-    return block, None, problems
+    return ValidatedConfig(cfg, tokenizer, block, None)
 
 
-def _look_at_rows(seen: Examination, samples: int, spread: bool) -> None:
-    from dwl_plugin.classes import empty_class_problems, survey
-    from dwl_plugin.config.classes import may_be_empty
+def _rows(config: ReadConfig, validated: ValidatedConfig, found: Findings, samples: int, spread: bool) -> Rows | None:
     from dwl_plugin.hosts import axolotl_preview as host
+
+    try:
+        rows = host.load_rows(validated.cfg, validated.tokenizer, samples, spread=spread)
+    except ConfigError as error:
+        found.problems.extend(error.problems)
+        return None
+    except host.NotSeenError as error:
+        found.unseen.append(f"{error}{_beside_the_config(config)}")
+        return None
+    if rows.looked_at and not rows.samples:
+        why = f"{rows.too_long:,} are too long or too short, {rows.masked:,} have no target"
+        found.problems.append(Problem("datasets", f"none of the {rows.looked_at:,} rows looked at is left: {why}"))
+    return rows
+
+
+def _look_at(config: ValidatedConfig, rows: Rows, found: Findings) -> LookedAt:
+    """Find the classes in the rows, and what a run would hint at its start."""
+    from dwl_plugin.classes import survey
+    from dwl_plugin.run.moving import alpha_of
+    from dwl_plugin.run.startup import hints
+
+    block, length = config.block, run_length(config.cfg, rows)
+    if block is None or (rows.looked_at and not rows.samples):
+        return LookedAt(config, rows, length)
+    classes = None
+    try:
+        if config.labeller is not None:
+            classes = survey(config.labeller, rows.samples)
+            _empty_classes(classes, block, rows, found)
+    except ConfigError as error:  # a pattern that backtracks
+        found.problems.extend(error.problems)
+    picks = (config.cfg.metric_for_best_model or "loss") if config.cfg.load_best_model_at_end else None
+    ends = block.alpha, block.alpha
+    try:
+        alpha_at = alpha_of(block, length)
+        ends = alpha_at(0), alpha_at(length.total_steps or 0)
+        lines = hints(block, None if classes is None else classes.counts, alpha_at, length, picks)
+        found.hints.extend(line.removeprefix("hint: ") for line in lines)
+    except ConfigError as error:
+        found.add(error)
+    figures = () if classes is None else _figures(block, classes, *ends, weighed=block.loss == "dwl" and not found.problems)
+    return LookedAt(config, rows, length, classes, tuple(figures))
+
+
+def _empty_classes(found_classes: ClassSurvey, block: Block, rows: Rows, found: Findings) -> None:
+    from dwl_plugin.classes import empty_class_problems
+    from dwl_plugin.config.classes import may_be_empty
     from dwl_plugin.run.dataset_check import SURVEY_ROWS
 
-    try:
-        seen.rows = host.load_rows(seen.cfg, seen.tokenizer, samples, spread=spread)
-    except ConfigError as error:
-        seen.problems += error.problems
-        return
-    except host.NotSeenError as error:
-        seen.unseen.append(f"{error}{_beside_the_config(seen)}")
-        return
-    if seen.rows.looked_at and not seen.rows.samples:
-        why = f"{seen.rows.too_long:,} are too long or too short, {seen.rows.masked:,} have no target"
-        seen.problems.append(Problem("datasets", f"none of the {seen.rows.looked_at:,} rows looked at is left: {why}"))
-        return
-    seen.length = run_length(seen.cfg, seen.rows)
-    if seen.block is None or seen.labeller is None:
-        return
-    try:
-        seen.survey = survey(seen.labeller, seen.rows.samples)
-    except ConfigError as error:  # a pattern that backtracks
-        seen.problems += error.problems
-        return
-    empty = empty_class_problems(seen.survey, seen.block.class_configs, may_be_empty(seen.block.class_configs))
-    if not seen.survey.targets or seen.rows.looked_at >= min(SURVEY_ROWS, seen.rows.total or SURVEY_ROWS):
-        seen.problems += empty
+    empty = empty_class_problems(found_classes, block.class_configs, may_be_empty(block.class_configs))
+    if not found_classes.targets or rows.looked_at >= min(SURVEY_ROWS, rows.total or SURVEY_ROWS):
+        found.problems.extend(empty)
     else:  # the run looks at more rows before it stops for that
-        seen.notes += [f"{problem.path} {problem.message}; a run looks at {SURVEY_ROWS} rows" for problem in empty]
+        found.notes.extend(f"{problem.path} {problem.message}; a run looks at {SURVEY_ROWS} rows" for problem in empty)
+
+
+def _figures(
+    block: Block, classes: ClassSurvey, alpha: Sequence[float], end: Sequence[float], *, weighed: bool
+) -> Iterator[ClassFigures]:
+    from dwl_plugin.run.startup import class_weight_table
+
+    rows = class_weight_table(block, alpha, classes.counts)
+    for row, last, tokens, without in zip(rows, end, classes.tokens, classes.rows_without, strict=True):
+        yield ClassFigures(row.name, tokens, row.token_share, without, row if weighed else None, last)
 
 
 def run_length(cfg: Any, rows: Rows) -> RunLength:
@@ -294,32 +348,11 @@ def run_length(cfg: Any, rows: Rows) -> RunLength:
     return RunLength(total, per_epoch)
 
 
-def _beside_the_config(seen: Examination) -> str:
+def _beside_the_config(config: ReadConfig) -> str:
     """Axolotl takes relative paths from where it is started, not from where the config lies."""
-    for entry in _entries(seen.raw):
-        path = entry.get("path")
-        if isinstance(path, str) and not Path(path).exists() and (seen.config.parent / path).exists():
+    entries = config.raw.get("datasets")
+    for entry in entries if isinstance(entries, list) else ():
+        path = entry.get("path") if isinstance(entry, Mapping) else None
+        if isinstance(path, str) and not Path(path).exists() and (config.path.parent / path).exists():
             return f"; {path} lies beside the config, and Axolotl looks in the folder it is started from"
     return ""
-
-
-def _entries(raw: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for entry in raw.get("datasets") or () if isinstance(raw.get("datasets"), Sequence) else ():
-        if isinstance(entry, Mapping):
-            yield entry
-
-
-def _hints(seen: Examination) -> None:
-    """What the run itself would say at its start."""
-    from dwl_plugin.alpha.schedule import alpha_of
-    from dwl_plugin.run.startup import hints
-
-    if seen.block is None or seen.rows is None or seen.length is None:
-        return
-    picks = (seen.cfg.metric_for_best_model or "loss") if seen.cfg.load_best_model_at_end else None
-    counts = None if seen.survey is None else seen.survey.counts
-    try:
-        alpha_at = alpha_of(seen.block, seen.length)
-        seen.hints += [line.removeprefix("hint: ") for line in hints(seen.block, counts, alpha_at, seen.length, picks)]
-    except ConfigError as error:
-        seen.problems += [problem for problem in error.problems if problem not in seen.problems]

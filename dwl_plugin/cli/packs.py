@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dwl_plugin.config.pack_cases import CaseResult, run_case, untouched_classes
 from dwl_plugin.config.pack_files import PackReference, read_pack, shipped_packs
-from dwl_plugin.config.packs import Pack, PackCase, Shelf, parse_pack
+from dwl_plugin.config.packs import Pack, PackCase, PackLibrary, parse_pack
 from dwl_plugin.errors import ConfigError, DWLError, Problem
 from dwl_plugin.files import write_whole
 
@@ -24,7 +24,7 @@ _TABLE = regex.compile(r"(?s)(?<=<!-- packs -->\n).*?(?=<!-- /packs -->)")
 
 def read(name: str) -> Pack:
     """A pack by its name, file or address on the Hub; a path is relative to the working directory."""
-    return Shelf([Path()]).pack(_reference(name), "pack")
+    return PackLibrary([Path()]).pack(_reference(name), "pack")
 
 
 def _reference(name: str) -> PackReference:

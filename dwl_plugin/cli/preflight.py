@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from dwl_plugin.cli.analysis import Examination, examine
-from dwl_plugin.cli.check import as_dict, print_findings, progress
+from dwl_plugin.cli.analysis import Findings, LookedAt, ValidatedConfig, analyse
+from dwl_plugin.cli.check import print_findings, progress
 from dwl_plugin.config import IGNORE_INDEX
 from dwl_plugin.errors import ConfigError, DWLError
 
@@ -53,38 +53,43 @@ def preflight(config: Path, samples: int, *, trust: bool, as_json: bool) -> int:
     """The whole command; the exit status."""
     console, errors = Console(highlight=False), Console(stderr=True)
     with progress(errors) as say:
-        seen = examine(config, samples, trust=trust, to_run=True, say=say)
-    if seen.status or seen.rows is None:
-        print(json.dumps(as_dict(seen), indent=2, ensure_ascii=False)) if as_json else print_findings(console, seen)
-        return seen.status
-    with progress(errors) as say:
-        say("The model")
-        from dwl_plugin.hosts import axolotl_preview as host
-
-        try:
-            model = host.load_model(seen.cfg, seen.tokenizer)
-        except DWLError as error:
-            if isinstance(error, ConfigError):
-                seen.problems += error.problems
-            else:
-                seen.unseen.append(str(error))
-            print(json.dumps(as_dict(seen), indent=2, ensure_ascii=False)) if as_json else print_findings(console, seen)
-            return seen.status
-    found = summarise(seen.class_names, *_with_bar(seen, model, errors))
-    verdict = advice(found[-1].mean)
+        found, seen = analyse(config, samples, trust=trust, to_run=True, say=say)
+        model = None if found.status or seen is None else _model(found, seen.config, say)
+    if seen is None or model is None:
+        print_findings(console, found, seen, as_json=as_json)
+        return found.status
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors) as bar:
+        task = bar.add_task("Measuring p", total=len(seen.rows.samples))
+        nll_N, members_CN = measure(model, seen, lambda: bar.advance(task))
+    *classes, everything = summarise(seen.config.class_names, nll_N, members_CN)
+    verdict = advice(everything.mean)
     if as_json:
-        print(json.dumps(_as_dict(seen, found, verdict), indent=2, ensure_ascii=False))
+        told = {"config": str(found.path), "rows": len(seen.rows.samples), "all": _plain(everything)}
+        told |= {"classes": [_plain(row) for row in classes], "advice": verdict, "notes": found.notes}
+        print(json.dumps(told, indent=2, ensure_ascii=False))
         return 0
-    console.print(_table(found, len(seen.rows.samples)))
+    console.print(_table(classes, everything, len(seen.rows.samples)))
     console.print(Text(verdict), soft_wrap=True)
-    for line in [*_by_class(found), *seen.notes]:
+    for line in [*_by_class(classes, everything.mean), *found.notes]:
         console.print(Text(f"  · {line}"), soft_wrap=True)
     return 0
 
 
-def measure(
-    model: Any, seen: Examination, step: Callable[[], None] = lambda: None
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def _model(found: Findings, config: ValidatedConfig, say: Callable[[str], None]) -> Any:
+    from dwl_plugin.hosts import axolotl_preview as host
+
+    say("The model")
+    try:
+        return host.load_model(config.cfg, config.tokenizer)
+    except ConfigError as error:
+        found.problems.extend(error.problems)
+    except DWLError as error:
+        found.unseen.append(str(error))
+    return None
+
+
+def measure(model: Any, seen: LookedAt, step: Callable[[], None]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """−log p in nats of every target, (N,), and its classes, (C, N): one sample after the other, without gradients and without
     full logits. A label at the head of a row is no target: nothing predicts it."""
     import torch
@@ -93,9 +98,8 @@ def measure(
     from dwl_plugin.loss.seam import Seam
     from dwl_plugin.loss.spec import LossSpec, PendingLoss
 
-    assert seen.rows is not None
-    nlls: list[NDArray[np.float64]] = []
-    members: list[NDArray[np.bool_]] = []
+    nlls: list[NDArray[np.float64]] = [np.zeros(0)]
+    members: list[NDArray[np.bool_]] = [np.zeros((len(seen.config.class_names), 0), np.bool_)]
     device = model.get_input_embeddings().weight.device
     seam = Seam(model, lambda line: None)
 
@@ -111,12 +115,10 @@ def measure(
             if predicted_T.any():
                 with torch.no_grad(), quiet(), seam.armed(PendingLoss(LossSpec(), labels=given["labels"], on_tokens=keep)):
                     model(**given)
-                members.append(seen.members(sample)[:, predicted_T])
+                members.append(seen.config.members(sample)[:, predicted_T])
             step()
     finally:
         seam.detach()
-    if not nlls:
-        return np.zeros(0), np.zeros((len(seen.class_names), 0), np.bool_)
     return np.concatenate(nlls), np.concatenate(members, 1)
 
 
@@ -155,23 +157,15 @@ def _restarts(sample: dict[str, Any]) -> bool:
     return "position_ids" in sample and sample["position_ids"].count(0) > 1
 
 
-def _with_bar(seen: Examination, model: Any, console: Console) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    assert seen.rows is not None
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("Measuring p", total=len(seen.rows.samples))
-        return measure(model, seen, lambda: bar.advance(task))
-
-
-def _table(found: list[ClassProbabilities], rows: int) -> Table:
-    title = f"p of {found[-1].tokens:,} target tokens in {rows:,} rows, under the model as training begins"
+def _table(classes: Sequence[ClassProbabilities], everything: ClassProbabilities, rows: int) -> Table:
+    title = f"p of {everything.tokens:,} target tokens in {rows:,} rows, under the model as training begins"
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("class")
     for name in ("tokens", "mean p", "median p", "nll"):
         table.add_column(name, justify="right")
     table.add_column("p from 0 to 1")
-    for index, row in enumerate(found):
-        if index == len(found) - 1:
+    for row in (*classes, everything):
+        if row is everything:
             table.add_section()
         cells = [_number(row.mean), _number(row.median), _number(row.nll)]
         table.add_row(row.name, f"{row.tokens:,}", *cells, Text(_bars(row.histogram)))
@@ -188,28 +182,16 @@ def _bars(histogram: tuple[int, ...]) -> str:
     return "".join(_BARS[math.ceil(count / top * (len(_BARS) - 1))] if count else " " for count in histogram)
 
 
-def _by_class(found: list[ClassProbabilities]) -> Iterator[str]:
+def _by_class(classes: Sequence[ClassProbabilities], mean_of_all: float) -> Iterator[str]:
     """Classes at the other end than the whole: what a config may say of them alone."""
-    everything = found[-1].mean
-    for row in found[:-1]:
-        if row.tokens and row.mean <= _WEAK < everything:
+    for row in classes:
+        if row.tokens and row.mean <= _WEAK < mean_of_all:
             yield f"`{row.name}` has a mean p of {row.mean:.3f}: under dft it hardly learns; give it `token_loss: nll`, or a floor"
-        elif row.tokens and row.mean >= _STRONG > everything:
+        elif row.tokens and row.mean >= _STRONG > mean_of_all:
             yield f"`{row.name}` has a mean p of {row.mean:.3f}: if any class suits dft, this one does (`token_loss: dft`)"
 
 
-def _as_dict(seen: Examination, found: list[ClassProbabilities], verdict: str) -> dict[str, Any]:
-    def plain(row: ClassProbabilities) -> dict[str, Any]:
-        numbers = {"mean_p": row.mean, "median_p": row.median, "nll": row.nll}
-        known = {key: None if math.isnan(value) else value for key, value in numbers.items()}
-        return {"name": row.name, "tokens": row.tokens, **known, "histogram": list(row.histogram)}
-
-    assert seen.rows is not None
-    return {
-        "config": str(seen.config),
-        "rows": len(seen.rows.samples),
-        "all": plain(found[-1]),
-        "classes": [plain(row) for row in found[:-1]],
-        "advice": verdict,
-        "notes": seen.notes,
-    }
+def _plain(row: ClassProbabilities) -> dict[str, Any]:
+    numbers = {"mean_p": row.mean, "median_p": row.median, "nll": row.nll}
+    known = {key: None if math.isnan(value) else value for key, value in numbers.items()}
+    return {"name": row.name, "tokens": row.tokens, **known, "histogram": list(row.histogram)}

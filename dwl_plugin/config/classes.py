@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, create_model
 
-from dwl_plugin.classes.selectors import SELECTORS, OneOf, SelectorConfig, choose
+from dwl_plugin.classes.selectors import SELECTORS, SelectorConfig, one_of
 from dwl_plugin.errors import Problem
 from dwl_plugin.loss.token_losses import DFTConfig, EAFTConfig, FocalConfig, TokenLossName
 from dwl_plugin.values import REST
@@ -42,6 +41,8 @@ CLASSES: dict[str, type[ClassConfig]] = {
 }
 """By the key of the selector."""
 
+globals().update({model.__name__: model for model in CLASSES.values()})  # where pickle looks for them
+
 
 def _by_name(classes: Any) -> Any:
     """With names for keys, also where YAML read a number or a boolean, which is reported with all such keys."""
@@ -51,10 +52,7 @@ def _by_name(classes: Any) -> Any:
 if TYPE_CHECKING:
     Classes = dict[str, ClassConfig]
 else:
-    Classes = Annotated[
-        dict[str, Annotated[Union[tuple(CLASSES.values())], BeforeValidator(partial(choose, CLASSES, "a class")), OneOf()]],
-        BeforeValidator(_by_name),
-    ]
+    Classes = Annotated[dict[str, one_of(CLASSES, "a class")], BeforeValidator(_by_name)]
 
 
 def as_class(selector: SelectorConfig, options: Mapping[str, object]) -> ClassConfig:

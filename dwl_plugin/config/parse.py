@@ -1,37 +1,53 @@
-"""`parse`: the only way in."""
+"""`parse`: the only way in. One validation, then what no single field can see."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from dwl_plugin.alpha.schedules import vectors
 from dwl_plugin.config.alpha import alpha_problems
-from dwl_plugin.config.block import Block, DWLConfig, LossName
-from dwl_plugin.config.classes import ClassConfig, class_of, name_problems
-from dwl_plugin.config.controllers import ControllerOptions, controller_of, controller_problems
-from dwl_plugin.config.packs import Shelf
-from dwl_plugin.config.schedules import order_problems, schedule_of, vectors
-from dwl_plugin.config.selectors import group_problems
-from dwl_plugin.config.validate import one_of, unique, validate
-from dwl_plugin.errors import ConfigError, Problem, did_you_mean
-from dwl_plugin.loss.token_losses import SCHEDULED, TOKEN_LOSSES
+from dwl_plugin.config.block import Block, BlockContext, DWLConfig, LossName
+from dwl_plugin.config.classes import name_problems
+from dwl_plugin.config.packs import PackLibrary
+from dwl_plugin.config.problems import unique, validate
+from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.loss.token_losses import TOKEN_LOSSES
 from dwl_plugin.values import MOST_OVERLAPPING, REST
+from dwl_plugin.yaml_io import read_yaml
 
-__all__ = ["parse"]
+__all__ = ["parse", "read_block"]
 
-_KEYS = tuple(Block.model_fields)
-_WITHOUT_CLASSES = {"token_loss", "focal", "eaft", "reduction"}
-"""Keys of `dwl` that do something where no class is named."""
+_LOSSES = ", ".join(get_args(LossName))
+_OPTIONS = tuple(name for name in TOKEN_LOSSES if name in DWLConfig.model_fields)
+"""Keys of `dwl` that are the options of a token loss; those of dft stand above it."""
 
 _KEYFRAMES = re.compile(r"(dwl|dft|dwl\.classes\.\w+\.dft)\.schedule\.at")
-"""Where a key may be a number: a step. It becomes a string here, before the host sorts the keys of what it writes down."""
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+"""Where a key may be a number: a step. It becomes a string before the host sorts the keys of what it writes down."""
 
-MAX_DEPTH = 64
-MAX_VALUES = 200_000
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_MAX_DEPTH = 64
+_MAX_VALUES = 200_000
 """A list of keywords may be long; aliases make billions of values out of ten lines."""
+
+
+def read_block(source: Mapping[str, Any] | str | PathLike[str]) -> Block:
+    """`loss`, `dft` and `dwl` of a mapping, or of a YAML file that may be a whole Axolotl config.
+
+    Raises:
+        ConfigError: the file cannot be read, it has no `loss`, or what `parse` finds.
+    """
+    raw = source if isinstance(source, Mapping) else read_yaml(Path(fspath(source)))
+    if not isinstance(raw, Mapping):
+        raise ConfigError.at(fspath(source), "a config is a mapping of keys to values", raw)  # type: ignore[arg-type]
+    block = parse(raw)
+    if block is None:
+        hint = "add a line such as `loss: dft`, or a `loss: dwl` with its `dwl` block"
+        raise ConfigError.at("loss", "is missing, so there is no loss to train with", allowed=_LOSSES, hint=hint)
+    return block
 
 
 def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
@@ -47,247 +63,142 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     Raises:
         ConfigError: every problem found.
     """
-    ours = {key: raw[key] for key in _KEYS if key in raw and raw[key] is not None}
+    ours = {key: raw[key] for key in Block.model_fields if raw.get(key) is not None}
     if not ours:
         return None
     unfit = list(_unfit(ours))
     if unfit:
         raise ConfigError(unique(unfit))
     if "loss" not in ours:
-        which = " and ".join(f"`{key}`" for key in ours)
-        raise ConfigError(
-            [
-                Problem(
-                    next(iter(ours)),
-                    f"{which} without `loss` would change nothing",
-                    allowed=one_of(LossName),
-                    hint=f"add the line `loss: {'dwl' if 'dwl' in ours else 'dft'}`",
-                )
-            ]
-        )
-    problems = list(_yaml_traps(ours))
-    dwl = ours.get("dwl")
-    controller = None
-    classes: dict[str, ClassConfig] = {}
-    complete = True
-    if isinstance(dwl, Mapping):
-        shelf = Shelf(([] if folder is None else [folder]) + [Path()], with_losses=ours["loss"] == "dwl")
+        which, hint = " and ".join(f"`{key}`" for key in ours), f"add the line `loss: {'dwl' if 'dwl' in ours else 'dft'}`"
+        raise ConfigError.at(next(iter(ours)), f"{which} without `loss` would change nothing", allowed=_LOSSES, hint=hint)
+    problems = list(_odd_keys(ours))
+    packs = PackLibrary([*([] if folder is None else [folder]), Path()], with_losses=ours["loss"] == "dwl")
+    all_known = True
+    if isinstance(ours.get("dwl"), Mapping):
         try:
-            dwl = shelf.with_pack(dwl)
+            ours["dwl"] = packs.with_pack(ours["dwl"])
         except ConfigError as error:
             problems += error.problems
-            dwl, complete = {key: value for key, value in dwl.items() if key != "pack"}, False
-        ours["dwl"] = dwl
-        # The model of a class, schedule or controller is chosen by its key, here: a typo gives one error, not one per kind.
-        chosen = dict(dwl)
-        if isinstance(dwl.get("classes"), Mapping):
-            built = {
-                name: class_of(_with_dft_chosen(spec, f"dwl.classes.{name}.dft", problems), f"dwl.classes.{name}", problems)
-                for name, spec in dwl["classes"].items()
-            }
-            chosen["classes"] = classes = {
-                str(name): shelf.without_packs(model, f"dwl.classes.{name}", problems)
-                for name, model in built.items()
-                if model is not None
-            }
-        if dwl.get("schedule") is not None:
-            chosen["schedule"] = schedule_of(dwl["schedule"], "dwl.schedule", problems)
-        if dwl.get("controller") is not None:
-            chosen["controller"] = controller = controller_of(dwl["controller"], "dwl.controller", problems)
-        block = validate(Block, _with_dft_chosen({**ours, "dwl": chosen}, "dft", problems), "", problems)
-    else:
-        block = validate(Block, _with_dft_chosen(ours, "dft", problems), "", problems)
-    problems += group_problems(classes)
-    problems += _cross_checks(ours, controller, block if not problems else None, complete)
+            ours["dwl"], all_known = {key: value for key, value in ours["dwl"].items() if key != "pack"}, False
+    dwl = ours["dwl"] if isinstance(ours.get("dwl"), Mapping) else {}
+    classes = dwl["classes"] if isinstance(dwl.get("classes"), Mapping) else {}
+    names = [*(str(name) for name in classes if name != REST), REST]
+    controlled = names if ours["loss"] == "dwl" and all_known else None
+    context = BlockContext(packs, names=controlled, alpha=dwl.get("alpha"))
+    block = validate(Block, ours, problems, context)
+    problems += packs.problems
+    sound = None if problems else block
+    problems += name_problems(classes)
+    problems += _number_problems(dwl, names, all_known)
+    problems += context.problems
+    problems += _useless_keys(ours["loss"], dwl, classes)
+    if ours["loss"] == "dwl" and "dwl" not in ours:
+        hint = "name at least one class under `dwl.classes`"
+        problems.append(Problem("dwl", "`loss: dwl` needs a `dwl` block", hint=hint))
+    if sound is not None:
+        problems += _useless_options(sound)
+        problems += _too_many_classes(sound)
     if problems or block is None:
         raise ConfigError(unique(problems))
     return block
 
 
-def _with_dft_chosen(holder: object, path: str, problems: list[Problem]) -> Any:
-    """`holder` with the schedule of its `dft`, if it has one, as a model."""
-    dft = holder.get("dft") if isinstance(holder, Mapping) else None
-    if not isinstance(holder, Mapping) or not isinstance(dft, Mapping) or dft.get("schedule") is None:
-        return holder
-    return {**holder, "dft": {**dft, "schedule": schedule_of(dft["schedule"], f"{path}.schedule", problems)}}
+def _nodes(node: Any, path: str, shown: Callable[[Any], str] = str, depth: int = 1) -> Iterator[tuple[str, Any, int]]:
+    """Everything in a block, each with its path and depth; without end where a list holds itself."""
+    yield path, node, depth
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _nodes(value, f"{path}.{shown(key)}", shown, depth + 1)
+    elif isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            yield from _nodes(value, f"{path}[{index}]", shown, depth + 1)
 
 
 def _unfit(ours: Mapping[str, Any]) -> Iterator[Problem]:
     """What the checks themselves could not take. It ends at the first thing that has no end."""
-    left: list[tuple[str, Any, int]] = [(key, value, 1) for key, value in ours.items()]
     seen = 0
-    while left:
-        path, node, depth = left.pop()
-        seen += 1
-        top = path.partition(".")[0]
-        if depth > MAX_DEPTH:
-            yield Problem(top, f"nested more than {MAX_DEPTH} deep", hint="an alias of YAML (`*`) may stand inside itself")
-            return
-        if seen > MAX_VALUES:
-            yield Problem(top, f"holds more than {MAX_VALUES:,} values", hint="aliases of YAML (`*`) may have multiplied them")
-            return
-        inside: list[tuple[Any, Any]] = []
-        if isinstance(node, Mapping):
-            inside = [(f".{key if isinstance(key, str) else '?'}", value) for key, value in node.items()]
-            named = [*node]
-        else:
-            named = [node]
-            if isinstance(node, (list, tuple)):
-                inside = [(f"[{index}]", value) for index, value in enumerate(node)]
-        for scalar in named:
-            if isinstance(scalar, int) and not -(2**63) <= scalar < 2**63:
-                yield Problem(path, "no number here is that large: it has more than 63 bits")
-            elif isinstance(scalar, str) and _HALF_CHARACTER.search(scalar):
-                yield Problem(path, "is no text: it has half of a character (a surrogate) in it", scalar)
-        left += [(path + _HALF_CHARACTER.sub("?", step), value, depth + 1) for step, value in reversed(inside)]
+    for top, whole in reversed(list(ours.items())):
+        for path, node, depth in _nodes(whole, top, lambda key: _HALF_CHARACTER.sub("?", key) if isinstance(key, str) else "?"):
+            seen, at = seen + 1, path.partition(".")[0]
+            if depth > _MAX_DEPTH:
+                yield Problem(at, f"nested more than {_MAX_DEPTH} deep", hint="an alias of YAML (`*`) may stand inside itself")
+                return
+            if seen > _MAX_VALUES:
+                yield Problem(at, f"holds more than {_MAX_VALUES:,} values", hint="aliases of YAML (`*`) may have multiplied them")
+                return
+            for scalar in node if isinstance(node, Mapping) else [node]:
+                if isinstance(scalar, int) and not -(2**63) <= scalar < 2**63:
+                    yield Problem(path, "no number here is that large: it has more than 63 bits")
+                elif isinstance(scalar, str) and _HALF_CHARACTER.search(scalar):
+                    yield Problem(path, "is no text: it has half of a character (a surrogate) in it", scalar)
 
 
-def _yaml_traps(ours: Mapping[str, Any]) -> Iterator[Problem]:
+def _odd_keys(ours: Mapping[str, Any]) -> Iterator[Problem]:
     """Keys that YAML turned into something that is not a string."""
-
-    def walk(node: Any, path: str) -> Iterator[Problem]:
-        if isinstance(node, Mapping):
-            for key, value in node.items():
+    for top, whole in ours.items():
+        for path, node, _ in _nodes(whole, top):
+            for key in node if isinstance(node, Mapping) else ():
                 if not isinstance(key, str) and not (_KEYFRAMES.fullmatch(path) and type(key) in (int, float)):
-                    hint = (
-                        "YAML reads yes, no, on, off as booleans: put the name in quotes"
-                        if isinstance(key, bool)
-                        else f"put it in quotes: `'{key}'`"
-                    )
+                    boolean = "YAML reads yes, no, on, off as booleans: put the name in quotes"
+                    hint = boolean if isinstance(key, bool) else f"put it in quotes: `'{key}'`"
                     yield Problem(path, "a key has to be a string", key, hint=hint)
-                yield from walk(value, f"{path}.{key}")
-        elif isinstance(node, list):
-            for index, value in enumerate(node):
-                yield from walk(value, f"{path}[{index}]")
-
-    for key, value in ours.items():
-        yield from walk(value, key)
 
 
-def _cross_checks(
-    ours: Mapping[str, Any], controller: ControllerOptions | None, block: Block | None, complete: bool
-) -> list[Problem]:
-    """What no single field can see. Runs on the raw mapping too, so that one typo does not hide the other problems.
+def _number_problems(dwl: Mapping[str, Any], names: Sequence[str], all_known: bool) -> Iterator[Problem]:
+    """What is wrong with numbers by class, also where something else is wrong too.
 
-    `complete`: every class is known; without the pack's, a name may be one of its own.
+    `all_known`: where the classes of a pack are not, a name may be one of its own.
     """
-    problems: list[Problem] = []
-    dwl = ours.get("dwl")
-    if ours["loss"] == "dwl" and dwl is None:
-        problems.append(Problem("dwl", "`loss: dwl` needs a `dwl` block", hint="name at least one class under `dwl.classes`"))
-    if not isinstance(dwl, Mapping):
-        dwl = {}
-    classes = dwl.get("classes") if isinstance(dwl.get("classes"), Mapping) else {}
-    assert isinstance(classes, Mapping)
-    problems += name_problems(classes)
-    names = [*(str(name) for name in classes if name != REST), REST]
-    for path, proportions in [("dwl.alpha", dwl.get("alpha")), *vectors(dwl.get("schedule"), "dwl.schedule")]:
-        also = [] if complete or not isinstance(proportions, Mapping) else proportions
-        problems += alpha_problems(path, proportions, list(dict.fromkeys([*names, *also])))
-    if ours["loss"] == "dwl" and dwl.get("classes") == {} and not dwl.keys() & _WITHOUT_CLASSES:
-        problems.append(
-            Problem("dwl.classes", "has no class in it, so this is plain cross-entropy", hint="name at least one class")
-        )
-    problems += order_problems(dwl.get("schedule"), "dwl.schedule")
+    for path, numbers in [("dwl.alpha", dwl.get("alpha")), *vectors(dwl.get("schedule"), "dwl.schedule")]:
+        also = [] if all_known or not isinstance(numbers, Mapping) else numbers
+        yield from alpha_problems(path, numbers, list(dict.fromkeys([*names, *also])))
     if dwl.get("schedule") is not None and dwl.get("controller") is not None:
-        problems.append(
-            Problem(
-                "dwl.controller",
-                "`dwl.schedule` moves α already; one of the two can",
-                hint="delete `dwl.controller` or `dwl.schedule`",
-            )
-        )
-    problems += _dft_problems(ours.get("dft"), "dft")
+        hint = "delete `dwl.controller` or `dwl.schedule`"
+        yield Problem("dwl.controller", "`dwl.schedule` moves α already; one of the two can", hint=hint)
+
+
+def _useless_keys(loss: object, dwl: Mapping[str, Any], classes: Mapping[str, Any]) -> Iterator[Problem]:
+    """Keys that this loss does not look at, and a `dwl` that changes nothing."""
+    if loss == "dwl" and dwl.get("classes") == {} and not dwl.keys() & {"token_loss", "reduction", *_OPTIONS}:
+        yield Problem("dwl.classes", "has no class in it, so this is plain cross-entropy", hint="name at least one class")
+    if loss not in ("nll", "dft"):
+        return
+    hint = "write `loss: dwl`, or delete this line"
+    for key in ("alpha", "schedule", "controller", "reduction", "token_loss", *_OPTIONS):
+        if dwl.get(key) is not None and dwl[key] != DWLConfig.model_fields[key].default:
+            why = f"has no effect under `loss: {loss}`, where classes are only measured"
+            yield Problem(f"dwl.{key}", why, dwl[key], hint=hint)
     for name, spec in classes.items():
-        if isinstance(spec, Mapping):
-            problems += _dft_problems(spec.get("dft"), f"dwl.classes.{name}.dft")
-    if ours["loss"] == "dwl" and complete:
-        problems += controller_problems(controller, "dwl.controller", dwl.get("alpha"), names)
-    if ours["loss"] in ("nll", "dft"):
-        for key in ("alpha", "schedule", "controller", "reduction", "token_loss", "focal", "eaft"):
-            if dwl.get(key) is not None and not _is_default(key, dwl[key]):
-                problems.append(
-                    Problem(
-                        f"dwl.{key}",
-                        f"has no effect under `loss: {ours['loss']}`, where classes are only measured",
-                        dwl[key],
-                        hint="write `loss: dwl`, or delete this line",
-                    )
-                )
-        for name, spec in classes.items():
-            for key in ("token_loss", *TOKEN_LOSSES):
-                if isinstance(spec, Mapping) and spec.get(key) is not None:
-                    problems.append(
-                        Problem(
-                            f"dwl.classes.{name}.{key}",
-                            f"has no effect under `loss: {ours['loss']}`",
-                            spec[key],
-                            hint="write `loss: dwl`, or delete this line",
-                        )
-                    )
-    if block is not None:
-        problems += _useless_options(block)
-        problems += _too_many_classes(block)
-    return problems
-
-
-def _is_default(key: str, value: object) -> bool:
-    return bool(value == DWLConfig.model_fields[key].default)
+        for key in ("token_loss", *TOKEN_LOSSES):
+            if isinstance(spec, Mapping) and spec.get(key) is not None:
+                yield Problem(f"dwl.classes.{name}.{key}", f"has no effect under `loss: {loss}`", spec[key], hint=hint)
 
 
 def _useless_options(block: Block) -> Iterator[Problem]:
     """Options of a token loss that nothing pays: the user believes in a loss that is not there."""
-    default = block.dwl.token_loss if block.dwl is not None and block.loss == "dwl" else block.loss
+    default = block.dwl.token_loss if block.loss == "dwl" and block.dwl is not None else block.loss
     used = {default}
     for name, spec in block.class_configs.items():
-        kind = spec.token_loss if spec.token_loss is not None else default
+        kind = default if spec.token_loss is None else spec.token_loss
         used.add(kind)
         for option in TOKEN_LOSSES:
             if block.loss == "dwl" and getattr(spec, option) is not None and kind != option:
-                yield Problem(
-                    f"dwl.classes.{name}.{option}",
-                    f"this class pays {kind}, so the options do nothing",
-                    hint=f"add `token_loss: {option}` to the class, or delete `{option}`",
-                )
+                why = f"this class pays {kind}, so the options do nothing"
+                hint = f"add `token_loss: {option}` to the class, or delete `{option}`"
+                yield Problem(f"dwl.classes.{name}.{option}", why, hint=hint)
     if block.dft is not None and "dft" not in used:
-        yield Problem(
-            "dft",
-            "no token pays dft, so the options do nothing",
-            hint="write `loss: dft`, or `dwl.token_loss: dft`, or delete `dft`",
-        )
-    for option in ("focal", "eaft"):
+        hint = "write `loss: dft`, or `dwl.token_loss: dft`, or delete `dft`"
+        yield Problem("dft", "no token pays dft, so the options do nothing", hint=hint)
+    for option in _OPTIONS:
         if block.loss == "dwl" and getattr(block.dwl, option, None) is not None and option not in used:
-            yield Problem(
-                f"dwl.{option}",
-                f"no token pays {option}, so the options do nothing",
-                hint=f"write `token_loss: {option}`, or delete `{option}`",
-            )
+            hint = f"write `token_loss: {option}`, or delete `{option}`"
+            yield Problem(f"dwl.{option}", f"no token pays {option}, so the options do nothing", hint=hint)
 
 
 def _too_many_classes(block: Block) -> Iterator[Problem]:
     """Class ids under `overlap: sum` are the bits of an int64."""
-    if block.overlap == "sum" and len(block.class_configs) > MOST_OVERLAPPING:
-        yield Problem(
-            "dwl.overlap",
-            f"`sum` takes at most {MOST_OVERLAPPING} classes, and there are {len(block.class_configs)}",
-            "sum",
-            hint="write `overlap: first`, or join classes",
-        )
-
-
-def _dft_problems(dft: object, path: str) -> Iterator[Problem]:
-    """What no single field of `dft` can see, from the mapping as it was written."""
-    spec = dft.get("schedule") if isinstance(dft, Mapping) else None
-    for where, numbers in vectors(spec, f"{path}.schedule"):
-        if not isinstance(numbers, Mapping):
-            continue  # the schema says so already
-        if not numbers:
-            yield Problem(where, "names nothing that moves", allowed=", ".join(SCHEDULED))
-        for name, value in numbers.items():
-            if name not in SCHEDULED:
-                hint = did_you_mean(name, SCHEDULED)
-                yield Problem(f"{where}.{name}", "not an option of dft that can move", allowed=", ".join(SCHEDULED), hint=hint)
-            elif isinstance(value, (int, float)) and not 0 <= value <= (1 if name == "min_weight" else value):
-                allowed = "numbers from 0 to 1" if name == "min_weight" else "numbers from 0 up"
-                yield Problem(f"{where}.{name}", "out of range", value, allowed=allowed)
-    yield from order_problems(spec, f"{path}.schedule")
+    count = len(block.class_configs)
+    if block.overlap == "sum" and count > MOST_OVERLAPPING:
+        why = f"`sum` takes at most {MOST_OVERLAPPING} classes, and there are {count}"
+        yield Problem("dwl.overlap", why, "sum", hint="write `overlap: first`, or join classes")

@@ -18,7 +18,8 @@ from dwl_plugin.hosts.dropped_options import dropped_options
 from dwl_plugin.hosts.four_bits import keep_the_training_format
 from dwl_plugin.hosts.trainer import Session, join, leave, less_is_better, say
 from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl
-from dwl_plugin.run.dataset_check import labeller_of, look_at, picked_rows, require_places
+from dwl_plugin.run.dataset_check import labeller_of, look_at, picked_rows
+from dwl_plugin.run.moving import require_places
 
 __all__ = ["DWLPlugin"]
 

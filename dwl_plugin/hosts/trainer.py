@@ -19,10 +19,8 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dwl_plugin.alpha.controllers import Controller
-from dwl_plugin.alpha.dft import token_losses_of
 from dwl_plugin.alpha.run_length import RunLength
-from dwl_plugin.alpha.schedule import Alpha, alpha_of
+from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block, DFTConfig, TokenLossConfig
 from dwl_plugin.errors import ConfigError, DWLError, LossNotTakenError, NotFiniteError, Problem
@@ -41,6 +39,7 @@ from dwl_plugin.loss.spec import LossSpec, PendingLoss
 from dwl_plugin.loss.token_losses import SCHEDULED, objective_of
 from dwl_plugin.run.closed_loop import ClosedLoop
 from dwl_plugin.run.collate import CLASS_IDS, LabellingCollator
+from dwl_plugin.run.moving import alpha_of, controller_of, token_losses_of
 from dwl_plugin.run.nan_guard import FirstBadStep
 from dwl_plugin.run.startup import opening_lines, other_length_lines, other_options_lines
 
@@ -76,7 +75,7 @@ class Session:
         self.replaced = " and ".join([self.seam.replaced, *(f"`{key}`" for key in taken_over)])
         self.token_losses = block.token_losses
         self.token_losses_at: Callable[[int], tuple[TokenLossConfig, ...]] | None = None
-        self.alpha_at: Alpha = lambda tau: block.alpha  # until the length of the run is known
+        self.alpha_at: Curve = lambda tau: block.alpha  # until the length of the run is known
         self.alpha = block.alpha
         self.length = RunLength(None, None)
         self.loop: ClosedLoop | None = None
@@ -324,7 +323,8 @@ class AlphaCallback(TrainerCallback):
         """The controller, as the checkpoint left it or from the start."""
         session, trainer = self._session, self._trainer
         session.loop = None
-        if session.block.controller is None:
+        controller = controller_of(session.block, session.length)
+        if controller is None:
             return
         state = None if saved is None else saved["controller"]
         if steps and state is None:
@@ -334,12 +334,11 @@ class AlphaCallback(TrainerCallback):
                         "dwl.controller",
                         f"the checkpoint of step {steps} was not written by a run with a controller, so what it "
                         "had learned until then is not known",
-                        session.block.controller.type,
+                        controller.options.type,
                         hint="delete `controller`, or start a new run from these weights without `resume_from_checkpoint`",
                     )
                 ]
             )
-        controller = Controller(session.block, session.length)
         loop = ClosedLoop(controller, trainer._of_every_rank, trainer.args.device)
         if state is not None:
             loop.load(state, trainer.args.process_index)

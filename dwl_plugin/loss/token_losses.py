@@ -12,14 +12,16 @@ Shapes: R tokens, k the largest logits of each.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field, ValidatorFunctionWrapHandler, field_validator
+from pydantic_core import ValidationError
 
-from dwl_plugin.config.schedules import Schedule
-from dwl_plugin.values import Strict, Weight
+from dwl_plugin.alpha.schedules import Schedule, ScheduleOptions, vectors
+from dwl_plugin.errors import did_you_mean
+from dwl_plugin.values import Strict, Weight, invalid, line_error, line_errors
 
 if TYPE_CHECKING:
     import torch
@@ -111,6 +113,30 @@ class DFTConfig(Strict):
     schedule: Schedule | None = Field(
         None, description="`exponent` and `min_weight` as functions of the optimizer step, e.g. from NLL to DFT."
     )
+
+    @field_validator("schedule", mode="wrap")
+    @classmethod
+    def _moves_own_options(cls, written: Any, handler: ValidatorFunctionWrapHandler) -> ScheduleOptions | None:
+        """Both what is wrong with the schedule and what is wrong with the numbers it has here."""
+        wrong, names = [], ", ".join(SCHEDULED)
+        for path, numbers in vectors(written, ""):
+            at = tuple(path.split(".")[1:])
+            if numbers == {}:
+                wrong.append(line_error(at, "names nothing that moves", numbers, names))
+            for name, value in numbers.items() if isinstance(numbers, Mapping) else ():
+                if name not in SCHEDULED:
+                    hint = did_you_mean(name, SCHEDULED)
+                    wrong.append(line_error((*at, str(name)), "not an option of dft that can move", value, names, hint))
+                elif isinstance(value, (int, float)) and not 0 <= value <= (1 if name == "min_weight" else value):
+                    allowed = "numbers from 0 to 1" if name == "min_weight" else "numbers from 0 up"
+                    wrong.append(line_error((*at, name), "out of range", value, allowed))
+        try:
+            schedule: ScheduleOptions | None = handler(written)
+        except ValidationError as error:
+            wrong = [*line_errors(error), *wrong]
+        if wrong:
+            raise ValidationError.from_exception_data("schedule", wrong)
+        return schedule
 
 
 @dataclass(frozen=True)
@@ -205,7 +231,7 @@ _PART_OF_DFT = {"asft": "anchor: 0.05", "gft": "threshold: 0.7", "sft": "exponen
 def _not_part_of_dft(value: object) -> object:
     """Names from papers that are `dft` with an option."""
     if isinstance(value, str) and value.lower() in _PART_OF_DFT:
-        raise PydanticCustomError("dwl", f"is `token_loss: dft` with `dft: {{{_PART_OF_DFT[value.lower()]}}}`")
+        raise invalid(f"is `token_loss: dft` with `dft: {{{_PART_OF_DFT[value.lower()]}}}`")
     return value
 
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from dwl_plugin.alpha.controllers import Controller
-from dwl_plugin.alpha.dft import token_losses_of
-from dwl_plugin.alpha.run_length import RunLength
-from dwl_plugin.alpha.schedule import alpha_of
 from dwl_plugin.classes import ClassSurvey, Labeller, build_labeller, empty_class_problems, survey
 from dwl_plugin.config import Block, ClassConfig
 from dwl_plugin.config.classes import may_be_empty
 from dwl_plugin.errors import ConfigError
 
-__all__ = ["labeller_of", "look_at", "picked_rows", "require_places"]
+__all__ = ["labeller_of", "look_at", "picked_rows"]
 
 SURVEY_ROWS = 512
 """Rows of the training set that are labelled to see that every class exists."""
@@ -35,28 +30,6 @@ def labeller_of(block: Block, tokenizer: Any) -> Labeller | None:
 def picked_rows(count: int, seed: int, most: int = SURVEY_ROWS) -> list[int]:
     """Up to `most` different row numbers below `count`, in order; a seed gives the same ones everywhere."""
     return sorted(np.random.default_rng(seed).permutation(count)[:most].tolist())
-
-
-def require_places(block: Block, total_steps: int | None, steps_per_epoch: float | None) -> None:
-    """Raises `ConfigError` for positions that the run to come cannot place.
-
-    Steps per epoch are an estimate until the loader is there; an order that a tenth more or less puts right is left to the run.
-    """
-
-    def place(estimate: float | None) -> None:
-        length = RunLength(total_steps, estimate)
-        alpha_of(block, length)
-        token_losses_of(block, length)
-        if block.controller is not None:
-            Controller(block, length)
-
-    try:
-        place(steps_per_epoch)
-    except ConfigError:
-        for other in () if steps_per_epoch is None else (0.9 * steps_per_epoch, 1.1 * steps_per_epoch):
-            with suppress(ConfigError):
-                return place(other)
-        raise
 
 
 def look_at(labeller: Labeller, samples: Iterable[Mapping[str, Any]], classes: Mapping[str, ClassConfig]) -> ClassSurvey | None:

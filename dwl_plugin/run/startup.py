@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dwl_plugin.alpha.dft import end_hints, token_losses_of
 from dwl_plugin.alpha.run_length import RunLength
-from dwl_plugin.alpha.schedule import Alpha, alpha_of
+from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.config import Block, ControllerOptions, DFTConfig, LossControllerOptions
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.loss.reduction import class_weights
 from dwl_plugin.loss.token_losses import SCHEDULED
+from dwl_plugin.run.moving import alpha_of, end_hints, token_losses_of
 
 __all__ = ["ClassWeight", "class_weight_table", "hints", "opening_lines", "other_length_lines", "other_options_lines"]
 
 
 def opening_lines(
-    block: Block, counts: Sequence[int] | None, alpha_at: Alpha, length: RunLength, replaced: str, best_metric: str | None
+    block: Block, counts: Sequence[int] | None, alpha_at: Curve, length: RunLength, replaced: str, best_metric: str | None
 ) -> Iterator[str]:
     """Lines without their prefix. `counts`: what a survey found, as `ClassSurvey.counts`; `replaced`: the loss the model came
     with; `best_metric`: what the host picks checkpoints by, if it does."""
@@ -63,7 +63,7 @@ def class_weight_table(block: Block, alpha: Sequence[float], counts: Sequence[in
     ]
 
 
-def _table(block: Block, counts: Sequence[int] | None, alpha_at: Alpha) -> Iterator[str]:
+def _table(block: Block, counts: Sequence[int] | None, alpha_at: Curve) -> Iterator[str]:
     names, alpha = block.class_names, alpha_at(0)
     width = max(len("class"), *(len(name) for name in names))
     if counts is None or not any(counts):
@@ -141,7 +141,7 @@ def _known(number: float | None) -> str:
     return "an unknown number of" if number is None else f"{number:g}"
 
 
-def hints(block: Block, counts: Sequence[int] | None, alpha_at: Alpha, length: RunLength, best_metric: str | None) -> Iterator[str]:
+def hints(block: Block, counts: Sequence[int] | None, alpha_at: Curve, length: RunLength, best_metric: str | None) -> Iterator[str]:
     """What is likely not meant, in the arguments of `opening_lines`."""
     moves = block.schedule is not None or block.controller is not None
     if length.total_steps:

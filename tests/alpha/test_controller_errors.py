@@ -9,6 +9,7 @@ from dwl_plugin.alpha.controllers import Controller
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.config import parse
 from dwl_plugin.errors import ConfigError
+from dwl_plugin.run.moving import controller_of
 
 
 def found(controller: str, more: str = "", loss: str = "dwl") -> dict[str, str]:
@@ -82,7 +83,9 @@ def test_what_is_right_survives_its_own_dump(controller: str) -> None:
 def made(controller: str, classes: str = "{a: {regex: a}}", length: RunLength | None = None) -> Controller:
     block = parse(yaml.safe_load(f"{{loss: dwl, dwl: {{classes: {classes}, controller: {{{controller}}}}}}}"))
     assert block is not None
-    return Controller(block, length or RunLength(100, 10.0))
+    held = controller_of(block, length or RunLength(100, 10.0))
+    assert held is not None
+    return held
 
 
 def test_a_warm_up_that_the_run_cannot_place_is_an_error() -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dwl_plugin.alpha.controllers import Controller
+from dwl_plugin.alpha.controllers import CONTROLLERS, Controller
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.config import parse
 from dwl_plugin.errors import ConfigError
+from dwl_plugin.run.moving import controller_of
 
 LENGTH = RunLength(total_steps=200, steps_per_epoch=50.0)
 K = 4
@@ -29,7 +30,9 @@ def controller(alpha: list[float] | None = None, length: RunLength = LENGTH, **o
         dwl["alpha"] = dict(zip(NAMES, alpha, strict=True))
     block = parse({"loss": "dwl", "dwl": dwl})
     assert block is not None
-    return Controller(block, length)
+    held = controller_of(block, length)
+    assert held is not None
+    return held
 
 
 def random_windows(seed: int = 0, count: int = 200) -> tuple[np.ndarray, np.ndarray]:
@@ -131,9 +134,7 @@ def test_two_hundred_updates_are_the_papers(name: str) -> None:
 
 
 def test_every_type_has_a_paper_here() -> None:
-    from dwl_plugin.alpha.controllers import _RULES
-
-    assert {options["type"] for options, _ in PAPERS.values()} == set(_RULES)
+    assert {options["type"] for options, _ in PAPERS.values()} == set(CONTROLLERS)
 
 
 CASES = [

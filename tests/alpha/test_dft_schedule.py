@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from dwl_plugin.alpha.dft import token_losses_of
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.config import Block, DFTConfig, parse
 from dwl_plugin.errors import ConfigError
+from dwl_plugin.run.moving import token_losses_of
 
 LENGTH = RunLength(100, 20.0)
 

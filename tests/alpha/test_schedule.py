@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from dwl_plugin.alpha.run_length import RunLength
-from dwl_plugin.alpha.schedule import alpha_of
+from dwl_plugin.alpha.schedules import SCHEDULES
 from dwl_plugin.config import Block, parse
 from dwl_plugin.errors import ConfigError
+from dwl_plugin.run.moving import alpha_of
 
 STEPS = 200
 LENGTH = RunLength(total_steps=STEPS, steps_per_epoch=60.0)
@@ -127,9 +128,7 @@ def test_every_step_is_on_the_curve_and_on_the_simplex(name: str) -> None:
 
 
 def test_every_type_has_a_curve_here() -> None:
-    from dwl_plugin.alpha.schedule import _CURVES
-
-    assert {schedule["type"] for schedule, _ in CURVES.values()} == set(_CURVES)
+    assert {schedule["type"] for schedule, _ in CURVES.values()} == set(SCHEDULES)
 
 
 def test_without_a_schedule_alpha_stays() -> None:

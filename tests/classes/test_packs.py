@@ -16,8 +16,8 @@ import tiktoken
 from tokenizers import AddedToken
 
 from dwl_plugin.classes import TokenTable, build_labeller
-from dwl_plugin.classes.selectors import AllSelector, AnySelector, BetweenSelector, NotSelector, RegexSelector, Selector, walk
-from dwl_plugin.config import BetweenClass, RegexClass
+from dwl_plugin.classes.selectors import AllSelector, AnySelector, BetweenSelector, NotSelector, RegexSelector, SelectorConfig, walk
+from dwl_plugin.config.classes import BetweenClass, RegexClass
 from dwl_plugin.config.pack_cases import class_of_bytes, run_case, untouched_classes
 from dwl_plugin.config.pack_files import PackText, shipped_packs
 from dwl_plugin.config.packs import Pack, PackCase, PackTurn, parse_pack
@@ -121,7 +121,7 @@ def check_on(kind: str, pack: Pack, *, exact: bool) -> None:
 
 def spellings(table: TokenTable, ids: set[int]) -> set[str]:
     """The texts of tokens, inside a sample and at its beginning."""
-    rows = [row for token_id in ids for row in (token_id, table.opening_row[token_id])]
+    rows = [row for token_id in ids for row in (token_id, table.first_in_sample_row[token_id])]
     return {table.flat[table.row_offsets[row] : table.row_offsets[row + 1]].tobytes().decode() for row in rows}
 
 
@@ -158,7 +158,7 @@ def mutants(pack: Pack) -> Iterator[tuple[str, Pack]]:
                 yield path, pack.model_copy(update={"classes": {**pack.classes, name: without(config, leaf)}})
 
 
-def without(config: Any, leaf: Selector) -> Any:
+def without(config: Any, leaf: SelectorConfig) -> Any:
     if config is leaf:
         return (RegexClass if isinstance(config, (RegexClass, BetweenClass)) else RegexSelector)(regex=NEVER)
     if isinstance(config, (AnySelector, AllSelector)):

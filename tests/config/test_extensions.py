@@ -10,9 +10,9 @@ import pytest
 
 from dwl_plugin.alpha.controllers import Controller
 from dwl_plugin.alpha.run_length import RunLength
-from dwl_plugin.alpha.schedule import alpha_of
 from dwl_plugin.config import Block, parse
 from dwl_plugin.errors import ConfigError, DWLError
+from dwl_plugin.run.moving import alpha_of, controller_of
 
 LENGTH = RunLength(100, 10.0)
 
@@ -96,6 +96,12 @@ def parsed(key: str, **options: Any) -> Block:
     return block
 
 
+def controlled(block: Block) -> Controller:
+    controller = controller_of(block, LENGTH)
+    assert controller is not None
+    return controller
+
+
 def problem(key: str, **options: Any) -> str:
     with pytest.raises(ConfigError) as caught:
         parsed(key, **options)
@@ -116,7 +122,7 @@ def test_a_schedule_of_another_package_moves_alpha() -> None:
 def test_a_controller_of_another_package_moves_alpha_and_its_memory_is_kept() -> None:
     block = parsed("controller", type="leader", lead=1.0, every=1, ema=0.0, min_alpha=0.0)
     assert parse(block.dump()) == block
-    first, second = Controller(block, LENGTH), Controller(block, LENGTH)
+    first, second = controlled(block), controlled(block)
     first.update(1, [3.0, 1.0], [1, 1])
     e = 2.718281828459045
     assert first.alpha == pytest.approx((e / (1 + e), 1 / (1 + e)), abs=1e-12)
@@ -169,7 +175,7 @@ def test_numbers_that_are_no_weights_stop_the_run_and_name_who_gave_them() -> No
     with pytest.raises(DWLError, match="schedule `off` gave"):
         alpha_of(parsed("schedule", type="off", to={"a": 1, "rest": 1}), LENGTH)(3)
     with pytest.raises(DWLError, match="controller `lost` gave"):
-        Controller(parsed("controller", type="lost"), LENGTH).update(10, [1.0, 1.0], [1, 1])
+        controlled(parsed("controller", type="lost")).update(10, [1.0, 1.0], [1, 1])
 
 
 def test_without_other_packages_there_are_only_ours() -> None:

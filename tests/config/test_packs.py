@@ -19,7 +19,6 @@ from dwl_plugin.config.pack_cases import run_case
 from dwl_plugin.config.pack_files import MAX_BYTES, PackText, shipped_packs
 from dwl_plugin.config.packs import MAX_CLASSES, MAX_PATTERN, parse_pack
 from dwl_plugin.errors import ConfigError
-from dwl_plugin.values import unrolled_size
 
 README = Path(__file__).parents[2] / "README.md"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -300,22 +299,6 @@ def test_a_pattern_that_would_fill_the_memory_when_compiled_is_refused(pattern: 
     began = time.process_time()
     assert "dwl.classes.a.regex" in problems_of({"classes": {"a": {"regex": pattern}}})
     assert time.process_time() - began < 1
-
-
-@pytest.mark.parametrize(
-    ("pattern", "size"),
-    [
-        ("abc", 3),
-        (r"\d{4}-\d{2}", 7),
-        ("(ab){3}", 6),
-        ("((a{2}b){3}){4}", 36),
-        ("[a{9}]{2}", 2),
-        (r"\(a\){5}", 7),
-        ("a{,7}b{2,}", 3),
-    ],
-)
-def test_repetitions_are_written_out_in_the_size(pattern: str, size: int) -> None:
-    assert unrolled_size(pattern) == size
 
 
 def test_a_pack_can_use_shipped_packs_and_no_others() -> None:

@@ -12,8 +12,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from dwl_plugin import extensions
 from dwl_plugin.cli.main import main
-from dwl_plugin.config import parse, schema as schema_module
+from dwl_plugin.config import parse
 from dwl_plugin.config.classes import ClassConfig
 from dwl_plugin.config.schema import json_schema, merged_into
 from dwl_plugin.errors import ConfigError
@@ -153,7 +154,7 @@ def test_every_selector_is_offered() -> None:
 
 
 def test_a_schedule_of_another_package_is_accepted_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema_module, "installed", lambda kind: {"bounce": []} if kind == "schedule" else {})
+    monkeypatch.setattr(extensions, "installed", lambda kind: {"bounce": []} if kind == "schedule" else {})
     validator = jsonschema.Draft202012Validator(json_schema())
     assert validator.is_valid(with_dwl(schedule={"type": "bounce", "height": 3}))
     assert not validator.is_valid(with_dwl(schedule={"type": "bounced"}))

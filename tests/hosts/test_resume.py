@@ -47,11 +47,10 @@ AFTER_THE_FIRST_UPDATE, WITHIN_A_WINDOW = 2, 5
 
 
 def test_every_kind_is_stopped_and_resumed_here() -> None:
-    from dwl_plugin.alpha.controllers import _RULES
-    from dwl_plugin.alpha.schedule import _CURVES
+    from dwl_plugin.alpha import controllers, schedules
 
-    assert set(SCHEDULES) == set(_CURVES)
-    assert set(CONTROLLERS) == set(_RULES)
+    assert set(SCHEDULES) == set(schedules.SCHEDULES)
+    assert set(CONTROLLERS) == set(controllers.CONTROLLERS)
 
 
 @pytest.fixture(scope="module")

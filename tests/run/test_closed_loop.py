@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from dwl_plugin.alpha.controllers import Controller
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.config import parse
 from dwl_plugin.run.closed_loop import ClosedLoop
+from dwl_plugin.run.moving import controller_of
 
 TOKENS, NLL = [[3.0, 1.0], [0.0, 5.0]], [[2.5, 0.5], [0.0, 7.0]]
 """(ranks, classes): what each of two ranks has seen when the checkpoint is written."""
@@ -29,7 +29,9 @@ def loops(ranks: int) -> list[ClosedLoop]:
         return torch.stack([loop._sums_2C for loop in found])
 
     for _ in range(ranks):
-        found.append(ClosedLoop(Controller(block, RunLength(10, None)), everywhere, CPU))
+        controller = controller_of(block, RunLength(10, None))
+        assert controller is not None
+        found.append(ClosedLoop(controller, everywhere, CPU))
     return found
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dwl_plugin.alpha.run_length import RunLength
-from dwl_plugin.alpha.schedule import alpha_of
 from dwl_plugin.config import Block, parse
+from dwl_plugin.run.moving import alpha_of
 from dwl_plugin.run.startup import class_weight_table, hints, other_length_lines, other_options_lines
 
 COUNTS = (20, 30, 50, 100, 4)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dwl_plugin.cli.analysis import examine
+from dwl_plugin.cli.analysis import analyse
 from dwl_plugin.cli.check import class_table, print_findings, progress
 from dwl_plugin.cli.inspect.rows import shown_rows
 from dwl_plugin.cli.inspect.terminal import print_rows
@@ -19,18 +19,18 @@ def inspect(config: Path, samples: int, html: Path | None, *, trust: bool) -> in
     """The whole command; the exit status."""
     console = Console(highlight=False)
     with progress(Console(stderr=True)) as say:
-        seen = examine(config, samples, trust=trust, say=say)
-    print_findings(console, seen)
-    if seen.rows is None or not seen.rows.samples:
-        return seen.status
+        found, seen = analyse(config, samples, trust=trust, say=say)
+    print_findings(console, found, seen)
+    if seen is None or not seen.rows.samples:
+        return found.status
     rows = shown_rows(seen)
     if html is None:
         print_rows(console, seen, rows)
         if seen.survey is not None:
-            console.print(class_table(seen))
-        return seen.status
+            console.print(class_table(seen.survey, seen.figures))
+        return found.status
     from dwl_plugin.cli.inspect.page import render_page
 
-    write_whole(html, render_page(seen, rows).encode())
+    write_whole(html, render_page(config.name, seen, rows).encode())
     console.print(f"{len(rows)} rows in [bold]{html}[/]; it opens in any browser, without a network", soft_wrap=True)
-    return seen.status
+    return found.status

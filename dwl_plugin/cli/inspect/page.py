@@ -15,36 +15,35 @@ from importlib.metadata import version
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from dwl_plugin.cli.analysis import Examination
-from dwl_plugin.cli.check import class_figures
+from dwl_plugin.cli.analysis import LookedAt
 from dwl_plugin.cli.inspect.palette import look
 from dwl_plugin.cli.inspect.rows import MASKED, ShownRow, row_notes
 
 __all__ = ["render_page"]
 
 
-def render_page(seen: Examination, rows: Sequence[ShownRow]) -> str:
+def render_page(title: str, seen: LookedAt, rows: Sequence[ShownRow]) -> str:
     """The whole page as text."""
     folder = resources.files(__package__)
-    names = seen.class_names
+    names = seen.config.class_names
     style = folder.joinpath("page.css").read_text(encoding="utf-8") + _class_styles(len(names))
     script = folder.joinpath("page.js").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
         folder.joinpath("page.html.j2").read_text(encoding="utf-8")
     )
     return template.render(
-        config=seen.config.name,
-        loss=seen.block.loss if seen.block is not None else None,
+        config=title,
+        loss=None if seen.config.block is None else seen.config.block.loss,
         version=version("axolotl-dwl"),
         names=names,
         masked=MASKED,
-        figures=class_figures(seen) if seen.survey is not None else [],
-        weighted=seen.survey is not None and seen.block is not None and seen.block.loss == "dwl" and not seen.problems,
+        figures=seen.figures,
+        weighted=any(figures.weight is not None for figures in seen.figures),
         survey=seen.survey,
         rows=rows,
         packed=any(len(row.samples) > 1 for row in rows),
         notes=row_notes(seen),
-        model=str(getattr(seen.tokenizer, "name_or_path", "")).rstrip("/").rsplit("/", 1)[-1],
+        model=str(getattr(seen.config.tokenizer, "name_or_path", "")).rstrip("/").rsplit("/", 1)[-1],
         visible=_visible,
         style=Markup(style),
         script=Markup(script),

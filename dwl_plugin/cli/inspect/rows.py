@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dwl_plugin.cli.analysis import Examination
-from dwl_plugin.cli.check import class_figures
+from dwl_plugin.cli.analysis import LookedAt, ValidatedConfig
 from dwl_plugin.errors import DWLError
 
 __all__ = ["MASKED", "ShownRow", "ShownSample", "ShownToken", "row_notes", "shown_rows"]
@@ -20,7 +19,7 @@ MASKED = -1
 
 @dataclass(frozen=True)
 class ShownToken:
-    """`classes` are indices into `Examination.class_names`, the one that wins first; empty for a token that is no target."""
+    """`classes` are indices into `ValidatedConfig.class_names`, the one that wins first; empty for a token that is no target."""
 
     token_id: int
     text: str
@@ -55,36 +54,34 @@ class ShownRow:
         return sum(len(sample.tokens) for sample in self.samples)
 
 
-def row_notes(seen: Examination) -> list[str]:
+def row_notes(seen: LookedAt) -> list[str]:
     """How the rows shown differ from the run's."""
-    assert seen.rows is not None
     packed = ["packed among themselves, where the run packs them with all the others"] if seen.rows.packs is not None else []
     return [*seen.rows.notes, *packed]
 
 
-def shown_rows(seen: Examination) -> list[ShownRow]:
+def shown_rows(seen: LookedAt) -> list[ShownRow]:
     """The rows looked at; padding is left out."""
-    assert seen.rows is not None
-    text_of = _spelling(seen.tokenizer)
-    weights = _weights(seen)
-    samples = [_sample(_without_padding(sample), seen, text_of, weights) for sample in seen.rows.samples]
+    text_of = _spelling(seen.config.tokenizer)
+    weights = [figures.weight.one_token for figures in seen.figures if figures.weight is not None]
+    samples = [_sample(_without_padding(sample), seen.config, text_of, weights) for sample in seen.rows.samples]
     if seen.rows.packs is not None:
         return [ShownRow(tuple(shown for index in pack for shown in samples[index])) for pack in seen.rows.packs]
     return [ShownRow(tuple(shown)) for shown in samples]
 
 
 def _sample(
-    sample: dict[str, Any], seen: Examination, text_of: Callable[[int], str], weights: list[float] | None
+    sample: dict[str, Any], config: ValidatedConfig, text_of: Callable[[int], str], weights: Sequence[float]
 ) -> list[ShownSample]:
     """One sample; or, of a stream that packs its rows itself, each that begins where the positions do."""
     ids = sample["input_ids"]
     positions = sample.get("position_ids")
-    members_CT = seen.members(sample, matched=True)
-    summed = seen.labeller is not None and seen.labeller.overlap == "sum"
+    members_CT = config.members(sample, matched=True)
+    summed = config.labeller is not None and config.labeller.overlap == "sum"
     tokens = []
     for t, token_id in enumerate(ids):
         classes = tuple(np.flatnonzero(members_CT[:, t]).tolist())
-        weight = None if weights is None or not classes else sum(weights[c] for c in (classes if summed else classes[:1]))
+        weight = sum(weights[c] for c in (classes if summed else classes[:1])) if weights and classes else None
         tokens.append(ShownToken(int(token_id), text_of(int(token_id)), classes, weight))
     starts = [0] if positions is None else [t for t in range(len(ids)) if t == 0 or positions[t] <= positions[t - 1]]
     return [ShownSample(tuple(tokens[a:b])) for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
@@ -96,13 +93,6 @@ def _without_padding(sample: dict[str, Any]) -> dict[str, Any]:
         return sample
     kept = [t for t, value in enumerate(mask) if value]
     return {key: [values[t] for t in kept] if len(values) == len(mask) else values for key, values in sample.items()}
-
-
-def _weights(seen: Examination) -> list[float] | None:
-    """What one token of each class counts against one of SFT, where that is known."""
-    if seen.survey is None or seen.block is None or seen.block.loss != "dwl" or seen.problems:
-        return None
-    return [figure["one_token_vs_sft"] for figure in class_figures(seen)]
 
 
 def _spelling(tokenizer: Any) -> Callable[[int], str]:

@@ -10,7 +10,7 @@ from rich.rule import Rule
 from rich.style import Style
 from rich.text import Text
 
-from dwl_plugin.cli.analysis import Examination
+from dwl_plugin.cli.analysis import LookedAt
 from dwl_plugin.cli.inspect.palette import look
 from dwl_plugin.cli.inspect.rows import MASKED, ShownRow, ShownSample, row_notes
 
@@ -19,9 +19,9 @@ __all__ = ["print_rows"]
 _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def print_rows(console: Console, seen: Examination, rows: Sequence[ShownRow]) -> None:
+def print_rows(console: Console, seen: LookedAt, rows: Sequence[ShownRow]) -> None:
     """A legend, then each row under a rule."""
-    names = seen.class_names
+    names = seen.config.class_names
     console.print(_legend(names))
     for note in row_notes(seen):
         console.print(Text(note, "dim"), soft_wrap=True)

@@ -1,0 +1,419 @@
+"""Open loop: numbers as a pure function of the optimizer step, so a resumed run has those it would have had.
+
+The numbers are α, a point on the simplex, or whatever else has a `schedule` beside it. Whole vectors are interpolated, never one
+class apart from the others: (1−s)·v⁰ + s·v¹ of two points on the simplex is on the simplex. x is the elapsed share of the way from
+one position to the next, 0 to 1; s(x) is how far the numbers have gone.
+
+A schedule is its options, a pydantic model, and the class that computes with them, built once for a run. A new one is a pair of
+the two here and an entry in `SCHEDULES`.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field, ValidationInfo, ValidatorFunctionWrapHandler, field_validator
+from pydantic_core import PydanticCustomError, ValidationError
+
+from dwl_plugin.alpha.run_length import RunLength
+from dwl_plugin.errors import ConfigError, DWLError
+from dwl_plugin.extensions import ChosenByType, class_of
+from dwl_plugin.values import Position, PositionKey, Strict, Weight, line_error, line_errors, position
+
+__all__ = ["SCHEDULES", "Curve", "Schedule", "ScheduleContext", "ScheduleOptions", "Vector", "curve_of", "vectors"]
+
+NamedNumbers = dict[str, Weight]
+Vector = tuple[float, ...]
+Curve = Callable[[int], Vector]
+"""τ -> numbers."""
+
+
+class ScheduleOptions(Strict):
+    """Base of the options of every schedule, those of other packages too."""
+
+    vector_keys: ClassVar[tuple[str, ...]] = ()
+    """Options that hold a number for each class."""
+    ascending_keys: ClassVar[tuple[str, ...]] = ()
+    """Options that hold positions, declared in this order, each of which has to come after the one before."""
+
+    type: str = Field(description="Which schedule.")
+
+    @property
+    def last_position(self) -> tuple[str, int | str] | None:
+        """The option that says where the numbers come to rest, and its value; None where they never do."""
+        return (self.ascending_keys[-1], getattr(self, self.ascending_keys[-1])) if self.ascending_keys else None
+
+    @classmethod
+    def vectors(cls, written: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """(option, numbers by name) of every vector in the options as a YAML has them."""
+        yield from ((key, written[key]) for key in cls.vector_keys if key in written)
+
+    @field_validator("*")
+    @classmethod
+    def _in_order(cls, value: Any, info: ValidationInfo) -> Any:
+        for before, key in zip(cls.ascending_keys, cls.ascending_keys[1:], strict=False):
+            if key == info.field_name and _comes_too_early(value, info.data.get(before)):
+                raise PydanticCustomError("dwl", f"must come after `{before}`, which is {info.data[before]}")
+        return value
+
+
+@dataclass(frozen=True)
+class ScheduleContext:
+    """What a schedule has to know beside its options.
+
+    `path` is its place in the YAML, `first` the numbers at τ = 0, `vector` turns numbers by name, as the YAML has them, into a
+    vector in the order of `first` (proportions become a point on the simplex).
+    """
+
+    path: str
+    length: RunLength
+    first: Vector
+    vector: Callable[[Mapping[str, float]], Vector]
+
+    def step(self, position: int | str, option: str) -> float:
+        """A position, which is the value of `option`, in optimizer steps."""
+        return self.length.step(position, f"{self.path}.{option}")
+
+    def steps(self, **positions: int | str) -> list[float]:
+        """Positions by their options' names, each of which has to come after the one before."""
+        return self.ascending(list(positions.items()))
+
+    def ascending(self, positions: Sequence[tuple[str, int | str]]) -> list[float]:
+        """As `steps`, where options are no names of Python."""
+        steps = [self.step(value, option) for option, value in positions]
+        for at, (option, value) in enumerate(positions[1:], start=1):
+            if steps[at] <= steps[at - 1]:
+                why = f"is step {steps[at]:g} of this run, and `{positions[at - 1][0]}` is step {steps[at - 1]:g}"
+                raise ConfigError.at(f"{self.path}.{option}", why, value)
+        return steps
+
+
+class _Interpolated:
+    """From knot to knot, `ease` between two; the first vector before the first knot, the last one after the last."""
+
+    Options: ClassVar[type[ScheduleOptions]]
+
+    def __init__(self, options: Any, run: ScheduleContext) -> None:
+        self.options = options
+        knots = self.knots(options, run)
+        self._steps, self._vectors = [step for step, _ in knots], [vector for _, vector in knots]
+
+    def knots(self, options: Any, run: ScheduleContext) -> list[tuple[float, Vector]]:
+        """Steps and the numbers that are reached there."""
+        raise NotImplementedError
+
+    def ease(self, x: float) -> float:
+        """s(x)."""
+        return _EASE[self.options.interpolation](x)
+
+    def __call__(self, tau: int) -> Vector:
+        at = bisect_right(self._steps, tau)
+        if at in (0, len(self._steps)):
+            return self._vectors[max(at - 1, 0)]
+        x = (tau - self._steps[at - 1]) / (self._steps[at] - self._steps[at - 1])
+        return _mix(self._vectors[at - 1], self._vectors[at], self.ease(x))
+
+
+def _hold(x: float) -> float:
+    return 0.0
+
+
+def _linear(x: float) -> float:
+    return x
+
+
+def _cosine(x: float) -> float:
+    return (1.0 - math.cos(math.pi * x)) / 2.0
+
+
+_EASE: dict[str, Callable[[float], float]] = {"hold": _hold, "linear": _linear, "cosine": _cosine}
+
+
+def _mix(first: Vector, last: Vector, s: float) -> Vector:
+    return tuple((1.0 - s) * a + s * b for a, b in zip(first, last, strict=True))
+
+
+class ConstantOptions(ScheduleOptions):
+    """No movement: what leaving the schedule out gives, written down."""
+
+    type: Literal["constant"]
+
+
+class Constant(_Interpolated):
+    Options = ConstantOptions
+
+    def knots(self, options: ConstantOptions, run: ScheduleContext) -> list[tuple[float, Vector]]:
+        return [(0, run.first)]
+
+
+class _RampOptions(ScheduleOptions):
+    vector_keys: ClassVar[tuple[str, ...]] = ("to",)
+    ascending_keys: ClassVar[tuple[str, ...]] = ("start", "end")
+
+    to: NamedNumbers = Field(description="The numbers at the end; for α a proportion of every class, `rest` too.")
+    start: Position = Field(0, description="Where the numbers begin to move: a step, `10%` of the run, or `2ep`.")
+    end: Position = Field("100%", description="Where they arrive at `to`: a step, `90%` of the run, or `2ep`.")
+
+
+class _Ramp(_Interpolated):
+    """From where the numbers are to `to`, between `start` and `end`."""
+
+    def knots(self, options: _RampOptions, run: ScheduleContext) -> list[tuple[float, Vector]]:
+        start, end = run.steps(start=options.start, end=options.end)
+        return [(start, run.first), (end, run.vector(options.to))]
+
+
+class LinearOptions(_RampOptions):
+    """s = x."""
+
+    type: Literal["linear"]
+
+
+class Linear(_Ramp):
+    Options = LinearOptions
+
+    def ease(self, x: float) -> float:
+        return _linear(x)
+
+
+class CosineOptions(_RampOptions):
+    """s = (1 − cos πx) / 2: slow, fast, slow."""
+
+    type: Literal["cosine"]
+
+
+class Cosine(_Ramp):
+    Options = CosineOptions
+
+    def ease(self, x: float) -> float:
+        return _cosine(x)
+
+
+def _not_zero(value: float | int | str) -> float | int | str:
+    if value in (0, "0%", "0ep"):
+        raise PydanticCustomError("dwl", "cannot be 0")
+    return value
+
+
+class ExponentialOptions(_RampOptions):
+    """s = (1 − e^(−rate·x)) / (1 − e^(−rate)): fast at first, then ever slower; a negative rate the other way round."""
+
+    type: Literal["exponential"]
+    rate: Annotated[Weight, AfterValidator(_not_zero)] = Field(
+        5.0, ge=-50.0, le=50.0, description="How bent the curve is: the speed falls by e^rate from start to end. Not 0."
+    )
+
+
+class Exponential(_Ramp):
+    Options = ExponentialOptions
+
+    def ease(self, x: float) -> float:
+        return math.expm1(-self.options.rate * x) / math.expm1(-self.options.rate)
+
+
+class SigmoidOptions(_RampOptions):
+    """s = (σ(k(x − ½)) − σ(−k/2)) / (σ(k/2) − σ(−k/2)), k = `steepness`: a switch that takes its time."""
+
+    type: Literal["sigmoid"]
+    steepness: Weight = Field(10.0, gt=0.0, description="How sudden the middle is; towards 0 it becomes linear.")
+
+
+class Sigmoid(_Ramp):
+    """The logistic function is (1 + tanh(z/2)) / 2, which cannot overflow."""
+
+    Options = SigmoidOptions
+
+    def ease(self, x: float) -> float:
+        k = self.options.steepness
+        return (math.tanh(k * (x - 0.5) / 2.0) / math.tanh(k / 4.0) + 1.0) / 2.0
+
+
+class StepOptions(ScheduleOptions):
+    """One jump: `to` from the position `at` on."""
+
+    vector_keys: ClassVar[tuple[str, ...]] = ("to",)
+    ascending_keys: ClassVar[tuple[str, ...]] = ("at",)
+
+    type: Literal["step"]
+    to: NamedNumbers = Field(description="The numbers from `at` on.")
+    at: Position = Field(description="The jump: a step, `50%` of the run, or `2ep`.")
+
+
+class Step(_Interpolated):
+    Options = StepOptions
+
+    def knots(self, options: StepOptions, run: ScheduleContext) -> list[tuple[float, Vector]]:
+        return [(0, run.first), (run.step(options.at, "at"), run.vector(options.to))]
+
+    def ease(self, x: float) -> float:
+        return _hold(x)
+
+
+class KeyframesOptions(ScheduleOptions):
+    """From position to position. What the YAML gives outside the schedule is the keyframe of step 0; the last one stays."""
+
+    type: Literal["keyframes"]
+    at: dict[PositionKey, NamedNumbers] = Field(
+        min_length=1, description='position -> numbers, in their order, e.g. {"50%": {...}, "2ep": {...}, 200: {...}}.'
+    )
+    interpolation: Literal["hold", "linear", "cosine"] = Field(
+        "linear", description="Between two keyframes: hold (jump at each), linear, or cosine."
+    )
+
+    @property
+    def last_position(self) -> tuple[str, int | str]:
+        last = list(self.at)[-1]
+        return f"at.{last}", last
+
+    @classmethod
+    def vectors(cls, written: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        frames = written.get("at")
+        yield from ((f"at.{where}", numbers) for where, numbers in frames.items()) if isinstance(frames, Mapping) else ()
+
+    @field_validator("at", mode="wrap")
+    @classmethod
+    def _frames_in_order(cls, frames: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        """Both what is wrong with the order and what is wrong with the numbers."""
+        if not isinstance(frames, Mapping):
+            return handler(frames)
+        wrong = []
+        for at, frame in enumerate(frames):
+            later = next((other for other in [*frames][:at] if _comes_too_early(frame, other)), None)
+            if later is not None:
+                wrong.append(line_error((str(frame),), f"must come after the keyframe {later}", frame))
+            elif at == 0 and (_number_and_unit(frame) or (1.0,))[0] == 0.0:
+                why = "the numbers of step 0 are those outside the schedule"
+                hint = "write them there, and begin with a later keyframe"
+                wrong.append(line_error((str(frame),), why, frame, hint=hint))
+        try:
+            # A key may be a number of YAML. That it reads `on` as a boolean is reported where any such key is.
+            at_frames = handler({str(key): numbers for key, numbers in frames.items() if not isinstance(key, bool)})
+        except ValidationError as error:
+            wrong += line_errors(error)
+        if wrong:
+            raise ValidationError.from_exception_data("at", wrong)
+        return at_frames
+
+
+class Keyframes(_Interpolated):
+    Options = KeyframesOptions
+
+    def knots(self, options: KeyframesOptions, run: ScheduleContext) -> list[tuple[float, Vector]]:
+        steps = run.ascending([("start", 0), *((f"at.{position}", position) for position in options.at)])
+        return list(zip(steps, [run.first, *map(run.vector, options.at.values())], strict=True))
+
+
+class WarmupOptions(ScheduleOptions):
+    """Up to `to`, hold it, and decay: warm-up, hold, decay, as learning rates have it."""
+
+    vector_keys: ClassVar[tuple[str, ...]] = ("to", "final")
+    ascending_keys: ClassVar[tuple[str, ...]] = ("start", "hold", "decay", "end")
+
+    type: Literal["warmup"]
+    to: NamedNumbers = Field(description="The numbers that are held.")
+    final: NamedNumbers | None = Field(None, description="The numbers after the decay. Default: those of the beginning.")
+    start: Position = Field(0, description="Where the numbers begin to move.")
+    hold: Position = Field("10%", description="Where they arrive at `to`.")
+    decay: Position = Field("90%", description="Where they leave `to`.")
+    end: Position = Field("100%", description="Where they arrive at `final`.")
+    interpolation: Literal["linear", "cosine"] = Field("linear", description="How they move on both ways.")
+
+
+class Warmup(_Interpolated):
+    Options = WarmupOptions
+
+    def knots(self, options: WarmupOptions, run: ScheduleContext) -> list[tuple[float, Vector]]:
+        steps = run.steps(start=options.start, hold=options.hold, decay=options.decay, end=options.end)
+        top, final = run.vector(options.to), run.first if options.final is None else run.vector(options.final)
+        return list(zip(steps, (run.first, top, top, final), strict=True))
+
+
+class CyclicOptions(ScheduleOptions):
+    """To `to` and back, over and over; φ is the elapsed part of a period: s = 1 − |2φ − 1|, or (1 − cos 2πφ) / 2."""
+
+    vector_keys: ClassVar[tuple[str, ...]] = ("to",)
+
+    type: Literal["cyclic"]
+    to: NamedNumbers = Field(description="The numbers half a period after each beginning.")
+    period: Annotated[Position, AfterValidator(_not_zero)] = Field(
+        description="How long one cycle takes: steps, `10%` of the run, or `0.5ep`."
+    )
+    start: Position = Field(0, description="Where the first cycle begins.")
+    shape: Literal["triangular", "cosine"] = Field("triangular", description="Straight lines, or a cosine.")
+
+
+class Cyclic:
+    Options = CyclicOptions
+
+    def __init__(self, options: CyclicOptions, run: ScheduleContext) -> None:
+        self._start, self._period = run.step(options.start, "start"), run.step(options.period, "period")
+        self._first, self._to, self._shape = run.first, run.vector(options.to), options.shape
+
+    def __call__(self, tau: int) -> Vector:
+        phase = max(tau - self._start, 0.0) / self._period % 1.0
+        s = 1.0 - abs(2.0 * phase - 1.0) if self._shape == "triangular" else (1.0 - math.cos(2.0 * math.pi * phase)) / 2.0
+        return _mix(self._first, self._to, s)
+
+
+SCHEDULES: dict[str, type[_Interpolated | Cyclic]] = {
+    "constant": Constant,
+    "linear": Linear,
+    "cosine": Cosine,
+    "exponential": Exponential,
+    "sigmoid": Sigmoid,
+    "step": Step,
+    "keyframes": Keyframes,
+    "warmup": Warmup,
+    "cyclic": Cyclic,
+}
+"""By the `type` that a YAML has for it."""
+
+Schedule = Annotated[ScheduleOptions, ChosenByType("schedule", SCHEDULES, ScheduleOptions)]
+
+
+def curve_of(options: ScheduleOptions, run: ScheduleContext, check: Callable[[Vector], bool]) -> Curve:
+    """The curve of a schedule. `check` is what each vector of another package's schedule has to pass.
+
+    Raises `ConfigError` for positions that this run's length cannot place, and for those that turn out to be in the wrong order.
+    """
+    curve: Curve = class_of("schedule", options.type, SCHEDULES, ScheduleOptions, f"{run.path}.type")(options, run)
+    if options.type in SCHEDULES:
+        return curve
+
+    def checked(tau: int) -> Vector:
+        vector = tuple(float(number) for number in curve(tau))
+        if len(vector) != len(run.first) or not check(vector):
+            raise DWLError(f"[dwl] the schedule `{options.type}` gave {vector} at step {tau}, which cannot be used for {run.path}")
+        return vector
+
+    return checked
+
+
+def vectors(written: object, path: str) -> Iterator[tuple[str, Any]]:
+    """(path, numbers by name) of every vector in a schedule as a YAML has it, whatever else is wrong with it."""
+    if not isinstance(written, Mapping):  # most configs have no schedule, and to ask every installed package takes long
+        return
+    try:
+        model = class_of("schedule", written.get("type"), SCHEDULES, ScheduleOptions, path).Options
+    except ConfigError:
+        return
+    yield from ((f"{path}.{option}", numbers) for option, numbers in model.vectors(written))
+
+
+def _comes_too_early(later: object, earlier: object) -> bool:
+    """Whether that is known already: without the length of the run, only positions of one unit can be compared."""
+    first, second = _number_and_unit(earlier), _number_and_unit(later)
+    return first is not None and second is not None and first[1] == second[1] and second[0] <= first[0]
+
+
+def _number_and_unit(value: object) -> tuple[float, str] | None:
+    try:
+        text = str(position(value))
+    except PydanticCustomError:
+        return None
+    number = text.rstrip("%ep")
+    return float(number), text[len(number) :]
