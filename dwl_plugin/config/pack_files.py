@@ -18,7 +18,7 @@ from typing import Any
 import regex
 import yaml
 
-from dwl_plugin.errors import ConfigError, Problem, did_you_mean
+from dwl_plugin.errors import PREFIX, ConfigError, Problem, did_you_mean
 
 __all__ = ["MAX_BYTES", "PackReference", "PackText", "read_pack", "read_yaml", "shipped_packs"]
 
@@ -168,7 +168,7 @@ def _from_hub(address: str, path: str) -> PackText:
 @lru_cache(maxsize=64)
 def _say_hash(address: str, digest: str) -> None:
     """Once in a process; a config is parsed several times."""
-    print(f"[dwl] pack {address}: sha256 {digest}", file=sys.stderr, flush=True)
+    print(f"{PREFIX} pack {address}: sha256 {digest}", file=sys.stderr, flush=True)
 
 
 class _Loader(yaml.SafeLoader):

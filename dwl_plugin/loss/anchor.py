@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dwl_plugin.loss.heads import Head, logits_of
+from dwl_plugin.loss.heads import LinearHead, logits_of
 from dwl_plugin.loss.matmul import add_product, add_transposed_product, product
 
 __all__ = ["Anchor", "BasePass"]
@@ -40,7 +40,7 @@ class BasePass:
     """The base model's softmax beside ours, over one block of rows: Σ e^b, Σ e^b·(b − z) and Σ e^b·slope·W, b its logits."""
 
     def __init__(
-        self, hidden_RH: torch.Tensor, base: Head, ours: Head, operand: torch.dtype, *, hidden: bool, saves_exp: bool
+        self, hidden_RH: torch.Tensor, base: LinearHead, ours: LinearHead, operand: torch.dtype, *, hidden: bool, saves_exp: bool
     ) -> None:
         self._hidden_RH = hidden_RH.to(base.multiplied).to(operand)
         self._base, self._ours, self._operand, self._saves_exp = base, ours, operand, saves_exp

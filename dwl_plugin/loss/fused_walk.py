@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
+from dwl_plugin.errors import PREFIX
 from dwl_plugin.loss.anchor import BasePass
-from dwl_plugin.loss.heads import Head, logits_of
+from dwl_plugin.loss.heads import LinearHead, logits_of
 from dwl_plugin.loss.matmul import Operands, add_product, add_transposed_product, operands_for, product, tiling_for
 from dwl_plugin.loss.stable_nll import exact_nll
 from dwl_plugin.loss.tokens import Tokens
@@ -80,7 +81,9 @@ class WalkResult:
     gradients: Gradients
 
 
-def forward_backward(hidden_TH: torch.Tensor, tokens: Tokens, head: Head, base: Head | None, needs_grad: NeedsGrad) -> WalkResult:
+def forward_backward(
+    hidden_TH: torch.Tensor, tokens: Tokens, head: LinearHead, base: LinearHead | None, needs_grad: NeedsGrad
+) -> WalkResult:
     """Everything about Σ_t Σ_k w_tk·ℓ_k(t), plus the anchor of `tokens` to the model whose head is `base`."""
     with torch.no_grad(), torch.autocast(hidden_TH.device.type, enabled=False):
         N, (V, H), device = len(tokens), head.weight_VH.shape, hidden_TH.device
@@ -105,7 +108,13 @@ def forward_backward(hidden_TH: torch.Tensor, tokens: Tokens, head: Head, base: 
 
 
 def _block(
-    hidden_TH: torch.Tensor, tokens: Tokens, block: slice, head: Head, base: Head | None, space: _Workspace, result: WalkResult
+    hidden_TH: torch.Tensor,
+    tokens: Tokens,
+    block: slice,
+    head: LinearHead,
+    base: LinearHead | None,
+    space: _Workspace,
+    result: WalkResult,
 ) -> None:
     """One block of rows through the whole vocabulary: its losses, its rows of ∂hidden, its share of ∂W and ∂bias."""
     gradients, operands, unit = result.gradients, space.operands, head.unit
@@ -235,7 +244,7 @@ def _fuses(device: torch.device) -> bool:
 class _Workspace:
     """The buffers of a pass, allocated once: allocating them per tile costs more than the arithmetic does."""
 
-    def __init__(self, plan: _Plan, head: Head, operands: Operands, device: torch.device, saves_exp: bool) -> None:
+    def __init__(self, plan: _Plan, head: LinearHead, operands: Operands, device: torch.device, saves_exp: bool) -> None:
         self.plan, self.head, self.operands, self.saves_exp = plan, head, operands, saves_exp
         self._bias_V = None if head.bias_V is None else head.bias_V.to(head.multiplied).to(head.summed)
         self._in_place = not _fuses(device)
@@ -368,7 +377,7 @@ def _fused_step() -> Callable[..., tuple[torch.Tensor, ...]]:
                 raise
             except Exception as error:  # any compiler error
                 compiled.clear()
-                warnings.warn(f"[dwl] torch.compile failed, the loss runs uncompiled: {error}", stacklevel=2)
+                warnings.warn(f"{PREFIX} torch.compile failed, the loss runs uncompiled: {error}", stacklevel=2)
         return _step_fused(*arguments)
 
     return step

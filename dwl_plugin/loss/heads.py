@@ -14,7 +14,7 @@ from torch import nn
 from dwl_plugin.errors import LossNotTakenError
 
 __all__ = [
-    "Head",
+    "LinearHead",
     "as_linear",
     "base_model",
     "gathered_by_hooks",
@@ -28,7 +28,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Head:
+class LinearHead:
     """logits = softcap · tanh(scale · (hidden Wᵀ + bias) / softcap); without a softcap, scale · (hidden Wᵀ + bias).
 
     `multiplied` is the dtype F.linear would multiply in, autocast included.

@@ -12,7 +12,7 @@ import torch
 
 from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.fused_walk import Gradients, NeedsGrad, WalkResult, forward_backward
-from dwl_plugin.loss.heads import Head
+from dwl_plugin.loss.heads import LinearHead
 from dwl_plugin.loss.stable_nll import LinearCrossEntropyOutput, refuse_second_derivative, spread
 from dwl_plugin.loss.token_losses import Term
 from dwl_plugin.loss.tokens import Targets, Tokens, brief, require, require_number, select_tokens, terms_of
@@ -109,7 +109,7 @@ def fused_cross_entropy(
         require_number("softcap", softcap, above=0.0)
     if logit_scale is not None:
         require_number("logit_scale", logit_scale, above=-math.inf)
-    head = Head(
+    head = LinearHead(
         weight.detach(),
         None if bias is None else bias.detach(),
         1.0 if logit_scale is None else float(logit_scale),
@@ -133,7 +133,7 @@ def fused_cross_entropy(
     return LinearCrossEntropyOutput(loss, at_positions(nll_N), factors, None if kl_N is None else at_positions(kl_N))
 
 
-def _base_head(anchor: Anchor, ours: Head) -> Head:
+def _base_head(anchor: Anchor, ours: LinearHead) -> LinearHead:
     require(not callable(anchor.head), "anchor.head must be None or (weight, bias) here; `module_cross_entropy` takes a callable")
     if anchor.head is None:
         return ours
@@ -144,7 +144,7 @@ def _base_head(anchor: Anchor, ours: Head) -> Head:
         f"anchor.head must be a (V, H) weight with V = {ours.weight_VH.shape[0]} and a (V,) bias or None, got {brief(weight)}",
     )
     bias = None if bias is None else bias.detach()
-    return Head(weight.detach(), bias, ours.scale, ours.softcap, _multiplied_dtype(anchor.hidden, weight))
+    return LinearHead(weight.detach(), bias, ours.scale, ours.softcap, _multiplied_dtype(anchor.hidden, weight))
 
 
 @functools.cache
@@ -165,8 +165,8 @@ def _multiplied_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype
 @dataclass
 class _Call:
     tokens: Tokens
-    head: Head
-    base: Head | None
+    head: LinearHead
+    base: LinearHead | None
     needs_grad: NeedsGrad
 
     def run(self, hidden: torch.Tensor) -> WalkResult:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from dwl_plugin.loss.heads import Head
+from dwl_plugin.loss.heads import LinearHead
 
 __all__ = ["Operands", "Tiling", "add_product", "add_transposed_product", "operands_for", "product", "tiling_for"]
 
@@ -32,7 +32,7 @@ class Operands(NamedTuple):
     saved: torch.dtype
 
 
-def operands_for(head: Head, device: torch.device, *, trained: bool, anchored: bool) -> Operands:
+def operands_for(head: LinearHead, device: torch.device, *, trained: bool, anchored: bool) -> Operands:
     """A CPU rounds a product of bf16 operands to bf16: too much for logits and for ∂hidden, where one token of the vocabulary may
     be all there is to a sum; for a ∂W that is handed out in bf16 it is less than is lost in the end. fp16 has no room for the
     scaled rows of hidden."""
