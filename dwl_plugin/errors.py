@@ -7,7 +7,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ConfigError", "DWLError", "LossNotTakenError", "NotFiniteError", "Problem", "did_you_mean", "shortened"]
+__all__ = [
+    "PREFIX",
+    "ConfigError",
+    "DWLError",
+    "LossNotTakenError",
+    "NotFiniteError",
+    "Problem",
+    "RunError",
+    "did_you_mean",
+    "shortened",
+]
+
+PREFIX = "[dwl]"
+"""In front of what is printed, or raised, in the middle of a host's own output."""
 
 _ABSENT: Any = object()
 
@@ -56,7 +69,7 @@ class ConfigError(DWLError):
             return
         self.problems = tuple(problems)
         count = len(self.problems)
-        head = f"[dwl] {count} problem{'s' if count != 1 else ''} in the config; nothing was trained."
+        head = f"{PREFIX} {count} problem{'s' if count != 1 else ''} in the config; nothing was trained."
         super().__init__("\n".join([head, *(f"  {_indent(str(p))}" for p in self.problems)]))
 
     @classmethod
@@ -68,11 +81,19 @@ class ConfigError(DWLError):
         return (type(self), (self.problems,))
 
 
-class LossNotTakenError(DWLError):
+class RunError(DWLError):
+    """What stops a run that has begun; the message gets the prefix."""
+
+    def __init__(self, message: str) -> None:
+        # Unpickled, or raised again by a data loader around the text of its worker's error, it has the prefix already.
+        super().__init__(message if PREFIX in message else f"{PREFIX} {message}")
+
+
+class LossNotTakenError(RunError):
     """A step ended and the configured loss was not the one that was computed."""
 
 
-class NotFiniteError(DWLError):
+class NotFiniteError(RunError):
     """The loss became infinite or NaN; nothing was saved since."""
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "Pattern",
     "Position",
     "PositionKey",
+    "Reduction",
     "Strict",
     "Text",
     "TokenId",
@@ -47,6 +48,9 @@ MOST_OVERLAPPING = 62
 
 Overlap = Literal["first", "sum"]
 """`first`: a token is in the first class that matches. `sum`: in every class that matches."""
+
+Reduction = Literal["token_mean", "weighted_mean", "class_mean", "sequence_mean_token_sum"]
+"""How the losses of tokens become one number; the formulas are in `loss.reduction`."""
 
 REST = "rest"
 """The class of every target token that no other class claims."""

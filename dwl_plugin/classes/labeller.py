@@ -20,7 +20,7 @@ import numpy as np
 from dwl_plugin.classes.masks import InVocabulary, Mask
 from dwl_plugin.classes.samples import Samples
 from dwl_plugin.classes.token_bytes import Bools, Ints, TokenTable
-from dwl_plugin.errors import DWLError, shortened
+from dwl_plugin.errors import RunError, shortened
 from dwl_plugin.values import FIRST_TARGET, IGNORE_INDEX, Overlap
 
 __all__ = ["IGNORE_INDEX", "Labeller", "as_ints"]
@@ -106,7 +106,7 @@ class Labeller:
             (B, T) int64, as for one sample.
 
         Raises:
-            DWLError: `packed`, a class looks beyond one token, and nothing tells where samples begin.
+            RunError: `packed`, a class looks beyond one token, and nothing tells where samples begin.
             PatternTooSlowError: a pattern backtracks on a sample.
         """
         ids_BT, target_BT = _pair(input_ids, labels)
@@ -117,8 +117,8 @@ class Labeller:
             return np.where(target_BT, self.lookup[self._known(ids_BT)], IGNORE_INDEX)
         numbered = mask_BT is not None and mask_BT.max(initial=0) > 1
         if packed and position_BT is None and not numbered:
-            raise DWLError(
-                "[dwl] classes that look beyond one token (by text, turn, position or role) end where a sample ends, and "
+            raise RunError(
+                "classes that look beyond one token (by text, turn, position or role) end where a sample ends, and "
                 "`reduction: sequence_mean_token_sum` counts samples, but this batch does not say where they begin: its rows are "
                 "packed, and it has neither (batch, tokens) `position_ids` nor an `attention_mask` that numbers the samples. "
                 "Turn packing off, or select by `token_ids`, `tokens`, `token_regex`, `special` or `added` and take another "
@@ -176,7 +176,7 @@ _NOT_INTEGERS = (TypeError, ValueError, OverflowError)
 
 
 def _pair(input_ids: Any, labels: Any) -> tuple[Ints, Bools]:
-    """The ids, and True at the targets. Raises `DWLError` with what the row begins with, which finds it in the data."""
+    """The ids, and True at the targets. Raises `RunError` with what the row begins with, which finds it in the data."""
     try:
         ids, label = as_ints(input_ids), as_ints(labels)
         why = f"`input_ids` {ids.shape} and `labels` {label.shape} have to be of one shape"
@@ -184,7 +184,7 @@ def _pair(input_ids: Any, labels: Any) -> tuple[Ints, Bools]:
             return ids, label != IGNORE_INDEX
     except _NOT_INTEGERS as error:
         why = f"`input_ids` and `labels` have to be integers: {error}"
-    raise DWLError(f"[dwl] a row of the data cannot be classified: {why}. Its input_ids are {shortened(input_ids, 60)}")
+    raise RunError(f"a row of the data cannot be classified: {why}. Its input_ids are {shortened(input_ids, 60)}")
 
 
 def _end_to_end(rows: Sequence[Any]) -> tuple[Ints, list[int]]:

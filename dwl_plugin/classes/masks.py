@@ -23,7 +23,7 @@ import regex
 from dwl_plugin.classes.keywords import Words
 from dwl_plugin.classes.samples import Samples
 from dwl_plugin.classes.token_bytes import Bools
-from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.errors import PREFIX, ConfigError, Problem
 
 __all__ = [
     "TIME_LIMIT_S",
@@ -55,7 +55,7 @@ class PatternTooSlowError(ConfigError):
     def __init__(self, problems: Iterable[Problem] | str) -> None:
         super().__init__(problems)
         if self.problems:  # raised in the middle of training: the header of a start-up error would mislead
-            Exception.__init__(self, "\n".join(f"[dwl] {problem}" for problem in self.problems))
+            Exception.__init__(self, "\n".join(f"{PREFIX} {problem}" for problem in self.problems))
 
 
 class Mask(Protocol):

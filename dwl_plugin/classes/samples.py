@@ -110,9 +110,9 @@ class Samples:
 
     def in_ranges(self, first_M: Ints, stop_M: Ints) -> Bools:
         """(T,) True for the tokens of the ranges `first` up to and without `stop`."""
-        mask_T = np.zeros(len(self.ids_T), np.bool_)
-        mask_T[_ranges(first_M, stop_M - first_M)] = True
-        return mask_T
+        size = len(self.ids_T) + 1
+        open_T = np.cumsum(np.bincount(first_M, minlength=size) - np.bincount(stop_M, minlength=size))
+        return open_T[:-1] > 0
 
     def in_text(self, spans_P: list[list[tuple[int, int]]]) -> Bools:
         """(T,) True where a token's bytes overlap a span of one of `pieces`, which is counted in characters."""
@@ -128,10 +128,3 @@ def _bytes_of_characters(text: str) -> Ints:
     length_C = 1 + (code_C >= 0x80).astype(np.int64) + (code_C >= 0x800) + (code_C >= 0x10000)
     length_C[(code_C >= 0xDC80) & (code_C <= 0xDCFF)] = 1
     return length_C
-
-
-def _ranges(first: Ints, length: Ints) -> Ints:
-    """`first`, `first + 1`, … `first + length - 1` of each range, end to end."""
-    shift = first - (np.cumsum(length) - length)
-    shifts: Ints = np.repeat(shift, length)
-    return np.arange(len(shifts)) + shifts

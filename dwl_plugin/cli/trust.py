@@ -33,11 +33,11 @@ class Danger:
 
 @dataclass(frozen=True)
 class Rule:
-    """`key` is a YAML path in which `*` is each item of a list, or the mapping itself; `**` is any text below."""
+    """`keys` are YAML paths in which `*` is each item of a list, or the mapping itself; `**` is anything below."""
 
-    key: str
     does: Does
     what: str
+    keys: tuple[str, ...]
     when: Callable[[Any], bool] = bool
 
 
@@ -52,9 +52,13 @@ def _module_path(value: Any) -> bool:
     return isinstance(value, str) and "." in value and not (last == "load" or last.startswith("load_"))
 
 
-def _script(value: Any) -> bool:
-    files = value if isinstance(value, list) else [value]
-    return any(isinstance(file, str) and file.endswith(".py") for file in files)
+def _any_string(test: Callable[[str], bool]) -> Callable[[Any], bool]:
+    """Whether a value, or an item of it, is a string of that kind."""
+    return lambda value: any(isinstance(item, str) and test(item) for item in (value if isinstance(value, list) else [value]))
+
+
+_script = _any_string(lambda text: text.endswith(".py"))
+_url = _any_string(lambda text: "://" in text and not text.startswith("file://"))
 
 
 def _repository(value: Any) -> bool:
@@ -64,11 +68,6 @@ def _repository(value: Any) -> bool:
 
 def _remote_code(value: Any) -> bool:
     return isinstance(value, Mapping) and any(value.get(key) for key in ("trust_remote_code", "auto_map", "code_revision"))
-
-
-def _url(value: Any) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return any(isinstance(item, str) and "://" in item and not item.startswith("file://") for item in values)
 
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -91,9 +90,8 @@ def _on_hub(kind: str) -> Callable[[Any], bool]:
 
 
 def _offline() -> bool:
-    return any(
-        os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
+    said = (os.environ.get(name, "").upper() for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return not {"1", "TRUE", "YES", "ON"}.isdisjoint(said)
 
 
 def _hub_cache() -> Path:
@@ -112,73 +110,60 @@ def _pack_on_hub(value: Any) -> bool:
     return isinstance(value, str) and value.startswith("hf://")
 
 
-_DATASETS = ("datasets", "test_datasets", "pretraining_dataset")
+def _data(*fields: str) -> tuple[str, ...]:
+    return tuple(f"{key}.*.{field}" for key in ("datasets", "test_datasets", "pretraining_dataset") for field in fields)
+
+
+_MODELS = ("base_model", "base_model_config", "tokenizer_config", "processor_config", "lora_model_dir")
 
 RULES: tuple[Rule, ...] = (
-    Rule("plugins.*", "runs code", "Axolotl imports this module and runs its hooks", _foreign_plugin),
-    Rule("trust_remote_code", "runs code", "Python that lies beside the model's weights is run"),
-    *(Rule(f"{key}.*.trust_remote_code", "runs code", "Python that lies beside the data is run") for key in _DATASETS),
-    Rule("overrides_of_model_config", "runs code", "turns on Python that lies beside the model's weights", _remote_code),
-    Rule("overrides_of_model_kwargs", "runs code", "turns on Python that lies beside the model's weights", _remote_code),
-    Rule("cls_model_config", "runs code", "Axolotl imports this class by its path", _module_path),
-    Rule("trainer_cls", "runs code", "Axolotl imports this class and trains with it"),
-    *(Rule(f"{key}.*.type", "runs code", "Axolotl imports this module to read the data", _module_path) for key in _DATASETS),
-    *(Rule(f"{key}.*.input_transform", "runs code", "Axolotl imports this function to read the data") for key in _DATASETS),
-    *(
-        Rule(f"{key}.*.{field}", "runs code", "a dataset script is Python that is run", _script)
-        for key in _DATASETS
-        for field in ("path", "ds_type", "data_files")
+    Rule("runs code", "Axolotl imports this module and runs its hooks", ("plugins.*",), _foreign_plugin),
+    Rule("runs code", "Python that lies beside the model's weights is run", ("trust_remote_code",)),
+    Rule("runs code", "Python that lies beside the data is run", _data("trust_remote_code")),
+    Rule(
+        "runs code",
+        "turns on Python that lies beside the model's weights",
+        ("overrides_of_model_config", "overrides_of_model_kwargs"),
+        _remote_code,
     ),
-    Rule("trl.reward_funcs.*", "runs code", "Axolotl imports this function"),
-    Rule("trl.rollout_func", "runs code", "Axolotl imports this function"),
-    Rule("attn_implementation", "runs code", "a compiled kernel is downloaded and run", _repository),
-    Rule("experts_implementation", "runs code", "a compiled kernel is downloaded and run", _repository),
-    Rule("use_kernels", "runs code", "compiled kernels are downloaded and run"),
-    Rule("eval_causal_lm_metrics.*", "runs code", "a metric's script is downloaded and run", _repository),
-    *(
-        Rule(key, "fetches", "config and tokenizer, and for a run the weights, come from the hub", _on_hub("model"))
-        for key in ("base_model", "base_model_config", "tokenizer_config", "processor_config", "lora_model_dir")
-    ),
-    *(Rule(f"{key}.*.path", "fetches", "the data comes over the network", _data_on_hub) for key in _DATASETS),
-    Rule("pretraining_dataset", "fetches", "the data comes over the network", _on_hub("dataset")),
-    *(Rule(f"{key}.*.ds_type", "fetches", "the reader of the data comes from the hub", _data_on_hub) for key in _DATASETS),
-    *(Rule(f"{key}.*.data_files", "fetches", "the data comes over the network", _url) for key in _DATASETS),
-    Rule("dwl.**", "fetches", "a pack of classes comes from the hub", _pack_on_hub),
+    Rule("runs code", "Axolotl imports this class by its path", ("cls_model_config",), _module_path),
+    Rule("runs code", "Axolotl imports this class and trains with it", ("trainer_cls",)),
+    Rule("runs code", "Axolotl imports this module to read the data", _data("type"), _module_path),
+    Rule("runs code", "Axolotl imports this function to read the data", _data("input_transform")),
+    Rule("runs code", "a dataset script is Python that is run", _data("path", "ds_type", "data_files"), _script),
+    Rule("runs code", "Axolotl imports this function", ("trl.reward_funcs.*", "trl.rollout_func")),
+    Rule("runs code", "a compiled kernel is downloaded and run", ("attn_implementation", "experts_implementation"), _repository),
+    Rule("runs code", "compiled kernels are downloaded and run", ("use_kernels",)),
+    Rule("runs code", "a metric's script is downloaded and run", ("eval_causal_lm_metrics.*",), _repository),
+    Rule("fetches", "config and tokenizer, and for a run the weights, come from the hub", _MODELS, _on_hub("model")),
+    Rule("fetches", "the data comes over the network", _data("path"), _data_on_hub),
+    Rule("fetches", "the data comes over the network", ("pretraining_dataset",), _on_hub("dataset")),
+    Rule("fetches", "the reader of the data comes from the hub", _data("ds_type"), _data_on_hub),
+    Rule("fetches", "the data comes over the network", _data("data_files"), _url),
+    Rule("fetches", "a pack of classes comes from the hub", ("dwl.**",), _pack_on_hub),
 )
 
 
 def dangers(raw: Mapping[str, Any]) -> list[Danger]:
-    """What `RULES` find in a config that was only parsed, one entry per line of it."""
+    """What `RULES` find in a config that was only parsed, one entry per line of it; first what runs code."""
     found: dict[str, Danger] = {}
     for rule in RULES:
-        for path, value in _at(raw, rule.key.split("."), ""):
+        for path, value in (at for key in rule.keys for at in _at(raw, key.split("."), "")):
             if value is not None and rule.when(value):
                 found.setdefault(path, Danger(path, value, rule.does, rule.what))
-    return sorted(found.values(), key=lambda danger: danger.does == "fetches")
+    return list(found.values())
 
 
 def _at(node: Any, keys: list[str], path: str) -> Iterator[tuple[str, Any]]:
     """The values that a rule's key leads to, with their own paths."""
-    if not keys:
-        yield path, node
-    elif keys[0] == "**":
-        yield from _below(node, path)
-    elif keys[0] == "*":
-        if isinstance(node, list):
-            for index, item in enumerate(node):
-                yield from _at(item, keys[1:], f"{path}[{index}]")
-        else:
-            yield from _at(node, keys[1:], path)
-    elif isinstance(node, Mapping) and keys[0] in node:
-        yield from _at(node[keys[0]], keys[1:], f"{path}.{keys[0]}".lstrip("."))
-
-
-def _below(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _below(value, f"{path}.{key}")
-    elif isinstance(node, list):
+    first, below = (keys[0], keys if keys[0] == "**" else keys[1:]) if keys else ("", [])
+    if isinstance(node, list) and first in ("*", "**"):
         for index, item in enumerate(node):
-            yield from _below(item, f"{path}[{index}]")
-    else:
+            yield from _at(item, below, f"{path}[{index}]")
+    elif isinstance(node, Mapping) and first not in ("", "*"):
+        for key in node if first == "**" else [first] if first in node else []:
+            yield from _at(node[key], below, f"{path}.{key}".lstrip("."))
+    elif first == "*":
+        yield from _at(node, below, path)
+    elif first in ("", "**"):
         yield path, node

@@ -15,12 +15,11 @@ from dwl_plugin.classes.selectors import Context
 from dwl_plugin.config.classes import ClassConfig, Classes
 from dwl_plugin.errors import Problem
 from dwl_plugin.loss.token_losses import TOKEN_LOSSES, DFTConfig, EAFTConfig, FocalConfig, TokenLossConfig, TokenLossName
-from dwl_plugin.values import REST, Overlap, Strict, Weight
+from dwl_plugin.values import REST, Overlap, Reduction, Strict, Weight
 
 __all__ = ["Block", "BlockContext", "DWLConfig", "LossName", "Reduction"]
 
 LossName = Literal["nll", "dft", "dwl"]
-Reduction = Literal["token_mean", "weighted_mean", "class_mean", "sequence_mean_token_sum"]
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,13 @@ class ClassConfig(SelectorConfig):
     allow_empty: bool = Field(False, description="Do not stop when the class matches nothing in a sample of the data.")
 
 
-CLASSES: dict[str, type[ClassConfig]] = {
-    key: create_model(
-        selector.__name__.replace("Selector", "Class"),
-        __base__=(ClassConfig, selector),
-        __doc__=selector.__doc__,
-        __module__=__name__,
-    )
-    for key, selector in SELECTORS.items()
-}
+def _with_options(selector: type[SelectorConfig]) -> type[ClassConfig]:
+    bases: tuple[type[Any], ...] = (ClassConfig, selector)
+    name = selector.__name__.replace("Selector", "Class")
+    return create_model(name, __base__=bases, __doc__=selector.__doc__, __module__=__name__)
+
+
+CLASSES: dict[str, type[ClassConfig]] = {key: _with_options(selector) for key, selector in SELECTORS.items()}
 """By the key of the selector."""
 
 globals().update({model.__name__: model for model in CLASSES.values()})  # where pickle looks for them

@@ -17,7 +17,7 @@ from typing import Any
 
 import regex
 
-from dwl_plugin.errors import ConfigError, did_you_mean
+from dwl_plugin.errors import PREFIX, ConfigError, did_you_mean
 
 __all__ = ["MAX_BYTES", "PackReference", "PackText", "read_pack", "shipped_packs"]
 
@@ -152,4 +152,4 @@ def _from_hub(address: str, path: str) -> PackText:
 @lru_cache(maxsize=64)
 def _say_hash(address: str, digest: str) -> None:
     """Once in a process; a config is parsed several times."""
-    print(f"[dwl] pack {address}: sha256 {digest}", file=sys.stderr, flush=True)
+    print(f"{PREFIX} pack {address}: sha256 {digest}", file=sys.stderr, flush=True)

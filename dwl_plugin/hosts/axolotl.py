@@ -1,4 +1,4 @@
-"""The Axolotl plugin: which of our parts runs at which of Axolotl's hooks."""
+"""The Axolotl plugin: what runs at which of Axolotl's hooks."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from axolotl.integrations.base import BasePlugin
 from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block
 from dwl_plugin.config.overrides import overridden, overrides_of
-from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.errors import ConfigError
 from dwl_plugin.hosts.axolotl_args import block_of, fused_losses_asked_for
 from dwl_plugin.hosts.checkpoints import choose_checkpoint
 from dwl_plugin.hosts.dropped_options import dropped_options
 from dwl_plugin.hosts.four_bits import keep_the_training_format
-from dwl_plugin.hosts.trainer import Session, join, leave, less_is_better, say
+from dwl_plugin.hosts.trainer import install, less_is_better, uninstall
 from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl
-from dwl_plugin.run.dataset_check import labeller_of, look_at, picked_rows
+from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows
 from dwl_plugin.run.moving import require_places
+from dwl_plugin.run.startup import log_line
 
 __all__ = ["DWLPlugin"]
 
@@ -31,7 +32,7 @@ class DWLPlugin(BasePlugin):
         super().__init__()
         self._labeller: Labeller | None = None
         self._survey: ClassSurvey | None = None
-        self._joined: tuple[Session, Any] | None = None
+        self._trainer: Any = None
         self._taken_over: list[str] = []
 
     def get_input_args(self) -> str:
@@ -45,7 +46,7 @@ class DWLPlugin(BasePlugin):
         for key, value in overridden(cfg, overrides).items() if overrides else ():
             cfg[key] = value
         if overrides and os.environ.get("RANK", "0") == "0":
-            say("\n".join(map(str, overrides)))
+            log_line("\n".join(map(str, overrides)))
         dropped = list(dropped_options(sys.argv[1:], cfg))
         if dropped:
             raise ConfigError(dropped)
@@ -57,11 +58,9 @@ class DWLPlugin(BasePlugin):
             raise ConfigError(problems)
         newer = newer_axolotl()
         if newer is not None and os.environ.get("RANK", "0") == "0":
-            say(newer)
+            log_line(newer)
         if "loss" in AxolotlInputConfig.model_fields:
-            raise ConfigError(
-                [Problem("loss", "this version of Axolotl has a `loss` key of its own; install a dwl_plugin that knows it")]
-            )
+            raise ConfigError.at("loss", "this version of Axolotl has a `loss` key of its own; install a dwl_plugin that knows it")
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
         """Less nll is better. The host would take every metric that does not end in `loss` for one to maximise."""
@@ -69,10 +68,10 @@ class DWLPlugin(BasePlugin):
         return {"greater_is_better": False} if ours and cfg.get("greater_is_better") is None else {}
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
-        """The host's own datasets, and the checkpoint to go on from, looked at before a model is loaded."""
+        """Load the host's own datasets, and check them and the checkpoint to go on from before a model is loaded."""
         block = block_of(cfg)
         if block is not None and not preprocess and (line := choose_checkpoint(cfg)):
-            say(line)
+            log_line(line)
         if block is None or preprocess or not (block.labels_tokens or block.moves) or _loaded_elsewhere(self):
             return None
         from axolotl.cli.args import TrainerCliArgs
@@ -85,14 +84,14 @@ class DWLPlugin(BasePlugin):
         cli_args, _ = HfArgumentParser(TrainerCliArgs).parse_args_into_dataclasses(return_remaining_strings=True)
         meta = load_datasets(cfg=cfg, cli_args=cli_args)
         if block.moves:
-            require_places(block, *_run_length(cfg, meta))
+            require_places(block, *_planned_length(cfg, meta))
         if self._labeller is not None:
-            self._look_at(meta.train_dataset, block, seed=cfg.seed)
+            self._survey_rows(meta.train_dataset, block, seed=cfg.seed)
         return meta
 
     def pre_model_load(self, cfg: Any) -> None:
         if cfg.get("loss") is not None and (line := keep_the_training_format(cfg)):
-            say(line)
+            log_line(line)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         block = block_of(cfg)
@@ -100,23 +99,23 @@ class DWLPlugin(BasePlugin):
             return []
         if self._labeller is None and block.labels_tokens:
             self._labeller = labeller_of(block, trainer.processing_class)
-            self._look_at(trainer.train_dataset, block, seed=cfg.seed)
-        session, hook = join(trainer, block, self._labeller, self._survey, self._taken_over)
-        self._joined = (session, trainer)
-        return [hook]
+            self._survey_rows(trainer.train_dataset, block, seed=cfg.seed)
+        _, callback = install(trainer, block, self._labeller, self._survey, self._taken_over)
+        self._trainer = trainer
+        return [callback]
 
     def post_train_unload(self, cfg: Any) -> None:
         self._forget()
 
-    def _look_at(self, dataset: Any, block: Block, seed: int | None) -> None:
+    def _survey_rows(self, dataset: Any, block: Block, seed: int | None) -> None:
         """Label a seeded sample of the rows; a class that is nowhere in it is an error."""
         assert self._labeller is not None
-        self._survey = look_at(self._labeller, _sample(dataset, seed or 0), block.class_configs)
+        self._survey = check_dataset(block, self._labeller, _sample(dataset, seed or 0))
 
     def _forget(self) -> None:
-        if self._joined is not None:
-            leave(*self._joined)
-        self._labeller = self._survey = self._joined = None
+        if self._trainer is not None:
+            uninstall(self._trainer)
+        self._labeller = self._survey = self._trainer = None
 
 
 def _sample(dataset: Any, seed: int) -> list[dict[str, Any]]:
@@ -126,7 +125,7 @@ def _sample(dataset: Any, seed: int) -> list[dict[str, Any]]:
     return list(dataset.select_columns(["input_ids", "labels"]).select(picked_rows(len(dataset), seed)))
 
 
-def _run_length(cfg: Any, meta: Any) -> tuple[int | None, float | None]:
+def _planned_length(cfg: Any, meta: Any) -> tuple[int | None, float | None]:
     """Steps of the run to come, and about how many of them are an epoch; None for what a stream does not tell."""
     from axolotl.utils.trainer import calculate_total_num_steps
 

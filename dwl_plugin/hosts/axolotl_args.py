@@ -1,4 +1,4 @@
-"""Our three keys in Axolotl's schema. Axolotl inherits this class into its own by its bare name."""
+"""The keys `loss`, `dft` and `dwl` in Axolotl's schema. Axolotl inherits this class into its own by its bare name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field, model_validator
 
 from dwl_plugin.config import Block, DFTConfig, DWLConfig, LossName, parse
 from dwl_plugin.errors import ConfigError
-from dwl_plugin.hosts.incompatible import refused, without_base_model
+from dwl_plugin.hosts.incompatible import refused
+from dwl_plugin.run.session import without_base_model
 
 __all__ = ["FUSED_LOSSES", "DWLPluginArgs", "block_of", "fused_losses_asked_for"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import Trainer
 
-from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.errors import ConfigError
+from dwl_plugin.run.dataset_check import picked_rows
 
 __all__ = ["base_nll"]
 
@@ -24,23 +24,15 @@ def base_nll(trainer: Trainer, rows: int, names: tuple[str, ...]) -> dict[str, f
     """
     dataset = trainer.train_dataset
     if not hasattr(dataset, "select"):
-        raise ConfigError(
-            [
-                Problem(
-                    "dwl.controller.reference",
-                    "the training set is a stream, so no rows of it can be measured on",
-                    "base",
-                    hint="write the numbers: class -> nll",
-                )
-            ]
-        )
-    picked = np.random.default_rng(trainer.args.seed).permutation(len(dataset))[:rows]
+        why = "the training set is a stream, so no rows of it can be measured on"
+        raise ConfigError.at("dwl.controller.reference", why, "base", hint="write the numbers: class -> nll")
+    picked = picked_rows(len(dataset), trainer.args.seed, rows)
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext(), torch.random.fork_rng():
         # With persistent workers the host would keep this loader for its own.
         kept = trainer.__dict__.pop("_eval_dataloaders", None)
         try:
-            loader = trainer.get_eval_dataloader(dataset.select(sorted(picked.tolist())))
+            loader = trainer.get_eval_dataloader(dataset.select(picked))
         finally:
             trainer.__dict__.pop("_eval_dataloaders", None)
             if kept is not None:

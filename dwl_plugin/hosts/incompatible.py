@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dwl_plugin.config import Block, LossName
+from dwl_plugin.config import LossName
 from dwl_plugin.errors import Problem
 
-__all__ = ["REFUSALS", "Refusal", "refusal_table", "refused", "without_base_model"]
+__all__ = ["REFUSALS", "Refusal", "refusal_table", "refused"]
 
 Config = Mapping[str, Any]
 
@@ -158,12 +158,3 @@ def refusal_table() -> str:
         reasons.setdefault(refusal.why, []).append(refusal.name or f"`{refusal.key}`")
     rows = [f"| {', '.join(names)} | {why} |" for why, names in reasons.items()]
     return "\n".join(["| refused beside `loss:` | because |", "|---|---|", *rows])
-
-
-def without_base_model(block: Block) -> Iterator[Problem]:
-    """One problem per anchor, for a run that has no adapter to switch off."""
-    options = {f"dwl.classes.{name}.dft": spec.dft for name, spec in block.class_configs.items()}
-    for path, dft in {"dft": block.dft, **options}.items():
-        if dft is not None and dft.anchor > 0:
-            why = "is held to the base model, which is the model with its adapter switched off, and this run trains without one"
-            yield Problem(f"{path}.anchor", why, dft.anchor, hint="write `adapter: lora` or `qlora`, or delete `anchor`")

@@ -1,4 +1,4 @@
-"""Our part of somebody else's `transformers.Trainer`: a few hooks, each handing over to the session.
+"""The loss in somebody else's `transformers.Trainer`: a few hooks, each handing over to the session.
 
 One optimizer step, in order: the loader's batches carry class ids -> `get_batch_samples` counts them -> the callback moves α to
 τ -> `compute_loss` arms the model's seam -> the seam adds per-class sums -> the callback shows them to the controller -> `log`
@@ -7,163 +7,44 @@ divides them -> `_save_checkpoint` keeps what a resumed run needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dwl_plugin.alpha.run_length import RunLength
-from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.classes import ClassSurvey, Labeller
-from dwl_plugin.config import Block, DFTConfig, TokenLossConfig
-from dwl_plugin.errors import ConfigError, DWLError, LossNotTakenError, NotFiniteError, Problem
-from dwl_plugin.files import write_whole
+from dwl_plugin.config import Block
+from dwl_plugin.errors import ConfigError, LossNotTakenError, NotFiniteError, RunError
 from dwl_plugin.hosts.base_nll import base_nll
 from dwl_plugin.hosts.checkpoints import finished_checkpoints
-from dwl_plugin.hosts.incompatible import without_base_model
 from dwl_plugin.hosts.versions import divided_later
-from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics, widest
+from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics
 from dwl_plugin.loss.deferred_logits import DeferredLogits
-from dwl_plugin.loss.membership import Membership, count_classes
-from dwl_plugin.loss.reduction import class_weights
-from dwl_plugin.loss.seam import Seam
+from dwl_plugin.loss.membership import Membership
 from dwl_plugin.loss.shift import IGNORE_INDEX
-from dwl_plugin.loss.spec import LossSpec, PendingLoss
-from dwl_plugin.loss.token_losses import SCHEDULED, objective_of
 from dwl_plugin.run.closed_loop import ClosedLoop
-from dwl_plugin.run.collate import CLASS_IDS, LabellingCollator
-from dwl_plugin.run.moving import alpha_of, controller_of, token_losses_of
-from dwl_plugin.run.nan_guard import FirstBadStep
-from dwl_plugin.run.startup import opening_lines, other_length_lines, other_options_lines
+from dwl_plugin.run.collate import LabellingCollator
+from dwl_plugin.run.moving import controller_of
+from dwl_plugin.run.session import Session
+from dwl_plugin.run.startup import keep_config, log_line, other_length_lines, other_options_lines, startup_lines
 
-__all__ = ["AlphaCallback", "Session", "TrainerMixin", "join", "leave", "less_is_better", "shadowed"]
+__all__ = ["BelowHost", "TrainerMixin", "computes_loss", "install", "less_is_better", "replaced_methods", "uninstall"]
 
-RESOLVED_CONFIG = "dwl_config.yaml"
-STATE = "dwl"
-"""Our key in `stateful_callbacks` of the trainer's state."""
-OnTokens = Callable[[ForwardMetrics], None]
-
+_STATE = "dwl"
+"""The key in `stateful_callbacks` of the trainer's state."""
 _PACKING = ("sample_packing", "batch_flattening", "packing", "padding_free")
 """Training arguments, Axolotl's and TRL's, that put several samples into one row."""
 
-
-def say(line: str) -> None:
-    """To the console of the main process; every line of ours looks alike."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        with tqdm.external_write_mode():  # not behind the progress bar that the host has begun
-            print("\n".join(f"[dwl] {part}" for part in line.splitlines()), flush=True)
-
-
-class Session:
-    """One trainer's run with our loss: the settings, and what changes from step to step."""
-
-    def __init__(
-        self, trainer: Trainer, block: Block, labeller: Labeller | None, survey: ClassSurvey | None, taken_over: Sequence[str]
-    ) -> None:
-        self.block, self.labeller, self.survey = block, labeller, survey
-        self.names = block.class_names
-        objectives = tuple(objective_of(token_loss) for token_loss in block.token_losses)
-        self.spec = LossSpec(block.alpha, objectives, block.overlap, block.loss == "dwl", block.anchors)
-        self.seam = Seam(trainer.model, say, _without_adapter(trainer.model, block) if self.spec.is_anchored else None)
-        self.replaced = " and ".join([self.seam.replaced, *(f"`{key}`" for key in taken_over)])
-        self.token_losses = block.token_losses
-        self.token_losses_at: Callable[[int], tuple[TokenLossConfig, ...]] | None = None
-        self.alpha_at: Curve = lambda tau: block.alpha  # until the length of the run is known
-        self.alpha = block.alpha
-        self.length = RunLength(None, None)
-        self.loop: ClosedLoop | None = None
-        self.base_nll: dict[str, float] | None = None
-        self.train_sums, self.eval_sums = ClassSums(self.names), ClassSums(self.names)
-        self.step_counts: torch.Tensor | None = None
-        self.keeps_logits = False  # an evaluation that hands the logits on
-        self.model_loss: torch.Tensor | None = None  # of the last forward, where a host of its own mind is watched
-        self.tau, self.first_bad = 0, FirstBadStep(self.names)
-
-    def begin(self, length: RunLength) -> None:
-        """A run begins, or begins again in this process with smaller batches: nothing is left of the one before."""
-        self.length, self.alpha_at, self.alpha = length, alpha_of(self.block, length), self.block.alpha
-        self.token_losses_at = token_losses_of(self.block, length)
-        self.train_sums, self.step_counts = ClassSums(self.names), None
-        self.first_bad = FirstBadStep(self.names)
-
-    def move(self, tau: int) -> None:
-        """α of optimizer step τ, and what tokens pay."""
-        self.tau = tau
-        self.alpha = self.alpha_at(tau) if self.loop is None else self.loop.controller.alpha
-        if self.token_losses_at is not None:
-            self.token_losses = self.token_losses_at(tau)
-            self.spec = replace(self.spec, objective=tuple(map(objective_of, self.token_losses)))
-
-    def settings(self) -> dict[str, float]:
-        """What moves by itself, as the trackers get it."""
-        logged = {f"dwl/alpha/{name}": alpha for name, alpha in zip(self.names, self.alpha, strict=True)}
-        signal = None if self.loop is None else self.loop.controller.signal
-        if signal is not None:
-            logged.update({f"dwl/signal/{name}": value for name, value in zip(self.names, signal, strict=True)})
-        for name, loss in zip(self.names, self.token_losses, strict=True):
-            if isinstance(loss, DFTConfig) and loss.schedule is not None:
-                logged.update({f"dwl/{option}/{name}": getattr(loss, option) for option in SCHEDULED})
-        return logged
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint has to keep, as plain values. Every rank has to call it."""
-        run = {"total_steps": self.length.total_steps, "steps_per_epoch": self.length.steps_per_epoch}
-        return {"run": run, "controller": None if self.loop is None else self.loop.state()}
-
-    def counts(self, batches: list[Any], device: torch.device) -> torch.Tensor:
-        """(C + 2,) int64 of `batches`: targets of each class, targets, samples with a target. The first label of a row predicts
-        nothing and is not counted."""
-        classes = len(self.names)
-        counts = torch.zeros(classes + 2, dtype=torch.int64, device=device)
-        for batch in batches:
-            labels = batch[CLASS_IDS] if CLASS_IDS in batch else batch.get("labels")
-            if labels is None:
-                continue
-            targets = (labels if "shift_labels" in batch else labels[..., 1:]).to(device)
-            if CLASS_IDS not in batch:
-                targets = Membership.all_rest(targets != IGNORE_INDEX, classes, self.spec.overlap).ids_N
-            counts += count_classes(targets, classes, self.spec.overlap)
-        return counts
-
-    def _trained_on(self, tokens: ForwardMetrics) -> None:
-        self.first_bad.add(self.tau + 1, tokens)
-        tokens_C, nll_C = self.train_sums.add(tokens)
-        if self.loop is not None:
-            self.loop.add(tokens_C, nll_C)
-
-    def _evaluated_on(self, tokens: ForwardMetrics) -> None:
-        self.eval_sums.add(tokens)
-
-    def step(self, inputs: dict[str, Any], counts: torch.Tensor, denominator: Any, training: bool) -> PendingLoss:
-        """What the seam needs for one forward."""
-        device = counts.device  # where the counts are, so that nothing waits for them
-        weight_C = class_weights(self.block.reduction, torch.tensor(self.alpha, dtype=widest(device), device=device), counts)
-        class_ids = inputs.pop(CLASS_IDS, None)
-        if class_ids is None and self.labeller is not None:
-            raise LossNotTakenError(
-                "[dwl] a batch arrived without class ids: its data loader was not made by the trainer's own "
-                "`get_train_dataloader` or `get_eval_dataloader`."
-            )
-        return PendingLoss(
-            self.spec,
-            labels=inputs.get("labels"),
-            class_ids=class_ids,
-            shifted="shift_labels" in inputs,
-            class_weight=weight_C,
-            denominator=denominator,
-            on_tokens=self._trained_on if training else self._evaluated_on,
-        )
+OnTokens = Callable[[ForwardMetrics], None]
 
 
 class TrainerMixin(Trainer):
-    """Goes in front of the host's trainer class. `_dwl` and `_dwl_host` are set by `join`."""
+    """Goes in front of the host's trainer class. `_dwl` and `_dwl_host` are set by `install`."""
 
     _dwl: Session
     _dwl_host: type[Trainer]
@@ -221,10 +102,8 @@ class TrainerMixin(Trainer):
         else:
             counts = session.counts([inputs], self.args.device)
             denominator = counts[-2].clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        step = session.step(inputs, counts, denominator, training)
-        if not training and step.on_tokens is not None:
-            step.on_tokens = self._without_repeated_rows(inputs, step.on_tokens)
-        with session.seam.armed(step):
+        on_tokens = session.trained_on if training else self._without_repeated_rows(inputs, session.evaluated_on)
+        with session.seam.armed(session.pending_loss(inputs, counts, denominator, on_tokens)):
             result = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
             if session.keeps_logits:
                 outputs = result[1]
@@ -277,12 +156,12 @@ class TrainerMixin(Trainer):
         if "loss" in logs:
             self.stop_if_not_finite()
             logs.update(self._dwl.train_sums.take(self._over_ranks, self.args.device))
-            logs.update(self._dwl.settings())
+            logs.update(self._dwl.moving_numbers())
         super().log(logs, start_time)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         self.stop_if_not_finite()
-        self.state.stateful_callbacks[STATE] = self._dwl.state()
+        self.state.stateful_callbacks[_STATE] = self._dwl.state()
         return super()._save_checkpoint(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -294,59 +173,74 @@ class TrainerMixin(Trainer):
         return output
 
 
-class AlphaCallback(TrainerCallback):
-    """Moves α once per optimizer step."""
+class _CheckedMixin(TrainerMixin):
+    """For a host with a `compute_loss` of its own: the loss it returns has to be the one that came from the model."""
 
-    def __init__(self, trainer: Trainer, session: Session) -> None:
-        self._trainer, self._session = trainer, session
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        self._dwl.model_loss = None
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        if loss is not self._dwl.model_loss:
+            name = computes_loss(self._dwl_host).__qualname__
+            raise LossNotTakenError(
+                f"{name}.compute_loss returned a loss that is not the model's, so the configured loss would not be the one "
+                "that is trained. Return what `super().compute_loss(...)` returns, or do not call `dwl_plugin.apply`."
+            )
+        return result
+
+
+class BelowHost(Trainer):
+    """Between the host's class and `Trainer`: what the host's `super().compute_loss` reaches."""
+
+    _dwl: Session
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._dwl.model_loss = loss
+        self.measure(outputs, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def measure(self, outputs: Any, inputs: Mapping[str, Any]) -> None:
+        """For a host that wants more of the outputs than there is."""
+
+
+class AlphaCallback(TrainerCallback):
+    """Moves α once per optimizer step, and shows the controller what the step cost."""
+
+    def __init__(self, trainer: TrainerMixin) -> None:
+        self._trainer, self._session = trainer, trainer._dwl
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        session = self._session
+        session, tau = self._session, state.global_step
+        saved = dict(state.stateful_callbacks or {}).get(_STATE) if tau else None
         session.begin(_run_length(args, state, kwargs.get("train_dataloader")))
-        saved = dict(state.stateful_callbacks or {}).get(STATE) if state.global_step else None
-        self._close_loop(saved, state.global_step)
-        session.move(state.global_step)
+        session.loop = self._closed_loop(saved, tau)
+        session.move(tau)
         if state.is_world_process_zero:
-            _keep_config(session.block, Path(args.output_dir))
+            keep_config(session.block, Path(args.output_dir))
         picks = args.metric_for_best_model or "loss" if args.load_best_model_at_end else None
         counts = None if session.survey is None else session.survey.counts
-        say("\n".join(opening_lines(session.block, counts, session.alpha_at, session.length, session.replaced, picks)))
+        lines = [*startup_lines(session.block, counts, session.alpha_at, session.length, session.replaced, picks)]
         if saved is not None:
-            trained_for = RunLength(**saved["run"])
-            for line in other_length_lines(session.block, trained_for, session.length, state.global_step):
-                say(line)
+            lines += other_length_lines(session.block, RunLength(**saved["run"]), session.length, tau)
             if session.loop is not None:
-                for line in other_options_lines(session.loop.controller.options, saved["controller"]["options"]):
-                    say(line)
+                lines += other_options_lines(session.loop.controller.options, saved["controller"]["options"])
+        log_line("\n".join(lines))
 
-    def _close_loop(self, saved: dict[str, Any] | None, steps: int) -> None:
-        """The controller, as the checkpoint left it or from the start."""
-        session, trainer = self._session, self._trainer
-        session.loop = None
-        controller = controller_of(session.block, session.length)
-        if controller is None:
-            return
-        state = None if saved is None else saved["controller"]
-        if steps and state is None:
-            raise ConfigError(
-                [
-                    Problem(
-                        "dwl.controller",
-                        f"the checkpoint of step {steps} was not written by a run with a controller, so what it "
-                        "had learned until then is not known",
-                        controller.options.type,
-                        hint="delete `controller`, or start a new run from these weights without `resume_from_checkpoint`",
-                    )
-                ]
-            )
-        loop = ClosedLoop(controller, trainer._of_every_rank, trainer.args.device)
-        if state is not None:
-            loop.load(state, trainer.args.process_index)
-        if controller.rows_to_measure:
-            if session.base_nll is None:  # kept: a run that begins again with smaller batches has taken steps
-                session.base_nll = base_nll(trainer, controller.rows_to_measure, session.names)
-            controller.compare_with(session.base_nll)
-        session.loop = loop
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._session.move(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._session.loop is not None:
@@ -355,26 +249,37 @@ class AlphaCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.stop_if_not_finite()  # what comes next saves the model
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._session.move(state.global_step)
-
-
-def _keep_config(block: Block, folder: Path) -> None:
-    """For people and `dwl report`. Training does not stop for want of it."""
-    text = yaml.safe_dump(block.dump(), sort_keys=False, allow_unicode=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / RESOLVED_CONFIG, text.encode())
-    except (OSError, DWLError) as error:
-        say(f"{error} Training goes on, and `dwl report` will not know this run's settings.")
+    def _closed_loop(self, saved: dict[str, Any] | None, tau: int) -> ClosedLoop | None:
+        """The controller, as the checkpoint left it or from the start."""
+        session, trainer = self._session, self._trainer
+        controller = controller_of(session.block, session.length)
+        if controller is None:
+            return None
+        state = None if saved is None else saved["controller"]
+        if tau and state is None:
+            raise ConfigError.at(
+                "dwl.controller",
+                f"the checkpoint of step {tau} was not written by a run with a controller, so what it had learned until then is "
+                "not known",
+                controller.options.type,
+                hint="delete `controller`, or start a new run from these weights without `resume_from_checkpoint`",
+            )
+        loop = ClosedLoop(controller, trainer._of_every_rank, trainer.args.device)
+        if state is not None:
+            loop.load(state, trainer.args.process_index)
+        if controller.rows_to_measure:
+            if session.base_nll is None:  # kept: a run that begins again with smaller batches has taken steps
+                session.base_nll = base_nll(trainer, controller.rows_to_measure, session.names)
+            controller.compare_with(session.base_nll)
+        return loop
 
 
 def _require_cut_sequences(accelerator: Any, batches: Sequence[Any]) -> None:
     """Under context parallelism each rank has its part of every sequence, and of the class ids, from the collator on."""
     parallelism = getattr(accelerator, "parallelism_config", None)
     if (getattr(parallelism, "cp_size", None) or 1) > 1 and not all("_cp_shard" in batch for batch in batches):
-        raise DWLError(
-            "[dwl] context parallelism cuts these sequences up after their batch was made, where class ids and the number of "
+        raise RunError(
+            "context parallelism cuts these sequences up after their batch was made, where class ids and the number of "
             "targets cannot follow. It works with datasets of text whose batches Axolotl's own collators make."
         )
 
@@ -385,18 +290,10 @@ def _not_finite(found: dict[str, int], output_dir: Path) -> NotFiniteError:
     whole = finished_checkpoints(output_dir)
     kept = f"The newest checkpoint, {whole[-1]}, is from before." if whole else "No checkpoint was written before."
     return NotFiniteError(
-        f"[dwl] the loss of class {classes} is infinite or NaN from step {first} on, so training stops. {kept} A lower "
+        f"the loss of class {classes} is infinite or NaN from step {first} on, so training stops. {kept} A lower "
         "`learning_rate`, `max_grad_norm: 1.0` or bf16 in place of fp16 are the usual remedies; if it is always this step, look "
         "at its rows."
     )
-
-
-def _without_adapter(model: Any, block: Block) -> Callable[[], AbstractContextManager[Any]]:
-    """A context in which the model is its base model."""
-    if not hasattr(model, "disable_adapter"):
-        raise ConfigError(without_base_model(block))
-    found: Callable[[], AbstractContextManager[Any]] = model.disable_adapter
-    return found
 
 
 def _run_length(args: Any, state: Any, loader: Any) -> RunLength:
@@ -410,53 +307,57 @@ def _run_length(args: Any, state: Any, loader: Any) -> RunLength:
     return RunLength(state.max_steps if state.max_steps > 0 else None, per_epoch)
 
 
-def join(
+def install(
     trainer: Trainer,
     block: Block,
     labeller: Labeller | None,
     survey: ClassSurvey | None = None,
     taken_over: Sequence[str] = (),
-    front: type[TrainerMixin] = TrainerMixin,
-    behind: Sequence[type[Trainer]] = (),
+    below: type[BelowHost] | None = None,
 ) -> tuple[Session, AlphaCallback]:
-    """Put `front` before `trainer`'s class, on this instance only, and attach to its model.
+    """Put a mixin before the class of `trainer`, on this instance only, and a seam into its model.
 
-    `taken_over` names the fused losses of the host that were switched off for ours. A class in `behind` comes between the
-    host's trainer and `transformers.Trainer`: what the host calls with `super()`.
+    `taken_over` names the fused losses of the host that were switched off. `below` comes between the host's class and
+    `transformers.Trainer`, where the host is not trusted to return the loss of the model: what it returns is compared.
     """
-    for name in shadowed(trainer):
-        raise DWLError(
-            f"[dwl] the trainer's `{name}` was replaced on the instance (llm_compressor does this), so `loss:` would never be "
-            "used. Remove that integration, or delete the `loss:` line."
+    for name in replaced_methods(trainer):
+        raise RunError(
+            f"the trainer's `{name}` was replaced on the instance (llm_compressor does this), so `loss:` would never be used. "
+            "Remove that integration, or delete the `loss:` line."
         )
     if trainer.compute_loss_func is not None:
-        raise DWLError(
-            f"[dwl] the trainer has its own loss, {trainer.compute_loss_func!r}; `loss: {block.loss}` cannot be used with it."
-        )
-    session = Session(trainer, block, labeller, survey, taken_over)
+        raise RunError(f"the trainer has its own loss, {trainer.compute_loss_func!r}; `loss: {block.loss}` cannot be used with it.")
+    session = Session(trainer.model, block, labeller, survey, taken_over)
     host = type(trainer)
-    trainer.__class__ = type(f"DWL{host.__name__}", (front, host, *behind), {"_dwl": session, "_dwl_host": host})
+    bases = (TrainerMixin, host) if below is None else (_CheckedMixin, host, below)
+    trainer.__class__ = type(f"DWL{host.__name__}", bases, {"_dwl": session, "_dwl_host": host})
     trainer.loss_is_scaled_for_ga = True
     _hide_class_metrics(trainer)
-    return session, AlphaCallback(trainer, session)
+    assert isinstance(trainer, TrainerMixin)
+    return session, AlphaCallback(trainer)
 
 
-def shadowed(trainer: Trainer) -> list[str]:
-    """Methods of ours that an attribute of the instance would hide."""
-    return [name for name in ("compute_loss", "get_batch_samples") if name in vars(trainer)]
-
-
-def leave(session: Session, trainer: Trainer) -> None:
-    """Take everything back."""
-    session.seam.detach()
+def uninstall(trainer: Trainer) -> None:
+    """Give the trainer and its model back as they were. Once is enough, twice does no harm."""
     if not isinstance(trainer, TrainerMixin):
         return
+    trainer._dwl.seam.detach()
     trainer.__class__ = trainer._dwl_host
     trainer.__dict__.pop("loss_is_scaled_for_ga", None)
-    trainer.__dict__.pop("_eval_dataloaders", None)  # kept between evaluations, with our class ids in their batches
+    trainer.__dict__.pop("_eval_dataloaders", None)  # kept between evaluations, with class ids in their batches
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, _ShortLog):
             callback.__class__ = type(callback).__mro__[2]
+
+
+def replaced_methods(trainer: Trainer) -> list[str]:
+    """Methods of `TrainerMixin` that an attribute of the instance would hide."""
+    return [name for name in ("compute_loss", "get_batch_samples") if name in vars(trainer)]
+
+
+def computes_loss(kind: type) -> type:
+    """The class whose `compute_loss` runs in a `kind`."""
+    return next(base for base in kind.__mro__ if "compute_loss" in vars(base))
 
 
 def less_is_better(metric: str | None) -> bool:

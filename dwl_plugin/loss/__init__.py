@@ -1,1 +1,0 @@
-import dwl_plugin.config  # noqa: F401  # until schedules.py lies below it

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from dwl_plugin.loss.heads import Head, logits_of
-from dwl_plugin.loss.matmul import add_product, product
+from dwl_plugin.loss.heads import LinearHead, logits_of
+from dwl_plugin.loss.matmul import add_product, add_transposed_product, product
 
-__all__ = ["Anchor", "BaseWalk"]
+__all__ = ["Anchor", "BasePass"]
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,21 @@ class Anchor:
     head: tuple[torch.Tensor, torch.Tensor | None] | Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
-class BaseWalk:
+class BasePass:
     """The base model's softmax beside ours, over one block of rows: Σ e^b, Σ e^b·(b − z) and Σ e^b·slope·W, b its logits."""
 
-    def __init__(self, hidden_RH: torch.Tensor, base: Head, ours: Head, operand: torch.dtype, *, hidden: bool, kept: bool) -> None:
+    def __init__(
+        self, hidden_RH: torch.Tensor, base: LinearHead, ours: LinearHead, operand: torch.dtype, *, hidden: bool, saves_exp: bool
+    ) -> None:
         self._hidden_RH = hidden_RH.to(base.multiplied).to(operand)
-        self._base, self._ours, self._operand, self._keeps = base, ours, operand, kept
+        self._base, self._ours, self._operand, self._saves_exp = base, ours, operand, saves_exp
         zeros_R = torch.zeros(len(hidden_RH), dtype=ours.summed, device=hidden_RH.device)
-        self._total_R, self._cross_R, self._reference_R = (zeros_R, zeros_R, torch.full_like(zeros_R, torch.finfo(ours.summed).min))
-        self._summed_RH = torch.zeros(hidden_RH.shape, dtype=ours.summed, device=hidden_RH.device) if hidden else None
-        self._kept: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
+        self._sum_exp_R, self._cross_R = zeros_R, zeros_R
+        self._running_max_R = torch.full_like(zeros_R, torch.finfo(ours.summed).min)
+        self._grad_RH = torch.zeros(hidden_RH.shape, dtype=ours.summed, device=hidden_RH.device) if hidden else None
+        self._saved_exp: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
 
-    def see(self, logits_RW: torch.Tensor, weight_WH: torch.Tensor, tile: slice) -> None:
+    def update(self, logits_RW: torch.Tensor, weight_WH: torch.Tensor, tile: slice) -> None:
         """Our logits of a tile, in units of a softcap, and the weight they came from."""
         base, unit = self._base, self._ours.unit
         base_WH = weight_WH
@@ -56,43 +59,44 @@ class BaseWalk:
         product_RW = product(self._hidden_RH, base_WH.t(), logits_RW.dtype)
         bias_W = None if base.bias_V is None else base.bias_V[tile].to(base.multiplied).to(base.summed)
         base_RW = logits_of(product_RW, bias_W, base.scale / unit, base.softcap)
-        moved_R = torch.maximum(self._reference_R, base_RW.amax(1))
-        shrink_R = ((self._reference_R - moved_R) * unit).exp_()
+        running_max_R = torch.maximum(self._running_max_R, base_RW.amax(1))
+        rescale_R = ((self._running_max_R - running_max_R) * unit).exp_()
         gap_RW = base_RW - logits_RW
-        exp_RW = base_RW.sub_(moved_R[:, None]).mul_(unit).exp_()
+        exp_RW = base_RW.sub_(running_max_R[:, None]).mul_(unit).exp_()
         gap_RW.masked_fill_(exp_RW == 0, 0.0)  # 0 · log 0
-        self._reference_R = moved_R
-        self._total_R = self._total_R * shrink_R + exp_RW.sum(1)
-        self._cross_R = self._cross_R * shrink_R + (gap_RW.mul_(exp_RW)).sum(1) * unit
+        self._running_max_R = running_max_R
+        self._sum_exp_R = self._sum_exp_R * rescale_R + exp_RW.sum(1)
+        self._cross_R = self._cross_R * rescale_R + (gap_RW.mul_(exp_RW)).sum(1) * unit
         if self._ours.softcap is not None:
             exp_RW.mul_(1 - logits_RW.square())
         exp_RW = exp_RW.to(self._operand)
-        if self._summed_RH is not None:
-            add_product(self._summed_RH.mul_(shrink_R[:, None]), exp_RW, weight_WH, first=False)
-        if self._keeps:
-            self._kept.append((tile, exp_RW, moved_R))
+        if self._grad_RH is not None:
+            add_product(self._grad_RH.mul_(rescale_R[:, None]), exp_RW, weight_WH, first=False)
+        if self._saves_exp:
+            self._saved_exp.append((tile, exp_RW, running_max_R))
 
     def kl(self, log_total_R: torch.Tensor) -> torch.Tensor:
         """KL of each row; `log_total` is log Σ e^z."""
-        base_log_total_R = self._reference_R * self._ours.unit + self._total_R.log()
-        return (self._cross_R / self._total_R - base_log_total_R + log_total_R).clamp_(min=0)
+        base_log_total_R = self._running_max_R * self._ours.unit + self._sum_exp_R.log()
+        return (self._cross_R / self._sum_exp_R - base_log_total_R + log_total_R).clamp_(min=0)
 
-    def pull(
+    def add_gradients(
         self,
-        factor_R: torch.Tensor,
-        summed_RH: torch.Tensor | None,
+        coef_R: torch.Tensor,
+        grad_RH: torch.Tensor | None,
         hidden_RH: torch.Tensor,
         weight_VH: torch.Tensor | None,
         bias_V: torch.Tensor | None,
     ) -> None:
-        """Take factor·q, the base model's part of factor·(p − q), from the gradients."""
-        share_R = factor_R / self._total_R
-        if summed_RH is not None:
-            assert self._summed_RH is not None
-            summed_RH.addcmul_(self._summed_RH, share_R[:, None], value=-1)
-        for tile, exp_RW, reference_R in self._kept:
-            rows_R = share_R * ((reference_R - self._reference_R) * self._ours.unit).exp()
+        """Take coef·q, the base model's part of coef·(p − q), from the gradients."""
+        share_R = coef_R / self._sum_exp_R
+        if grad_RH is not None:
+            assert self._grad_RH is not None
+            grad_RH.addcmul_(self._grad_RH, share_R[:, None], value=-1)
+        for tile, exp_RW, running_max_R in self._saved_exp:
+            share_now_R = share_R * ((running_max_R - self._running_max_R) * self._ours.unit).exp()
             if weight_VH is not None:
-                add_product(weight_VH[tile], exp_RW.t(), (hidden_RH * -rows_R[:, None]).to(self._operand), first=False)
+                scaled_RH = (hidden_RH * -share_now_R[:, None]).to(self._operand)
+                add_transposed_product(weight_VH[tile], exp_RW, scaled_RH, first=False)
             if bias_V is not None:
-                bias_V[tile] -= rows_R @ exp_RW.to(bias_V.dtype)
+                bias_V[tile] -= share_now_R @ exp_RW.to(bias_V.dtype)

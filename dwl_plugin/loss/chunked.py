@@ -6,16 +6,14 @@ Shapes: … any leading shape with T positions, N of them targets, R rows of a c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.stable_nll import LinearCrossEntropyOutput, exact_nll, refuse_second_derivative, spread
-from dwl_plugin.loss.token_losses import Term
-from dwl_plugin.loss.tokens import Tokens, require, select_tokens
+from dwl_plugin.loss.tokens import Targets, Tokens, require, select_tokens
 from dwl_plugin.loss.top_logits import TopLogits
 
 __all__ = ["module_cross_entropy"]
@@ -26,57 +24,49 @@ _CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of fp32 logits; about
 def module_cross_entropy(
     hidden: torch.Tensor,
     head: Callable[[torch.Tensor], torch.Tensor],
-    targets: torch.Tensor,
+    given: Targets,
     *,
-    token_weight: torch.Tensor | None = None,
-    exponent: torch.Tensor | float = 0.0,
-    min_weight: torch.Tensor | float = 0.0,
-    terms: Sequence[Term] | None = None,
-    anchor: Anchor | None = None,
-    ignore_index: int = -100,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
 ) -> LinearCrossEntropyOutput:
     """The weighted sum of token losses under any head, and the unweighted loss of each token:
 
-        nll  = F.cross_entropy(head(hidden.flatten(0, -2)).float(), targets.flatten(), reduction="none")
-        loss = (token_weight * (-nll).exp().pow(exponent).clamp(min=min_weight).detach() * nll).sum()
+        nll  = F.cross_entropy(head(hidden.flatten(0, -2)).float(), given.targets.flatten(), reduction="none")
+        loss = sum((term.weight * term.objective(nll)).sum() for term in given.terms)
 
     `head` maps (R, H) to (R, V), row by row, and is called on chunks of target tokens; each chunk's logits are computed
     again in the backward, so only one chunk of them exists at a time. Gradients reach whatever parameters `head` uses.
 
-    Arguments and result are those of `linear_cross_entropy`, besides:
-        vocab_size: V, if the caller knows it; otherwise one row is sent through `head` to learn it.
+    The result is that of `linear_cross_entropy`.
+
+    Args:
+        hidden: (…, H) floating.
+        head: see above.
+        given: the targets (…) and what they pay; the `head` of an anchor has to be a callable like `head`.
+        vocab_size: V, if it is known; otherwise one row is sent through `head` to learn it.
         chunk_tokens: rows of a chunk; None takes as many as fit a byte budget.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or range.
     """
     require(
         chunk_tokens is None or (isinstance(chunk_tokens, int) and chunk_tokens > 0),
         f"chunk_tokens must be a positive integer or None, got {chunk_tokens!r}",
     )
-    require(anchor is None or callable(anchor.head), "anchor.head must be a callable here")
+    require(given.anchor is None or callable(given.anchor.head), "anchor.head must be a callable here")
     require(hidden.ndim >= 1, "hidden must be floating (..., H), got a scalar")
     hidden_TH = hidden.reshape(-1, hidden.shape[-1])
     if vocab_size is None and hidden_TH.shape[0]:
         with torch.no_grad():
             vocab_size = head(hidden_TH[:1]).shape[-1]
-    tokens = select_tokens(
-        hidden,
-        targets,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32,
-        token_weight=token_weight,
-        exponent=exponent,
-        min_weight=min_weight,
-        terms=terms,
-        anchor=anchor,
-    )
+    dtype, targets = _summed(hidden), given.targets
+    tokens = select_tokens(hidden, given, vocab_size=vocab_size, dtype=dtype)
     N = len(tokens)
     if N == 0:
         # One row of logits, none of it used: a zero with a graph, for heads that cannot take an empty batch.
-        loss = head(hidden_TH[:1])[:0].sum(dtype=_summed(hidden))
+        loss = head(hidden_TH[:1])[:0].sum(dtype=dtype)
         nothing = loss.new_zeros(targets.shape)
-        return LinearCrossEntropyOutput(loss, nothing, (nothing,) * len(tokens.terms), None if anchor is None else nothing)
+        return LinearCrossEntropyOutput(loss, nothing, (nothing,) * len(tokens.terms), None if tokens.anchor is None else nothing)
 
     def chunk_loss(rows_RH: torch.Tensor, chunk: slice) -> _Part:
         base_RV = None
@@ -90,7 +80,7 @@ def module_cross_entropy(
     if chunk_tokens is None:
         assert vocab_size is not None
         budget = _CHUNK_BYTES["cpu" if hidden.device.type == "cpu" else "cuda"]
-        chunk_tokens = max(1, budget // (4 * vocab_size * (1 if anchor is None else 2)))
+        chunk_tokens = max(1, budget // (4 * vocab_size * (1 if tokens.anchor is None else 2)))
     rows = math.ceil(N / math.ceil(N / chunk_tokens))
     parts = []
     for start in range(0, N, rows):
@@ -108,7 +98,7 @@ def module_cross_entropy(
         torch.stack(losses).sum(),
         at_positions(torch.cat(nlls)),
         tuple(at_positions(factor_N) for factor_N in torch.cat(factors, 1)),
-        None if anchor is None else at_positions(torch.cat(kls)),
+        None if tokens.anchor is None else at_positions(torch.cat(kls)),
     )
 
 
@@ -133,7 +123,7 @@ class _LogitsLoss(torch.autograd.Function):
         top_Rk, share_RV = None, None
         if tokens.top_k:
             top = TopLogits(tokens, chunk, exp_RV.shape[1])
-            top.see(exp_RV)
+            top.update(exp_RV)
             top_Rk = top.of_rows(len(exp_RV))
         if base_RV is not None:
             log_share_RV = base_RV.to(exp_RV.dtype).log_softmax(1)
@@ -143,32 +133,28 @@ class _LogitsLoss(torch.autograd.Function):
         targets_R1 = tokens.targets_N[chunk, None]
         target_R = exp_RV.gather(1, targets_R1)[:, 0]
         exp_RV.scatter_(1, targets_R1, -math.inf)
-        reference_R = exp_RV.amax(1).clamp_(min=torch.finfo(exp_RV.dtype).min)
-        exp_RV.sub_(reference_R[:, None]).exp_()
-        others_R = exp_RV.sum(1)
-        nll_R, miss_R = exact_nll(others_R, reference_R, target_R)
-        paid = tokens.token_losses(nll_R, top_Rk, chunk, slope=ctx.needs_input_grad[0])
-        loss_R, pull_R = paid.loss_R, paid.slope_R * miss_R
-        to_target_R, anchor_R, kl_R = pull_R, None, None
+        max_R = exp_RV.amax(1).clamp_(min=torch.finfo(exp_RV.dtype).min)
+        exp_RV.sub_(max_R[:, None]).exp_()
+        sum_exp_others_R = exp_RV.sum(1)
+        nll_R, one_minus_p_R = exact_nll(sum_exp_others_R, max_R, target_R)
+        kl_R = anchor_R = None
         if share_RV is not None:
             assert tokens.anchor is not None
             anchor_R, kl_R = tokens.anchor.weight[chunk], (cross_R + nll_R + target_R).clamp_(min=0)
-            loss_R = loss_R + anchor_R * kl_R
-            pull_R = pull_R + anchor_R * miss_R
-            to_target_R = to_target_R - anchor_R * nll_R.neg().exp()
-        ctx.save_for_backward(exp_RV, others_R, pull_R, to_target_R, targets_R1, share_RV, anchor_R)
+        value = tokens.token_losses(nll_R, one_minus_p_R, top_Rk, kl_R, chunk, slope=ctx.needs_input_grad[0])
+        ctx.save_for_backward(exp_RV, sum_exp_others_R, value.grad_coef_R, value.target_coef_R, targets_R1, share_RV, anchor_R)
         ctx.dtype = logits_RV.dtype
-        ctx.mark_non_differentiable(*(part for part in (nll_R, paid.factors_KR, kl_R) if part is not None))
-        return loss_R.sum(), nll_R, paid.factors_KR, kl_R
+        ctx.mark_non_differentiable(*(part for part in (nll_R, value.factors_KR, kl_R) if part is not None))
+        return value.loss_R.sum(), nll_R, value.factors_KR, kl_R
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         refuse_second_derivative()
-        exp_RV, others_R, pull_R, to_target_R, targets_R1, share_RV, anchor_R = ctx.saved_tensors
-        others_R = grad * pull_R / others_R.clamp(min=torch.finfo(others_R.dtype).tiny)
+        exp_RV, sum_exp_others_R, grad_coef_R, target_coef_R, targets_R1, share_RV, anchor_R = ctx.saved_tensors
+        exp_coef_R = grad * grad_coef_R / sum_exp_others_R.clamp(min=torch.finfo(sum_exp_others_R.dtype).tiny)
         dtype = ctx.dtype if share_RV is None else exp_RV.dtype
-        grad_RV = torch.mul(exp_RV, others_R[:, None], out=torch.empty_like(exp_RV, dtype=dtype))
-        grad_RV.scatter_(1, targets_R1, -(grad * to_target_R)[:, None].to(dtype))
+        grad_RV = torch.mul(exp_RV, exp_coef_R[:, None], out=torch.empty_like(exp_RV, dtype=dtype))
+        grad_RV.scatter_(1, targets_R1, -(grad * target_coef_R)[:, None].to(dtype))
         if share_RV is not None:
             grad_RV.addcmul_(share_RV, (grad * anchor_R)[:, None], value=-1)
         return grad_RV.to(ctx.dtype), None, None, None

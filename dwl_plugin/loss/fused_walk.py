@@ -1,10 +1,10 @@
-"""Loss and gradients of a linear head in one walk over the vocabulary, without ever holding all logits.
+"""Loss and gradients of a linear head in one pass over the vocabulary, without ever holding all logits.
 
 For target y, with q the softmax over the other tokens and s = exp-sum of those others,
 
-    ∂nll/∂z_j = (1 − p_y) · (q_j − 1[j = y]),      q_j = exp(z_j − reference) / s,  q_y = 0
+    ∂nll/∂z_j = (1 − p_y) · (q_j − 1[j = y]),      q_j = exp(z_j − running max) / s,  q_y = 0
 
-so one pass can accumulate Σ_j exp(z_j − reference)·W_j beside the sum itself, as attention does with K = V = W, and
+so one pass can accumulate Σ_j exp(z_j − running max)·W_j beside the sum itself, as attention does with K = V = W, and
 everything known only at the end (1/s, 1 − p, the slope of what the token pays) scales one row of (N, H). A trained
 head keeps its block of exponentials for a third matmul, ∂W = expᵀ·(rows of hidden, scaled the same way): still nothing
 is divided over (N, V).
@@ -20,20 +20,21 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from dwl_plugin.loss.anchor import BaseWalk
-from dwl_plugin.loss.heads import Head, logits_of
-from dwl_plugin.loss.matmul import add_product, few_shapes, product
+from dwl_plugin.errors import PREFIX
+from dwl_plugin.loss.anchor import BasePass
+from dwl_plugin.loss.heads import LinearHead, logits_of
+from dwl_plugin.loss.matmul import Operands, add_product, add_transposed_product, operands_for, product, tiling_for
 from dwl_plugin.loss.stable_nll import exact_nll
 from dwl_plugin.loss.tokens import Tokens
 from dwl_plugin.loss.top_logits import TopLogits
 
-__all__ = ["Gradients", "Taken", "Wanted", "walk"]
+__all__ = ["Gradients", "NeedsGrad", "WalkResult", "forward_backward"]
 
-Watch = Callable[[torch.Tensor, torch.Tensor, slice], None]
+OnTile = Callable[[torch.Tensor, torch.Tensor, slice], None]
 """Gets the logits (R, W) of a tile in units of a softcap, the weight (W, H) they came from, and the tile. Must change neither."""
 
 _MIB = 2**20
@@ -41,27 +42,23 @@ _MIB = 2**20
 _TILE_BYTES = {"cpu": 4 * _MIB, "cuda": 128 * _MIB}
 _LEAST_WIDTH = 256
 _ROWS = {"cpu": 1024, "cuda": 8192}
-# A trained head keeps a block's exponentials for ∂W, and each block reads and writes ∂W: this much, or a quarter of ∂W.
-_KEPT_BYTES = 64 * _MIB
-# On a CPU blocks of few rows multiply slowly: a batch that needs more than three gets larger ones, up to this many times.
-_STRETCH = {"cpu": 4, "cuda": 1}
-# A row's reference follows its maximum only when it lags by this much: e^20 is far from overflow, and rescaling costs.
+# A trained head saves a block's exponentials for ∂W, and each block reads and writes ∂W: this much, or a quarter of ∂W.
+_SAVED_BYTES = 64 * _MIB
+# A row's running maximum is left behind by this much before it follows: e^20 is far from overflow, and rescaling costs.
 _LAG = 20.0
 # Columns beside a tile, so that row strides avoid powers of two.
 _SPARE = 16
-# Where every shape of a product has its price, sizes are rounded: blocks have at least so many rows, all tiles so many tokens.
-# There blocks of few rows multiply as fast as others, so they are never stretched, and fewer exponentials are kept. torch's topk
-# finds the 20 largest of 1,280 twice as fast as those of 1,024.
-_LEAST_ROWS = 16
-_WIDTH_ROUNDED = 1280
-_KEPT_BYTES_ROUNDED = 32 * _MIB
 
 
 @dataclass(frozen=True)
-class Wanted:
+class NeedsGrad:
     hidden: bool
     weight: bool
     bias: bool
+
+    @property
+    def head(self) -> bool:
+        return self.weight or self.bias
 
 
 @dataclass
@@ -74,9 +71,8 @@ class Gradients:
 
 
 @dataclass
-class Taken:
-    """What a walk brings home: Σ of what the tokens pay, its gradients, and by token nll, the factor of each term, and the KL
-    where there is an anchor."""
+class WalkResult:
+    """The summed loss, its gradients, and of each token nll, the factor of each term, and KL(base‖θ) where there is an anchor."""
 
     loss: torch.Tensor
     nll_N: torch.Tensor
@@ -85,138 +81,123 @@ class Taken:
     gradients: Gradients
 
 
-def walk(hidden_TH: torch.Tensor, tokens: Tokens, head: Head, base: Head | None, wanted: Wanted) -> Taken:
-    """Everything about Σ_t Σ_k w_tk·f_k(t)·nll_t, plus the anchor of `tokens` to the model whose head is `base`."""
+def forward_backward(
+    hidden_TH: torch.Tensor, tokens: Tokens, head: LinearHead, base: LinearHead | None, needs_grad: NeedsGrad
+) -> WalkResult:
+    """Everything about Σ_t Σ_k w_tk·ℓ_k(t), plus the anchor of `tokens` to the model whose head is `base`."""
     with torch.no_grad(), torch.autocast(hidden_TH.device.type, enabled=False):
-        return _walk(hidden_TH, tokens, head, base, wanted)
+        N, (V, H), device = len(tokens), head.weight_VH.shape, hidden_TH.device
 
+        def new(*shape: int, zero: bool = False) -> torch.Tensor:
+            return (torch.zeros if zero else torch.empty)(shape, dtype=head.summed, device=device)
 
-def _walk(hidden_TH: torch.Tensor, tokens: Tokens, head: Head, base: Head | None, wanted: Wanted) -> Taken:
-    device, count, (V, H) = hidden_TH.device, len(tokens), head.weight_VH.shape
-    kept = wanted.weight or wanted.bias
-    operands = _operands(hidden_TH, head, kept, anchored=base is not None)
-    rounded = few_shapes(device, operands.first) or few_shapes(device, operands.kept)
-    softmaxes = 1 if base is None else 2
-    plan = _plan(count, V, H, device.type, kept, operands.kept, softmaxes=softmaxes, rounded=rounded)
-    N = plan.tokens
-    if count < N:
-        tokens = tokens.padded(N)
-
-    def new(*shape: int, zero: bool = False) -> torch.Tensor:
-        return (torch.zeros if zero else torch.empty)(shape, dtype=head.summed, device=device)
-
-    gradients = Gradients(
-        new(N, H) if wanted.hidden else None,
-        new(V, H, zero=N == 0) if wanted.weight else None,
-        new(V, zero=True) if wanted.bias else None,
-    )
-    taken = Taken(new(N), new(N), new(len(tokens.terms), N), None if base is None else new(N), gradients)
-    if N:
-        space = _Workspace(plan, H, head, operands, device, kept)
-        for block in plan.blocks():
-            _block(hidden_TH, tokens, block, head, base, operands, space, taken)
-    if gradients.hidden_NH is not None:
-        gradients.hidden_NH = gradients.hidden_NH[:count]
-    kl_N = None if taken.kl_N is None else taken.kl_N[:count]
-    return Taken(taken.loss[:count].sum(), taken.nll_N[:count], taken.factors_KN[:, :count], kl_N, gradients)
+        gradients = Gradients(
+            new(N, H) if needs_grad.hidden else None,
+            new(V, H, zero=N == 0) if needs_grad.weight else None,
+            new(V, zero=True) if needs_grad.bias else None,
+        )
+        result = WalkResult(new(N), new(N), new(len(tokens.terms), N), None if base is None else new(N), gradients)
+        if N:
+            operands = operands_for(head, device, trained=needs_grad.head, anchored=base is not None)
+            plan = _plan(N, V, H, needs_grad.head, 1 if base is None else 2, operands, device)
+            space = _Workspace(plan, head, operands, device, needs_grad.head)
+            for block in plan.blocks():
+                _block(hidden_TH, tokens, block, head, base, space, result)
+        result.loss = result.loss.sum()
+        return result
 
 
 def _block(
     hidden_TH: torch.Tensor,
     tokens: Tokens,
     block: slice,
-    head: Head,
-    base: Head | None,
-    operands: Operands,
+    head: LinearHead,
+    base: LinearHead | None,
     space: _Workspace,
-    taken: Taken,
+    result: WalkResult,
 ) -> None:
     """One block of rows through the whole vocabulary: its losses, its rows of ∂hidden, its share of ∂W and ∂bias."""
-    gradients = taken.gradients
+    gradients, operands, unit = result.gradients, space.operands, head.unit
     rows = block if tokens.rows_N is None else tokens.rows_N[block]
     hidden_RH = hidden_TH[rows].to(head.multiplied).to(operands.first)
     targets_R = tokens.targets_N[block]
-    summed_RH = None if gradients.hidden_NH is None else gradients.hidden_NH[block]
+    grad_RH = None if gradients.hidden_NH is None else gradients.hidden_NH[block]
 
     state = _Softmax.start(targets_R.numel(), hidden_RH.device, head.summed)
     top = TopLogits(tokens, block, head.weight_VH.shape[0]) if tokens.top_k else None
-    beside = None
+    base_pass = None
     if base is not None:
         assert tokens.anchor is not None
         base_RH = tokens.anchor.hidden[rows]
-        beside = BaseWalk(base_RH, base, head, operands.first, hidden=summed_RH is not None, kept=space.kept)
+        base_pass = BasePass(base_RH, base, head, operands.first, hidden=grad_RH is not None, saves_exp=space.saves_exp)
 
-    def watch(logits_RW: torch.Tensor, weight_WH: torch.Tensor, tile: slice) -> None:
+    def on_tile(logits_RW: torch.Tensor, weight_WH: torch.Tensor, tile: slice) -> None:
         if top is not None:
-            top.see(logits_RW)
-        if beside is not None:
-            beside.see(logits_RW, weight_WH, tile)
+            top.update(logits_RW)
+        if base_pass is not None:
+            base_pass.update(logits_RW, weight_WH, tile)
 
-    watched = watch if top is not None or beside is not None else None
-    kept: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
-    for index, tile in enumerate(space.plan.tiles(head.weight_VH.shape[0])):
+    seen_by = on_tile if top is not None or base_pass is not None else None
+    saved_exp: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
+    for index, tile in enumerate(space.plan.tiles()):
         weight_WH = space.weight(tile)
         out_RW = space.logits(index, targets_R.numel(), tile.stop - tile.start)
-        exp_RW, shrink_R = space.step(state, hidden_RH, weight_WH, targets_R - tile.start, tile, out_RW, watched)
-        if summed_RH is not None:
-            if shrink_R is not None and index:
-                summed_RH.mul_(shrink_R[:, None])
-            add_product(summed_RH, exp_RW, weight_WH, first=index == 0)
-        if space.kept:
-            kept.append((tile, exp_RW.to(operands.kept), state.reference_R))
+        exp_RW, rescale_R = space.step(state, hidden_RH, weight_WH, targets_R - tile.start, tile, out_RW, seen_by)
+        if grad_RH is not None:
+            if rescale_R is not None and index:
+                grad_RH.mul_(rescale_R[:, None])
+            add_product(grad_RH, exp_RW, weight_WH, first=index == 0)
+        if space.saves_exp:
+            saved_exp.append((tile, exp_RW.to(operands.saved), state.running_max_R))
         del exp_RW  # before the next one is made
 
     # Everything below is O(R·H), except the third matmul.
-    unit = head.unit
-    nll_R, miss_R = exact_nll(state.others_R, state.reference_R * unit, state.target_R * unit)
+    nll_R, one_minus_p_R = exact_nll(state.sum_exp_others_R, state.running_max_R * unit, state.target_logit_R * unit)
     top_Rk = None if top is None else top.of_rows(len(nll_R)).mul_(unit)
-    paid = tokens.token_losses(nll_R, top_Rk, block, slope=summed_RH is not None or space.kept)
-    loss_R, pull_R = paid.loss_R, paid.slope_R * miss_R
-    target_R, anchor_R = pull_R, None
-    if beside is not None:
-        assert tokens.anchor is not None
-        assert taken.kl_N is not None
-        anchor_R, kl_R = tokens.anchor.weight[block], beside.kl(nll_R + state.target_R * unit)
-        taken.kl_N[block] = kl_R
-        loss_R = loss_R + anchor_R * kl_R
-        pull_R = pull_R + anchor_R * miss_R
-        target_R = target_R - anchor_R * nll_R.neg().exp()
-    taken.loss[block], taken.nll_N[block], taken.factors_KN[:, block] = loss_R, nll_R, paid.factors_KR
-    others_R = pull_R * head.scale / state.others_R.clamp(min=torch.finfo(head.summed).tiny)  # no others: a vocabulary of one
-    target_R = target_R * head.scale
+    kl_R = None if base_pass is None else base_pass.kl(nll_R + state.target_logit_R * unit)
+    value = tokens.token_losses(nll_R, one_minus_p_R, top_Rk, kl_R, block, slope=grad_RH is not None or space.saves_exp)
+    result.loss[block], result.nll_N[block], result.factors_KN[:, block] = value.loss_R, nll_R, value.factors_KR
+    if result.kl_N is not None and kl_R is not None:
+        result.kl_N[block] = kl_R
+    tiny = torch.finfo(head.summed).tiny  # a vocabulary of one has no others
+    exp_coef_R = value.grad_coef_R * head.scale / state.sum_exp_others_R.clamp(min=tiny)
+    target_coef_R = value.target_coef_R * head.scale
     if head.softcap is not None:
-        target_R = target_R * (1 - state.target_R.square())
-    if summed_RH is not None:
+        target_coef_R = target_coef_R * (1 - state.target_logit_R.square())
+    if grad_RH is not None:
         target_RH = head.weight_VH[targets_R].to(head.multiplied).to(head.summed)
-        summed_RH.mul_(others_R[:, None]).addcmul_(target_RH, target_R[:, None], value=-1)
+        grad_RH.mul_(exp_coef_R[:, None]).addcmul_(target_RH, target_coef_R[:, None], value=-1)
     hidden_RH = hidden_RH.to(head.summed)
-    if space.kept:
+    if space.saves_exp:
         scaled_RH, scaled_for = torch.empty_like(hidden_RH), None
-        for tile, exp_RW, reference_R in kept:
-            if scaled_for is not reference_R:  # the same tensor while no row's reference moved
-                factor_R = others_R * ((reference_R - state.reference_R) * unit).exp()
-                torch.mul(hidden_RH, factor_R[:, None], out=scaled_RH)
-                scaled_for = reference_R
+        for tile, exp_RW, running_max_R in saved_exp:
+            if scaled_for is not running_max_R:  # the same tensor while no row's maximum moved
+                coef_R = exp_coef_R * ((running_max_R - state.running_max_R) * unit).exp()
+                torch.mul(hidden_RH, coef_R[:, None], out=scaled_RH)
+                scaled_for = running_max_R
             if gradients.weight_VH is not None:
-                add_product(gradients.weight_VH[tile], exp_RW.t(), scaled_RH.to(operands.kept), first=block.start == 0)
+                scaled = scaled_RH.to(operands.saved)
+                add_transposed_product(gradients.weight_VH[tile], exp_RW, scaled, first=block.start == 0)
             if gradients.bias_V is not None:
-                gradients.bias_V[tile] += factor_R @ exp_RW.to(head.summed)
+                gradients.bias_V[tile] += coef_R @ exp_RW.to(head.summed)
         if gradients.weight_VH is not None:
-            torch.mul(hidden_RH, target_R[:, None], out=scaled_RH)
+            torch.mul(hidden_RH, target_coef_R[:, None], out=scaled_RH)
             gradients.weight_VH.index_put_((targets_R,), scaled_RH.neg_(), accumulate=True)
         if gradients.bias_V is not None:
-            gradients.bias_V.index_put_((targets_R,), -target_R, accumulate=True)
-    if beside is not None and anchor_R is not None:
-        beside.pull(anchor_R * head.scale, summed_RH, hidden_RH, gradients.weight_VH, gradients.bias_V)
+            gradients.bias_V.index_put_((targets_R,), -target_coef_R, accumulate=True)
+    if base_pass is not None:
+        assert tokens.anchor is not None
+        coef_R = tokens.anchor.weight[block] * head.scale
+        base_pass.add_gradients(coef_R, grad_RH, hidden_RH, gradients.weight_VH, gradients.bias_V)
 
 
 @dataclass
 class _Softmax:
-    """Per row: Σ_{j≠y} exp(z_j − reference) so far, that reference, the target's logit (in units of a softcap)."""
+    """Per row: Σ_{j≠y} exp(z_j − running max) so far, that maximum, the target's logit (in units of a softcap)."""
 
-    others_R: torch.Tensor
-    reference_R: torch.Tensor
-    target_R: torch.Tensor
+    sum_exp_others_R: torch.Tensor
+    running_max_R: torch.Tensor
+    target_logit_R: torch.Tensor
 
     @classmethod
     def start(cls, rows: int, device: torch.device, dtype: torch.dtype) -> _Softmax:
@@ -227,67 +208,32 @@ class _Softmax:
 
 @dataclass(frozen=True)
 class _Plan:
-    tokens: int
+    N: int
+    V: int
     rows: int
     width: int
-    count: int  # tiles
+    reuses_buffers: bool
 
     def blocks(self) -> Iterator[slice]:
-        return (slice(start, min(start + self.rows, self.tokens)) for start in range(0, self.tokens, self.rows))
+        return (slice(start, min(start + self.rows, self.N)) for start in range(0, self.N, self.rows))
 
-    def tiles(self, V: int) -> Iterator[slice]:
-        return (slice(start, min(start + self.width, V)) for start in range(0, V, self.width))
+    def tiles(self) -> Iterator[slice]:
+        return (slice(start, min(start + self.width, self.V)) for start in range(0, self.V, self.width))
 
 
-def _plan(N: int, V: int, H: int, device: str, kept: bool, operand: torch.dtype, *, softmaxes: int, rounded: bool) -> _Plan:
-    """Even blocks of rows and even tiles of the vocabulary whose buffers fit their budgets, whatever N and V. `rounded`: a few
-    tokens more and tiles of one size, so that few different shapes come up."""
-    kind = "cpu" if device == "cpu" else "cuda"
+def _plan(N: int, V: int, H: int, head_trained: bool, softmaxes: int, operands: Operands, device: torch.device) -> _Plan:
+    """Even blocks of rows and even tiles of the vocabulary whose buffers fit their budgets, whatever N and V."""
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    tiling = tiling_for(operands, device)
     most_rows = _ROWS[kind]
-    if kept:
-        budget = max(_KEPT_BYTES_ROUNDED if rounded else _KEPT_BYTES, V * H)
-        in_budget = max(1, budget // (softmaxes * V * operand.itemsize))
-        if 3 * in_budget < N and not rounded:
-            in_budget = min(N // 2, _STRETCH[kind] * in_budget)
+    if head_trained:
+        in_budget = max(1, max(_SAVED_BYTES, V * H) // (softmaxes * V * operands.saved.itemsize))
+        if 3 * in_budget < N:
+            in_budget = min(N // 2, tiling.stretch * in_budget)
         most_rows = min(most_rows, in_budget)
-    if rounded:
-        most_rows = max(_LEAST_ROWS, most_rows - most_rows % _step_of(most_rows))
-    rows = max(1, math.ceil(N / max(1, math.ceil(N / most_rows))))
-    if rounded and N:
-        rows = _up(rows, _step_of(rows))
-        last = N % rows
-        N += _up(last, _step_of(last)) - last if last else 0
+    rows = tiling.rows(max(1, math.ceil(N / max(1, math.ceil(N / most_rows)))))
     even_width = math.ceil(V / math.ceil(V / max(_LEAST_WIDTH, _TILE_BYTES[kind] // (4 * rows))))
-    width = min(V, _WIDTH_ROUNDED) if rounded else even_width
-    return _Plan(N, rows, width, math.ceil(V / width))
-
-
-def _step_of(rows: int) -> int:
-    """What `rows` are a multiple of where they are rounded: at most an eighth of them, for 128 and more."""
-    return int(max(_LEAST_ROWS, 2 ** max(0, (rows - 1).bit_length() - 4)))
-
-
-def _up(number: int, step: int) -> int:
-    return math.ceil(number / step) * step
-
-
-class Operands(NamedTuple):
-    """What the matmuls read: the first two, and the third with the exponentials that are kept for it."""
-
-    first: torch.dtype
-    kept: torch.dtype
-
-
-def _operands(hidden_TH: torch.Tensor, head: Head, kept: bool, *, anchored: bool) -> Operands:
-    """A CPU rounds a product of bf16 operands to bf16: too much for logits and for ∂hidden, where one token of the vocabulary may
-    be all there is to a sum; for a ∂W that is handed out in bf16 it is less than is lost in the end. fp16 has no room for the
-    scaled rows of hidden."""
-    if hidden_TH.device.type == "cpu":
-        narrow = head.multiplied == head.weight_VH.dtype == torch.bfloat16 and not anchored
-        narrow = narrow and few_shapes(hidden_TH.device, torch.bfloat16)
-        return Operands(head.summed, torch.bfloat16 if narrow else head.summed)
-    operand = head.summed if kept and head.multiplied == torch.float16 else head.multiplied
-    return Operands(operand, operand)
+    return _Plan(N, V, rows, even_width if tiling.any_shape else min(V, tiling.width), reuses_buffers=tiling.any_shape)
 
 
 def _fuses(device: torch.device) -> bool:
@@ -296,21 +242,21 @@ def _fuses(device: torch.device) -> bool:
 
 
 class _Workspace:
-    """The buffers of a walk, allocated once: allocating them per tile costs more than the arithmetic does."""
+    """The buffers of a pass, allocated once: allocating them per tile costs more than the arithmetic does."""
 
-    def __init__(self, plan: _Plan, H: int, head: Head, operands: Operands, device: torch.device, kept: bool) -> None:
-        self.plan, self.head, self.operands, self.kept = plan, head, operands, kept
+    def __init__(self, plan: _Plan, head: LinearHead, operands: Operands, device: torch.device, saves_exp: bool) -> None:
+        self.plan, self.head, self.operands, self.saves_exp = plan, head, operands, saves_exp
         self._bias_V = None if head.bias_V is None else head.bias_V.to(head.multiplied).to(head.summed)
         self._in_place = not _fuses(device)
-        self._logits = self._slope = None
-        if not few_shapes(device, operands.first):
-            tiles = plan.count if kept and self._in_place and operands.first == operands.kept else 1
+        self._logits = self._slope = self._weight = None
+        if plan.reuses_buffers:
+            saves_all = saves_exp and self._in_place and operands.first == operands.saved
+            tiles = len(list(plan.tiles())) if saves_all else 1
             self._logits = torch.empty(tiles, plan.rows, plan.width + _SPARE, dtype=head.summed, device=device)
         if head.softcap is not None and self._in_place:
             self._slope = torch.empty(plan.rows, plan.width, dtype=head.summed, device=device)
-        self._weight = None
         if not operands.first == head.multiplied == head.weight_VH.dtype:
-            self._weight = torch.empty(plan.width, H, dtype=operands.first, device=device)
+            self._weight = torch.empty(plan.width, head.weight_VH.shape[1], dtype=operands.first, device=device)
 
     def logits(self, tile: int, rows: int, width: int) -> torch.Tensor | None:
         """(rows, width) to write into, None where products are new tensors."""
@@ -337,29 +283,28 @@ class _Workspace:
         local_R: torch.Tensor,
         tile: slice,
         out_RW: torch.Tensor | None,
-        watch: Watch | None,
+        on_tile: OnTile | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Advance `state` by a tile, whose logits `watch` gets to see; its exponentials, and what earlier ones must be multiplied
+        """Advance `state` by a tile, whose logits `on_tile` gets to see; its exponentials, and what earlier ones must be multiplied
         by (None: 1)."""
         bias_W = None if self._bias_V is None else self._bias_V[tile]
         scale, softcap = self.head.scale / (self.head.softcap or 1.0), self.head.softcap
         logits_RW = product(hidden_RH, weight_WH.t(), self.head.summed, out=out_RW)
         if not self._in_place:
-            if watch is not None:
-                watch(logits_of(logits_RW, bias_W, scale, softcap), weight_WH, tile)
-            exp_RW, shrink_R, *now = _fused_step()(
-                logits_RW, local_R, bias_W, scale, softcap, self.operands.first, state.others_R, state.reference_R, state.target_R
-            )
-            state.others_R, state.reference_R, state.target_R = now
-            return exp_RW, shrink_R
+            if on_tile is not None:
+                on_tile(logits_of(logits_RW, bias_W, scale, softcap), weight_WH, tile)
+            before = (state.sum_exp_others_R, state.running_max_R, state.target_logit_R)
+            exp_RW, rescale_R, *now = _fused_step()(logits_RW, local_R, bias_W, scale, softcap, self.operands.first, *before)
+            state.sum_exp_others_R, state.running_max_R, state.target_logit_R = now
+            return exp_RW, rescale_R
         if bias_W is not None:
             logits_RW.add_(bias_W)
         if scale != 1.0:
             logits_RW.mul_(scale)
         if softcap is not None:
             logits_RW.tanh_()
-        if watch is not None:
-            watch(logits_RW, weight_WH, tile)
+        if on_tile is not None:
+            on_tile(logits_RW, weight_WH, tile)
         slope_RW = None
         if self._slope is not None:
             slope_RW = self._slope[: logits_RW.shape[0], : logits_RW.shape[1]]
@@ -373,21 +318,21 @@ def _step_in_place(
     """On a CPU: one buffer from logits to exponentials. Returns what earlier ones must be multiplied by."""
     rows_E = ((local_R >= 0) & (local_R < logits_RW.shape[1])).nonzero()[:, 0]
     here = (rows_E, local_R[rows_E])
-    state.target_R = state.target_R.index_copy(0, rows_E, logits_RW[here])
+    state.target_logit_R = state.target_logit_R.index_copy(0, rows_E, logits_RW[here])
     logits_RW[here] = -math.inf
-    largest_R, shrink_R = logits_RW.amax(1), None
-    if bool((largest_R > state.reference_R + _LAG / unit).any()):
-        moved_R = torch.maximum(state.reference_R, largest_R)
-        shrink_R = ((state.reference_R - moved_R) * unit).exp_()
-        state.others_R, state.reference_R = state.others_R * shrink_R, moved_R
-    exp_RW = logits_RW.sub_(state.reference_R[:, None])
+    largest_R, rescale_R = logits_RW.amax(1), None
+    if bool((largest_R > state.running_max_R + _LAG / unit).any()):
+        moved_R = torch.maximum(state.running_max_R, largest_R)
+        rescale_R = ((state.running_max_R - moved_R) * unit).exp_()
+        state.sum_exp_others_R, state.running_max_R = state.sum_exp_others_R * rescale_R, moved_R
+    exp_RW = logits_RW.sub_(state.running_max_R[:, None])
     if unit != 1.0:
         exp_RW.mul_(unit)
     exp_RW.exp_()
-    state.others_R = state.others_R + exp_RW.sum(1)
+    state.sum_exp_others_R = state.sum_exp_others_R + exp_RW.sum(1)
     if slope_RW is not None:
         exp_RW.mul_(slope_RW)
-    return shrink_R
+    return rescale_R
 
 
 def _step_fused(
@@ -397,9 +342,9 @@ def _step_fused(
     scale: float,
     softcap: float | None,
     operand: torch.dtype,
-    others_R: torch.Tensor,
-    reference_R: torch.Tensor,
-    target_R: torch.Tensor,
+    sum_exp_others_R: torch.Tensor,
+    running_max_R: torch.Tensor,
+    target_logit_R: torch.Tensor,
 ) -> tuple[torch.Tensor, ...]:
     """The same step without branches on values and without writes in place: what a compiler can make one kernel of."""
     logits_RW = logits_of(logits_RW, bias_W, scale, softcap)
@@ -408,15 +353,15 @@ def _step_fused(
     at_target_R = logits_RW.gather(1, local_R.clamp(0, width - 1)[:, None])[:, 0]
     is_target_RW = local_R[:, None] == torch.arange(width, device=local_R.device)
     other_RW = torch.where(is_target_RW, -math.inf, logits_RW)
-    # fp16 ends at 6e-8 below but only at 65504 above: a reference under the maximum uses that room.
+    # fp16 ends at 6e-8 below but only at 65504 above: a running max under the maximum uses that room.
     lift = 10.0 / unit if operand == torch.float16 else 0.0
-    moved_R = torch.maximum(reference_R, other_RW.amax(1) - lift)
-    shrink_R = torch.exp((reference_R - moved_R) * unit)
+    moved_R = torch.maximum(running_max_R, other_RW.amax(1) - lift)
+    rescale_R = torch.exp((running_max_R - moved_R) * unit)
     exp_RW = torch.exp((other_RW - moved_R[:, None]) * unit)
-    others_R = others_R * shrink_R + exp_RW.sum(1)
+    sum_exp_others_R = sum_exp_others_R * rescale_R + exp_RW.sum(1)
     if softcap is not None:
         exp_RW = exp_RW * (1 - logits_RW.square())
-    return exp_RW.to(operand), shrink_R, others_R, moved_R, torch.where(here_R, at_target_R, target_R)
+    return exp_RW.to(operand), rescale_R, sum_exp_others_R, moved_R, torch.where(here_R, at_target_R, target_logit_R)
 
 
 @functools.cache
@@ -430,9 +375,9 @@ def _fused_step() -> Callable[..., tuple[torch.Tensor, ...]]:
                 return compiled[0](*arguments)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # whatever a compiler on a stranger's machine can raise
+            except Exception as error:  # any compiler error
                 compiled.clear()
-                warnings.warn(f"[dwl] torch.compile failed, the loss runs uncompiled: {error}", stacklevel=2)
+                warnings.warn(f"{PREFIX} torch.compile failed, the loss runs uncompiled: {error}", stacklevel=2)
         return _step_fused(*arguments)
 
     return step

@@ -14,7 +14,7 @@ from torch import nn
 from dwl_plugin.errors import LossNotTakenError
 
 __all__ = [
-    "Head",
+    "LinearHead",
     "as_linear",
     "base_model",
     "gathered_by_hooks",
@@ -28,7 +28,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Head:
+class LinearHead:
     """logits = softcap · tanh(scale · (hidden Wᵀ + bias) / softcap); without a softcap, scale · (hidden Wᵀ + bias).
 
     `multiplied` is the dtype F.linear would multiply in, autocast included.
@@ -67,7 +67,7 @@ def output_head(model: Any) -> nn.Module:
     """The outermost output head of `model`."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Module):
-        raise LossNotTakenError(f"[dwl] {type(model).__name__} has no output head to take the loss from; it is no language model.")
+        raise LossNotTakenError(f"{type(model).__name__} has no output head to take the loss from; it is no language model.")
     return head
 
 
@@ -93,7 +93,7 @@ def vocab_size_of(head: nn.Module) -> int:
     weight = getattr(head, "weight", None)
     if isinstance(weight, torch.Tensor) and weight.ndim == 2:
         return weight.shape[0]
-    raise LossNotTakenError(f"[dwl] the vocabulary size of the output head {type(head).__name__} cannot be read.")
+    raise LossNotTakenError(f"the vocabulary size of the output head {type(head).__name__} cannot be read.")
 
 
 def as_linear(head: nn.Module) -> nn.Linear | None:

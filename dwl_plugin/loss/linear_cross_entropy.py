@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from dwl_plugin.loss.anchor import Anchor
-from dwl_plugin.loss.fused_walk import Gradients, Taken, Wanted, walk
-from dwl_plugin.loss.heads import Head
+from dwl_plugin.loss.fused_walk import Gradients, NeedsGrad, WalkResult, forward_backward
+from dwl_plugin.loss.heads import LinearHead
 from dwl_plugin.loss.stable_nll import LinearCrossEntropyOutput, refuse_second_derivative, spread
 from dwl_plugin.loss.token_losses import Term
-from dwl_plugin.loss.tokens import Tokens, brief, require, require_number, select_tokens
+from dwl_plugin.loss.tokens import Targets, Tokens, brief, require, require_number, select_tokens, terms_of
 
-__all__ = ["LinearCrossEntropyOutput", "linear_cross_entropy"]
+__all__ = ["LinearCrossEntropyOutput", "fused_cross_entropy", "linear_cross_entropy"]
 
 
 def linear_cross_entropy(
@@ -56,8 +56,8 @@ def linear_cross_entropy(
         token_weight: (…), any sign; None is 1 everywhere. A constant: no gradient flows into it.
         exponent: a number ≥ 0, or one per token (…), since classes of one batch may differ. A constant.
         min_weight: a number ≥ 0, or one per token (…): the floor of p^exponent. A constant.
-        terms: what a token pays instead of what the three above say: Σ over the terms of weight·factor·nll, where each objective
-            (`dwl_plugin.loss.token_losses`) has its own factor, and the weight is a token_weight.
+        terms: what a token pays instead of what the three above say: Σ over the terms of weight·ℓ, with a token loss ℓ of
+            `dwl_plugin.loss.token_losses` and a weight like token_weight.
         anchor: adds weight·KL(base‖θ) of each token, the divergence from a base model over the vocabulary (ASFT,
             arXiv:2509.23753); see `dwl_plugin.loss.anchor.Anchor`. Two more matmuls, and one with a trained `weight`.
         bias: (V,) or None.
@@ -78,21 +78,22 @@ def linear_cross_entropy(
     Workspace is bounded whatever the number of tokens and V; beyond it there are the gradients themselves in fp32. The
     first backward hands them out; another one through a retained graph takes them again.
     """
+    given = Targets(targets, terms_of(terms, token_weight, exponent, min_weight), anchor, ignore_index)
+    return fused_cross_entropy(hidden, weight, given, bias=bias, softcap=softcap, logit_scale=logit_scale)
+
+
+def fused_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    given: Targets,
+    *,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+) -> LinearCrossEntropyOutput:
+    """`linear_cross_entropy`, for callers who have the terms."""
     if torch.compiler.is_compiling():
-        return _uncompiled()(
-            hidden,
-            weight,
-            targets,
-            token_weight=token_weight,
-            exponent=exponent,
-            min_weight=min_weight,
-            terms=terms,
-            anchor=anchor,
-            bias=bias,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            ignore_index=ignore_index,
-        )
+        return _uncompiled()(hidden, weight, given, bias=bias, softcap=softcap, logit_scale=logit_scale)
     require(
         weight.ndim == 2 and weight.is_floating_point() and hidden.ndim >= 1 and weight.shape[1] == hidden.shape[-1],
         f"weight must be floating (V, H) with the H of hidden {tuple(hidden.shape)}, got {brief(weight)}",
@@ -108,42 +109,31 @@ def linear_cross_entropy(
         require_number("softcap", softcap, above=0.0)
     if logit_scale is not None:
         require_number("logit_scale", logit_scale, above=-math.inf)
-    head = Head(
+    head = LinearHead(
         weight.detach(),
         None if bias is None else bias.detach(),
         1.0 if logit_scale is None else float(logit_scale),
         None if softcap is None else float(softcap),
         _multiplied_dtype(hidden, weight),
     )
-    tokens = select_tokens(
-        hidden,
-        targets,
-        ignore_index=ignore_index,
-        vocab_size=weight.shape[0],
-        dtype=head.summed,
-        token_weight=token_weight,
-        exponent=exponent,
-        min_weight=min_weight,
-        terms=terms,
-        anchor=anchor,
-    )
+    tokens = select_tokens(hidden, given, vocab_size=weight.shape[0], dtype=head.summed)
     learns = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
-    wanted = Wanted(*(torch.is_grad_enabled() and learn for learn in learns))
-    call = _Call(tokens, head, None if anchor is None else _base_head(anchor, head), wanted)
-    if wanted == Wanted(False, False, False):
-        taken = call.take(hidden)
-        loss, nll_N, factors_KN, kl_N = taken.loss, taken.nll_N, taken.factors_KN, taken.kl_N
-    else:
+    needs_grad = NeedsGrad(*(torch.is_grad_enabled() and learn for learn in learns))
+    call = _Call(tokens, head, None if given.anchor is None else _base_head(given.anchor, head), needs_grad)
+    if needs_grad.hidden or needs_grad.head:
         loss, nll_N, factors_KN, kl_N = _LinearCrossEntropy.apply(hidden, weight, bias, call)
+    else:
+        result = call.run(hidden)
+        loss, nll_N, factors_KN, kl_N = result.loss, result.nll_N, result.factors_KN, result.kl_N
 
     def at_positions(values_N: torch.Tensor) -> torch.Tensor:
-        return spread(values_N, tokens.rows_N, targets.shape)
+        return spread(values_N, tokens.rows_N, given.targets.shape)
 
     factors = tuple(at_positions(factor_N) for factor_N in factors_KN)
     return LinearCrossEntropyOutput(loss, at_positions(nll_N), factors, None if kl_N is None else at_positions(kl_N))
 
 
-def _base_head(anchor: Anchor, ours: Head) -> Head:
+def _base_head(anchor: Anchor, ours: LinearHead) -> LinearHead:
     require(not callable(anchor.head), "anchor.head must be None or (weight, bias) here; `module_cross_entropy` takes a callable")
     if anchor.head is None:
         return ours
@@ -154,13 +144,13 @@ def _base_head(anchor: Anchor, ours: Head) -> Head:
         f"anchor.head must be a (V, H) weight with V = {ours.weight_VH.shape[0]} and a (V,) bias or None, got {brief(weight)}",
     )
     bias = None if bias is None else bias.detach()
-    return Head(weight.detach(), bias, ours.scale, ours.softcap, _multiplied_dtype(anchor.hidden, weight))
+    return LinearHead(weight.detach(), bias, ours.scale, ours.softcap, _multiplied_dtype(anchor.hidden, weight))
 
 
 @functools.cache
 def _uncompiled() -> Callable[..., LinearCrossEntropyOutput]:
     # Built at first use: the decorator would import torch's compiler into every process.
-    eager: Callable[..., LinearCrossEntropyOutput] = torch.compiler.disable(linear_cross_entropy)  # type: ignore[no-untyped-call]
+    eager: Callable[..., LinearCrossEntropyOutput] = torch.compiler.disable(fused_cross_entropy)  # type: ignore[no-untyped-call]
     return eager
 
 
@@ -175,12 +165,13 @@ def _multiplied_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype
 @dataclass
 class _Call:
     tokens: Tokens
-    head: Head
-    base: Head | None
-    wanted: Wanted
+    head: LinearHead
+    base: LinearHead | None
+    needs_grad: NeedsGrad
 
-    def take(self, hidden: torch.Tensor) -> Taken:
-        return walk(hidden.detach().reshape(-1, hidden.shape[-1]), self.tokens, self.head, self.base, self.wanted)
+    def run(self, hidden: torch.Tensor) -> WalkResult:
+        hidden_TH = hidden.detach().reshape(-1, hidden.shape[-1])
+        return forward_backward(hidden_TH, self.tokens, self.head, self.base, self.needs_grad)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -188,12 +179,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: _Call
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        taken = call.take(hidden)
-        ctx.call, ctx.gradients = call, taken.gradients
+        result = call.run(hidden)
+        ctx.call, ctx.gradients = call, result.gradients
         ctx.save_for_backward(hidden, weight, bias)
-        detached = (taken.nll_N, taken.factors_KN) if taken.kl_N is None else (taken.nll_N, taken.factors_KN, taken.kl_N)
-        ctx.mark_non_differentiable(*detached)
-        return taken.loss, taken.nll_N, taken.factors_KN, taken.kl_N
+        detached = (result.nll_N, result.factors_KN, result.kl_N)
+        ctx.mark_non_differentiable(*(tensor for tensor in detached if tensor is not None))
+        return result.loss, *detached
 
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -203,7 +194,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients: Gradients | None = ctx.gradients
         ctx.gradients = None
         if gradients is None:
-            gradients = ctx.call.take(hidden).gradients
+            gradients = ctx.call.run(hidden).gradients
         grad_hidden = None
         if gradients.hidden_NH is not None:
             grad_NH, rows_N = _scaled(gradients.hidden_NH, grad_loss, hidden.dtype), ctx.call.tokens.rows_N

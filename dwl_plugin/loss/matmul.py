@@ -1,8 +1,11 @@
-"""The matrix products of a walk, from the library that is fastest on this machine.
+"""The matrix products of a block of tokens, from the library that is fastest on this machine. No other file knows of processors.
 
-PyTorch multiplies fp32 on x86 with MKL, which keeps its AVX-512 kernels for Intel's processors. On others with AVX-512 the
-oneDNN inside PyTorch is about twice as fast, and with bf16 operands twice as fast again where the processor has instructions for
-them. It makes a kernel for each shape and keeps it: `few_shapes` says when to mind that.
+PyTorch multiplies fp32 on x86 with MKL, which keeps its AVX-512 kernels for Intel's processors. On others with AVX-512 the oneDNN
+inside PyTorch is about twice as fast, and with bf16 operands twice as fast again where the processor has instructions for them. But
+oneDNN makes a kernel for each shape it meets, a millisecond and half a megabyte that stays. So `tiling_for` asks for few
+shapes, and the rows that a batch has beyond them are multiplied by MKL.
+
+Shapes: R rows, one for each token; the other sizes are the same in every batch.
 """
 
 from __future__ import annotations
@@ -10,47 +13,99 @@ from __future__ import annotations
 import functools
 import platform
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["add_product", "few_shapes", "product"]
+from dwl_plugin.loss.heads import LinearHead
+
+__all__ = ["Operands", "Tiling", "add_product", "add_transposed_product", "operands_for", "product", "tiling_for"]
+
+_WIDTH = 1280
+"""Of a tile where sizes matter: torch's topk finds the 20 largest of 1,280 twice as fast as those of 1,024."""
 
 
-def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor | None = None) -> torch.Tensor:
+class Operands(NamedTuple):
+    """What matmuls read: the logits' and ∂hidden's, and ∂W's with the exponentials that are saved for it."""
+
+    first: torch.dtype
+    saved: torch.dtype
+
+
+def operands_for(head: LinearHead, device: torch.device, *, trained: bool, anchored: bool) -> Operands:
+    """A CPU rounds a product of bf16 operands to bf16: too much for logits and for ∂hidden, where one token of the vocabulary may
+    be all there is to a sum; for a ∂W that is handed out in bf16 it is less than is lost in the end. fp16 has no room for the
+    scaled rows of hidden."""
+    if device.type == "cpu":
+        narrow = head.multiplied == head.weight_VH.dtype == torch.bfloat16 and not anchored
+        return Operands(head.summed, torch.bfloat16 if narrow and _onednn_is_faster(device, torch.bfloat16) else head.summed)
+    operand = head.summed if trained and head.multiplied == torch.float16 else head.multiplied
+    return Operands(operand, operand)
+
+
+class Tiling(NamedTuple):
+    """Sizes that multiply fast."""
+
+    any_shape: bool
+    """Whether no size is better than another. If not, all tiles have `width` tokens, and a product is best left a new tensor."""
+    width: int
+    stretch: int
+    """Blocks of few rows multiply slowly: more rows are worth so many times the memory."""
+
+    def rows(self, most: int) -> int:
+        """Rows of a block, `most` or some more."""
+        return most if self.any_shape else most + -most % _step(most)
+
+
+def tiling_for(operands: Operands, device: torch.device) -> Tiling:
+    any_shape = not any(_onednn_is_faster(device, dtype) for dtype in operands)
+    return Tiling(any_shape, _WIDTH, 4 if any_shape and device.type == "cpu" else 1)
+
+
+def product(a_RK: torch.Tensor, b_KX: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """a @ b with sums in `dtype`: in `out`, if there is one and the library can write there."""
-    if a.dtype == b.dtype == dtype and few_shapes(a.device, dtype):
-        return _onednn(a, b)
+    if a_RK.dtype == dtype and _rows_of_onednn(a_RK) == len(a_RK):
+        return _onednn(a_RK, b_KX)
     if out is None:
-        out = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
-    add_product(out, a, b, first=True)
+        out = torch.empty(a_RK.shape[0], b_KX.shape[1], dtype=dtype, device=a_RK.device)
+    add_product(out, a_RK, b_KX, first=True)
     return out
 
 
-def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
-    """out = a @ b, or out += a @ b. The sums are in the dtype of `out` even where a and b are narrower; on a CPU that multiplies
-    bf16, a product of bf16 operands is rounded to bf16 before it is added."""
+def add_product(out_RX: torch.Tensor, a_RK: torch.Tensor, b_KX: torch.Tensor, *, first: bool) -> None:
+    """out = a @ b, or out += a @ b, with sums in the dtype of `out`."""
+    even = _rows_of_onednn(a_RK)
+    if even:
+        _add(out_RX[:even], _onednn(a_RK[:even], b_KX), first)
+    if even < len(a_RK):
+        _add_mm(out_RX[even:], a_RK[even:], b_KX, first)
+
+
+def add_transposed_product(out_XY: torch.Tensor, a_RX: torch.Tensor, b_RY: torch.Tensor, *, first: bool) -> None:
+    """out = aᵀ @ b, or out += aᵀ @ b, with sums in the dtype of `out`; but a CPU rounds a product of bf16 before it is added."""
+    even = _rows_of_onednn(a_RX)
+    if even:
+        _add(out_XY, _onednn(a_RX[:even].t(), b_RY[:even]), first)
+    if even < len(a_RX):
+        _add_mm(out_XY, a_RX[even:].t(), b_RY[even:], first and not even)
+
+
+def _add(out: torch.Tensor, result: torch.Tensor, first: bool) -> None:
+    out.copy_(result) if first else out.add_(result)
+
+
+def _add_mm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
     if a.dtype == b.dtype != out.dtype and out.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
         if first:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         else:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         return
-    if not (a.dtype == b.dtype and few_shapes(a.device, a.dtype)):
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    if few_shapes(a.device, a.dtype):
-        result = _onednn(a, b)
-        out.copy_(result) if first else out.add_(result)
-    elif first:
+    a, b = a.to(out.dtype), b.to(out.dtype)
+    if first:
         torch.mm(a, b, out=out)
     else:
         torch.addmm(out, a, b, out=out)
-
-
-def few_shapes(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of this dtype are oneDNN's, to which each new shape costs a millisecond and half a megabyte that stays."""
-    if device.type != "cpu" or not torch.backends.mkldnn.enabled:
-        return False
-    return (dtype == torch.float32 and _mkl_is_slow()) or (dtype == torch.bfloat16 and _multiplies_bf16())
 
 
 def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -58,10 +113,28 @@ def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def _rows_of_onednn(a_RK: torch.Tensor) -> int:
+    """How many of the rows oneDNN multiplies: a number that comes up often. MKL gets the rest, if need be all."""
+    return len(a_RK) - len(a_RK) % _step(len(a_RK)) if _onednn_is_faster(a_RK.device, a_RK.dtype) else 0
+
+
+def _step(rows: int) -> int:
+    """What numbers of rows are a multiple of: at most an eighth of them, from 128 on."""
+    return int(max(16, 2 ** max(0, (rows - 1).bit_length() - 4)))
+
+
+def _onednn_is_faster(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cpu" or not torch.backends.mkldnn.enabled:
+        return False
+    return (dtype == torch.float32 and _mkl_is_slow()) or (dtype == torch.bfloat16 and _multiplies_bf16())
+
+
 @functools.cache
 def _multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for it; others take longer than for fp32."""
-    return _has_onednn() and any(name in _processor() for name in ("avx512_bf16", "amx_bf16"))
+    """Whether this CPU has instructions for it that oneDNN may use: without, bf16 takes longer than fp32."""
+    if not (_has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False
+    return any(name in _processor() for name in ("avx512_bf16", "amx_bf16"))
 
 
 @functools.cache

@@ -7,11 +7,15 @@ steps and by ranks. Where classes overlap (`overlap: sum`) the N_c add up to mor
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 
-from dwl_plugin.config import Reduction
+from dwl_plugin.values import Reduction
 
-__all__ = ["class_weights"]
+__all__ = ["ClassWeight", "class_weight_table", "class_weights"]
 
 
 def class_weights(reduction: Reduction, alpha_C: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -38,3 +42,28 @@ def class_weights(reduction: Reduction, alpha_C: torch.Tensor, counts: torch.Ten
     mass = present_C.sum()
     share_C = torch.where(mass > 0, present_C * alpha_C.sum() / mass.clamp(min=torch.finfo(mass.dtype).tiny), 0.0)
     return share_C * total / counts_C.clamp(min=1)
+
+
+class ClassWeight(NamedTuple):
+    """What α does to a class. Shares in [0, 1]; where classes overlap, the token shares add up to more than 1."""
+
+    name: str
+    alpha: float
+    token_share: float
+    one_token: float
+    """What one of its tokens counts, where a token of SFT counts 1, before any factor of its token loss."""
+    weight_share: float
+
+
+def class_weight_table(
+    reduction: Reduction, names: Sequence[str], alpha: Sequence[float], counts: Sequence[int]
+) -> list[ClassWeight]:
+    """One row per class; `counts` is (C + 2,) as above, with at least one target."""
+    alpha_C = torch.tensor(alpha, dtype=torch.float64)
+    weights = class_weights(reduction, alpha_C, torch.tensor(counts, dtype=torch.int64)).tolist()
+    mass = [weight * count for weight, count in zip(weights, counts, strict=False)]
+    whole = math.fsum(mass) or 1.0
+    return [
+        ClassWeight(name, a, count / counts[-2], weight, part / whole)
+        for name, a, count, weight, part in zip(names, alpha, counts, weights, mass, strict=False)
+    ]

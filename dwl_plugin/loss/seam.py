@@ -34,11 +34,12 @@ from dwl_plugin.loss.heads import (
     whole,
     without_adapter,
 )
-from dwl_plugin.loss.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
+from dwl_plugin.loss.linear_cross_entropy import LinearCrossEntropyOutput, fused_cross_entropy
 from dwl_plugin.loss.membership import Membership
 from dwl_plugin.loss.shift import IGNORE_INDEX, shift_left
 from dwl_plugin.loss.spec import LossSpec, PendingLoss
 from dwl_plugin.loss.token_losses import Term
+from dwl_plugin.loss.tokens import Targets
 
 __all__ = ["Seam"]
 
@@ -123,7 +124,7 @@ class Seam:
         pending, self._pending = self._pending, None
         if completed and pending is not None and pending.taken == 0:
             raise LossNotTakenError(
-                f"[dwl] {type(self.model).__name__} returned a loss that dwl_plugin did not compute. Either its own loss is more "
+                f"{type(self.model).__name__} returned a loss that dwl_plugin did not compute. Either its own loss is more "
                 "than a cross-entropy of its logits (label smoothing, for one), or another patch replaced its loss or its output "
                 f"head ({type(self.head).__name__}). Remove that, or delete the `loss:` line."
             )
@@ -271,7 +272,7 @@ class Seam:
 
     def _unmatched(self) -> LossNotTakenError:
         return LossNotTakenError(
-            f"[dwl] {type(self.model).__name__} rearranges its labels in a way dwl_plugin does not know, so token classes (and "
+            f"{type(self.model).__name__} rearranges its labels in a way dwl_plugin does not know, so token classes (and "
             "the base model of an `anchor`) cannot be matched to targets. `loss: nll` and `loss: dft` without them work with it."
         )
 
@@ -309,7 +310,7 @@ class Seam:
         if spec.is_anchored:
             anchor_C = self._constant(spec.anchor, device)
             anchor = Anchor(paying.weigh(weight_C * anchor_C), _rows_like(pending.base, logits, self._unmatched).to(device))
-        out = self._token_losses(logits, targets_N, terms, ignore_index, anchor, pending.base)
+        out = self._token_losses(logits, Targets(targets_N, terms, anchor, ignore_index), pending.base)
         if pending.on_tokens is not None:
             pending.on_tokens(
                 ForwardMetrics(members, paying, out.nll, torch.stack(out.factors), term_C, weight_C, out.kl, anchor_C)
@@ -329,31 +330,21 @@ class Seam:
         return self._constants[values, kind, device]
 
     def _token_losses(
-        self,
-        logits: DeferredLogits | torch.Tensor,
-        targets_N: torch.Tensor,
-        terms: list[Term],
-        ignore_index: int,
-        anchor: Anchor | None,
-        base: DeferredLogits | torch.Tensor | None,
+        self, logits: DeferredLogits | torch.Tensor, given: Targets, base: DeferredLogits | torch.Tensor | None
     ) -> LinearCrossEntropyOutput:
-        """Terms and anchor on whichever path the head allows. The anchor comes without a head: that is decided here."""
+        """What the tokens pay, on whichever path the head allows. The anchor comes without a head: that is decided here."""
+        anchor = given.anchor
 
         def through_modules(head: HeadFn, rows_NX: torch.Tensor, vocab_size: int) -> LinearCrossEntropyOutput:
-            return module_cross_entropy(
-                rows_NX,
-                head,
-                targets_N,
-                terms=terms,
-                anchor=None if anchor is None else replace(anchor, head=self._base_logits(base)),
-                ignore_index=ignore_index,
-                vocab_size=vocab_size,
-            )
+            anchored = None if anchor is None else replace(anchor, head=self._base_logits(base))
+            return module_cross_entropy(rows_NX, head, replace(given, anchor=anchored), vocab_size=vocab_size)
 
         if isinstance(logits, torch.Tensor):
             self._log_once(f"{type(self.model).__name__} computes its logits in full before its loss (more memory).")
             vocab_size = logits.shape[-1]
-            return through_modules(_identity, logits.as_subclass(torch.Tensor).reshape(targets_N.numel(), vocab_size), vocab_size)
+            return through_modules(
+                _identity, logits.as_subclass(torch.Tensor).reshape(given.targets.numel(), vocab_size), vocab_size
+            )
 
         folded = logits.folded() if logits.head == self._logits else None
 
@@ -366,16 +357,13 @@ class Seam:
             anchored = anchor
             if anchored is not None and base_linear is not None and base_linear is not linear:
                 anchored = replace(anchored, head=_matrix(base_linear, folded.vocab))
-            return linear_cross_entropy(
+            return fused_cross_entropy(
                 rows_NH.to(weight_VH.device),
                 weight_VH,
-                targets_N,
-                terms=terms,
-                anchor=anchored,
+                replace(given, anchor=anchored),
                 bias=bias_V,
                 softcap=folded.softcap,
                 logit_scale=folded.logit_scale,
-                ignore_index=ignore_index,
             )
 
         return self._inside_head(of, logits.rows()) if gathered_by_hooks(self.head) else of(logits.rows())

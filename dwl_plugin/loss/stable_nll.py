@@ -14,9 +14,8 @@ __all__ = ["LinearCrossEntropyOutput", "exact_nll", "refuse_second_derivative", 
 
 
 class LinearCrossEntropyOutput(NamedTuple):
-    """`loss`: the weighted sum, with gradient. `nll`: −log p of each position in nats. `factors`: for each term (…), what its
-    objective multiplied nll by, before the weight. `kl`: KL(base‖θ) of each position, where there is an anchor. All but the loss
-    are detached, and 0 where ignored."""
+    """`loss`: the weighted sum, with gradient. `nll`: −log p of each position in nats. `factors`: for each term (…), ℓ/nll of its
+    token loss. `kl`: KL(base‖θ) of each position, where there is an anchor. All but the loss are detached, and 0 where ignored."""
 
     loss: torch.Tensor
     nll: torch.Tensor
@@ -24,14 +23,16 @@ class LinearCrossEntropyOutput(NamedTuple):
     kl: torch.Tensor | None = None
 
 
-def exact_nll(others_N: torch.Tensor, reference_N: torch.Tensor, target_logit_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """nll = −log softmax(z)[y] and 1 − p = 1 − exp(−nll), from others = Σ_{j≠y} exp(z_j − reference) and z_y.
+def exact_nll(
+    sum_exp_others_N: torch.Tensor, max_N: torch.Tensor, target_logit_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """nll = −log softmax(z)[y] and 1 − p = 1 − exp(−nll), from Σ_{j≠y} exp(z_j − max) and z_y.
 
     With x = log Σ_{j≠y} exp(z_j) − z_y they are softplus(x) and sigmoid(x); for x < 0 taken from odds = exp(x) itself,
     since the logarithm of 1e-17 has fewer digits than 1e-17.
     """
-    gap_N = reference_N - target_logit_N
-    x_N, odds_N = others_N.log() + gap_N, others_N * gap_N.exp()
+    gap_N = max_N - target_logit_N
+    x_N, odds_N = sum_exp_others_N.log() + gap_N, sum_exp_others_N * gap_N.exp()
     likely_N = x_N < 0
     nll_N = torch.where(likely_N, odds_N.log1p(), x_N + x_N.neg().exp().log1p())
     return nll_N, torch.where(likely_N, odds_N / (1 + odds_N), torch.sigmoid(x_N))

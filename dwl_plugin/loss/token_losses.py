@@ -4,7 +4,10 @@ A formula is called with what is known of some tokens and returns what they pay.
 the paper holds a factor constant. The gradient of ℓ in the logits is dℓ/dnll·∂nll/∂z with one number dℓ/dnll per token, which
 autograd takes from the expression: the pass over the vocabulary gives nll and its gradient, so any token loss costs what nll costs.
 
-A new one is a class here and an entry in `TOKEN_LOSSES`.
+A new one is a pair of the two here and an entry in `TOKEN_LOSSES`, or comes from another package:
+
+    [project.entry-points."dwl_plugin.token_losses"]
+    clipped = "my_package:Clipped"          # derived from TokenLoss; its Options from TokenLossOptions
 
 Shapes: R tokens, k the largest logits of each.
 """
@@ -20,7 +23,8 @@ from pydantic import BeforeValidator, Field, ValidatorFunctionWrapHandler, field
 from pydantic_core import ValidationError
 
 from dwl_plugin.alpha.schedules import Schedule, ScheduleOptions, vectors
-from dwl_plugin.errors import did_you_mean
+from dwl_plugin.errors import ConfigError, did_you_mean
+from dwl_plugin.extensions import class_of
 from dwl_plugin.values import Strict, Weight, invalid, line_error, line_errors
 
 if TYPE_CHECKING:
@@ -67,6 +71,12 @@ class TokenStats(NamedTuple):
     def one_minus_p(self) -> torch.Tensor:
         """With all its digits as p → 1."""
         return self.nll.neg().expm1().neg()
+
+
+class TokenLossOptions(Strict):
+    """Base of the options of token losses from other packages."""
+
+    type: str = Field(description="Which token loss.")
 
 
 class TokenLoss:
@@ -204,7 +214,7 @@ class EntropyGate(TokenLoss):
 
     def __call__(self, token: TokenStats) -> torch.Tensor:
         assert token.top_logits is not None
-        top_Rk = token.top_logits[:, : self.top_k]
+        top_Rk = token.top_logits[:, : self.top_k].detach()
         # H = log Σ e^(z_j − z_1) + Σ p_j·(z_1 − z_j): no term is negative, so a certain token keeps its digits. A gap of 1e4 is as
         # good as any above: e^−1e4 is 0.
         gap_Rk = (top_Rk[:, :1] - top_Rk[:, 1:]).clamp(max=1e4)
@@ -212,12 +222,6 @@ class EntropyGate(TokenLoss):
         others_R = odds_Rk.sum(1)
         entropy_R = others_R.log1p() + (gap_Rk * odds_Rk).sum(1) / (1 + others_R)
         return (entropy_R / math.log(max(2, top_Rk.shape[1]))) ** self.exponent * token.nll
-
-
-class TokenLossOptions(Strict):
-    """Base of the options of token losses from other packages."""
-
-    type: str = Field(description="Which token loss.")
 
 
 TokenLossConfig = DFTConfig | FocalConfig | EAFTConfig | TokenLossOptions
@@ -241,9 +245,14 @@ else:
     TokenLossName = Annotated[Literal[("nll", *TOKEN_LOSSES)], BeforeValidator(_not_part_of_dft)]
 
 
-def objective_of(options: TokenLossConfig) -> TokenLoss:
-    """The formula with these options."""
-    return next(formula for formula in TOKEN_LOSSES.values() if formula.Options is type(options)).of(options)
+def objective_of(options: TokenLossConfig, path: str = "dwl.token_loss") -> TokenLoss:
+    """The formula with these options. Raises `ConfigError` at `path` where another package's is none."""
+    if not isinstance(options, TokenLossOptions):
+        return next(formula for formula in TOKEN_LOSSES.values() if formula.Options is type(options)).of(options)
+    formula: type[TokenLoss] = class_of("token_loss", options.type, {}, TokenLossOptions, f"{path}.type")
+    if not issubclass(formula, TokenLoss):
+        raise ConfigError.at(f"{path}.type", f"`{formula.__name__}` is no token loss: it has to derive from `TokenLoss`")
+    return formula.of(options)
 
 
 Objective = TokenLoss

@@ -15,14 +15,28 @@ import torch
 from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.token_losses import Power, Term, TokenStats
 
-__all__ = ["TokenLossValue", "Tokens", "brief", "require", "require_number", "select_tokens"]
+__all__ = ["Targets", "TokenLossValue", "Tokens", "brief", "require", "require_number", "select_tokens", "terms_of"]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The target of each position (…), and what tokens pay: the terms, and an anchor beside them."""
+
+    targets: torch.Tensor
+    terms: Sequence[Term] = (Term(Power()),)
+    anchor: Anchor | None = None
+    ignore_index: int = -100
 
 
 class TokenLossValue(NamedTuple):
-    """What tokens pay: Σ over the terms of weight·ℓ, its slope in nll, and ℓ/nll for each term. The slope is 0 if not asked for."""
+    """What tokens pay, anchor included, and ℓ/nll of each term.
+
+    Its gradient in the logits is grad_coef·q_j for the other tokens, q their softmax, and −target_coef for the target.
+    """
 
     loss_R: torch.Tensor
-    slope_R: torch.Tensor
+    grad_coef_R: torch.Tensor
+    target_coef_R: torch.Tensor
     factors_KR: torch.Tensor
 
 
@@ -53,23 +67,17 @@ class Tokens:
             return None
         return torch.stack([weight[rows] != 0 for weight in weights if weight is not None]).any(0)
 
-    def padded(self, count: int) -> Tokens:
-        """`count` tokens: the last one again and again, weighing nothing."""
-        which = torch.arange(count, device=self.targets_N.device).clamp_(max=len(self) - 1)
-        counts_N = torch.arange(count, device=which.device) < len(self)
-
-        def weight(weight_N: torch.Tensor) -> torch.Tensor:
-            return torch.where(counts_N, weight_N[which], 0.0)
-
-        terms = tuple(
-            Term(term.objective.at(which), counts_N.float() if term.weight is None else weight(term.weight)) for term in self.terms
-        )
-        anchor = self.anchor and replace(self.anchor, weight=weight(self.anchor.weight))
-        rows_N = which if self.rows_N is None else self.rows_N[which]
-        return Tokens(rows_N, self.targets_N[which], terms, anchor)
-
-    def token_losses(self, nll_R: torch.Tensor, top_Rk: torch.Tensor | None, rows: slice, *, slope: bool) -> TokenLossValue:
-        """What the tokens in `rows` pay, and d/dnll of that by autograd."""
+    def token_losses(
+        self,
+        nll_R: torch.Tensor,
+        one_minus_p_R: torch.Tensor,
+        top_Rk: torch.Tensor | None,
+        kl_R: torch.Tensor | None,
+        rows: slice,
+        *,
+        slope: bool,
+    ) -> TokenLossValue:
+        """What the tokens in `rows` pay. Without `slope` the coefficients are those of a constant."""
         # Finite, so that 0·nll is 0; above 0, so that a power of 1 − p has a slope.
         limits = torch.finfo(nll_R.dtype)
         clamped_R = nll_R.detach().clamp(limits.tiny, limits.max).requires_grad_(slope)
@@ -81,7 +89,13 @@ class Tokens:
             slope_R = torch.autograd.grad(weighted_R.sum(), clamped_R)[0] if slope else torch.zeros_like(nll_R)
         factors_KR = torch.stack(paid).detach() / clamped_R.detach()
         loss_R = _added([weight_R * factor_R * nll_R for weight_R, factor_R in zip(weights, factors_KR, strict=True)])
-        return TokenLossValue(loss_R, slope_R, factors_KR)
+        grad_coef_R = target_coef_R = slope_R * one_minus_p_R
+        if self.anchor is not None and kl_R is not None:
+            anchor_R = self.anchor.weight[rows]
+            loss_R = loss_R + anchor_R * kl_R
+            grad_coef_R = grad_coef_R + anchor_R * one_minus_p_R
+            target_coef_R = target_coef_R - anchor_R * nll_R.neg().exp()
+        return TokenLossValue(loss_R, grad_coef_R, target_coef_R, factors_KR)
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:
@@ -104,20 +118,23 @@ def require_number(name: str, value: object, *, above: float) -> None:
     require(plain and math.isfinite(value) and value > above, f"{name} must be a finite number{bound}, got {value!r}")  # type: ignore[operator, arg-type]
 
 
-def select_tokens(
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    *,
-    ignore_index: int,
-    vocab_size: int | None,
-    dtype: torch.dtype,
+def terms_of(
+    terms: Sequence[Term] | None,
     token_weight: torch.Tensor | None,
     exponent: torch.Tensor | float,
     min_weight: torch.Tensor | float,
-    terms: Sequence[Term] | None,
-    anchor: Anchor | None,
-) -> Tokens:
+) -> Sequence[Term]:
+    """`terms`, or the one that the three others describe."""
+    if terms is None:
+        return [Term(Power(exponent, min_weight), token_weight)]
+    plain = token_weight is None and not any(isinstance(v, torch.Tensor) or v for v in (exponent, min_weight))
+    require(plain and len(terms) > 0, "terms take the place of token_weight, exponent and min_weight: give one or the other")
+    return terms
+
+
+def select_tokens(hidden: torch.Tensor, given: Targets, *, vocab_size: int | None, dtype: torch.dtype) -> Tokens:
     """Drop the ignored positions. On CUDA this waits once for the device, to learn how many are left."""
+    targets, anchor, ignore_index = given.targets, given.anchor, given.ignore_index
     require(hidden.ndim >= 1 and hidden.is_floating_point(), f"hidden must be floating (..., H), got {brief(hidden)}")
     require(
         targets.shape == hidden.shape[:-1],
@@ -128,12 +145,7 @@ def select_tokens(
         f"targets must be integer token ids, got {targets.dtype}",
     )
     require(targets.device == hidden.device, f"targets must be on {hidden.device} like hidden, got {targets.device}")
-    if terms is None:
-        terms = [Term(Power(exponent, min_weight), token_weight)]
-    else:
-        plain = token_weight is None and not any(isinstance(v, torch.Tensor) or v for v in (exponent, min_weight))
-        require(plain and len(terms) > 0, "terms take the place of token_weight, exponent and min_weight: give one or the other")
-    for term in terms:
+    for term in given.terms:
         require(
             term.weight is None or isinstance(term.weight, torch.Tensor),
             f"token_weight must be None or a tensor like targets, got {term.weight!r}",
@@ -187,7 +199,7 @@ def select_tokens(
         weight_N = at_targets("anchor.weight", anchor.weight, -math.inf)
         assert isinstance(weight_N, torch.Tensor)
         anchor = replace(anchor, weight=weight_N, hidden=anchor.hidden.detach().reshape(-1, anchor.hidden.shape[-1]))
-    return Tokens(rows_N, targets_N, tuple(selected(term) for term in terms), anchor)
+    return Tokens(rows_N, targets_N, tuple(selected(term) for term in given.terms), anchor)
 
 
 def _check(values: torch.Tensor, allowed: torch.Tensor, message: str) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from dwl_plugin.classes import ClassSurvey, Labeller, build_labeller, empty_class_problems, survey
-from dwl_plugin.config import Block, ClassConfig
+from dwl_plugin.config import Block
 from dwl_plugin.config.classes import may_be_empty
 from dwl_plugin.errors import ConfigError
 
-__all__ = ["labeller_of", "look_at", "picked_rows"]
+__all__ = ["SURVEY_ROWS", "check_dataset", "labeller_of", "picked_rows"]
 
 SURVEY_ROWS = 512
 """Rows of the training set that are labelled to see that every class exists."""
@@ -32,8 +32,8 @@ def picked_rows(count: int, seed: int, most: int = SURVEY_ROWS) -> list[int]:
     return sorted(np.random.default_rng(seed).permutation(count)[:most].tolist())
 
 
-def look_at(labeller: Labeller, samples: Iterable[Mapping[str, Any]], classes: Mapping[str, ClassConfig]) -> ClassSurvey | None:
-    """What the classes find in `samples`; None where there are none.
+def check_dataset(block: Block, labeller: Labeller, samples: Iterable[Mapping[str, Any]]) -> ClassSurvey | None:
+    """Survey the classes in `samples`; None where there are none.
 
     Raises:
         ConfigError: every class without a token that does not say `allow_empty: true`.
@@ -41,7 +41,7 @@ def look_at(labeller: Labeller, samples: Iterable[Mapping[str, Any]], classes: M
     found = survey(labeller, samples)
     if not found.rows:
         return None
-    problems = empty_class_problems(found, classes, may_be_empty(classes))
+    problems = empty_class_problems(found, block.class_configs, may_be_empty(block.class_configs))
     if problems:
         raise ConfigError(problems)
     return found

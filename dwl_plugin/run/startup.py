@@ -1,26 +1,49 @@
-"""What a run says before its first step: which loss replaced which, and what α does to one token."""
+"""What a run writes before its first step: its settings, which loss replaced which, and what α does to one token."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
+from tqdm.auto import tqdm
 
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.config import Block, ControllerOptions, DFTConfig, LossControllerOptions
-from dwl_plugin.errors import ConfigError
-from dwl_plugin.loss.reduction import class_weights
+from dwl_plugin.errors import PREFIX, ConfigError, DWLError
+from dwl_plugin.files import write_whole
+from dwl_plugin.loss.reduction import class_weight_table
 from dwl_plugin.loss.token_losses import SCHEDULED
 from dwl_plugin.run.moving import alpha_of, end_hints, token_losses_of
 
-__all__ = ["ClassWeight", "class_weight_table", "hints", "opening_lines", "other_length_lines", "other_options_lines"]
+__all__ = ["hints", "keep_config", "log_line", "other_length_lines", "other_options_lines", "startup_lines"]
+
+_RESOLVED_CONFIG = "dwl_config.yaml"
 
 
-def opening_lines(
+def log_line(line: str) -> None:
+    """Print `line`, of several lines each, on the main process."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        with tqdm.external_write_mode():  # not behind the progress bar that the host has begun
+            print("\n".join(f"{PREFIX} {part}" for part in line.splitlines()), flush=True)
+
+
+def keep_config(block: Block, folder: Path) -> None:
+    """For people and `dwl report`. Training does not stop for want of it."""
+    text = yaml.safe_dump(block.dump(), sort_keys=False, allow_unicode=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / _RESOLVED_CONFIG, text.encode())
+    except (OSError, DWLError) as error:
+        log_line(f"{error} Training goes on, and `dwl report` will not know this run's settings.")
+
+
+def startup_lines(
     block: Block, counts: Sequence[int] | None, alpha_at: Curve, length: RunLength, replaced: str, best_metric: str | None
 ) -> Iterator[str]:
     """Lines without their prefix. `counts`: what a survey found, as `ClassSurvey.counts`; `replaced`: the loss the model came
@@ -40,29 +63,6 @@ def opening_lines(
     yield from hints(block, counts, alpha_at, length, best_metric)
 
 
-class ClassWeight(NamedTuple):
-    """What α does to a class. Shares in [0, 1]; where classes overlap, the token shares add up to more than 1."""
-
-    name: str
-    alpha: float
-    token_share: float
-    one_token: float
-    """What one of its tokens counts, where a token of SFT counts 1, before any factor of its token loss."""
-    weight_share: float
-
-
-def class_weight_table(block: Block, alpha: Sequence[float], counts: Sequence[int]) -> list[ClassWeight]:
-    """One row per class, `rest` last; `counts` as `ClassSurvey.counts`, with at least one target."""
-    alpha_C = torch.tensor(alpha, dtype=torch.float64)
-    weights = class_weights(block.reduction, alpha_C, torch.tensor(counts, dtype=torch.int64)).tolist()
-    mass = [weight * count for weight, count in zip(weights, counts, strict=False)]
-    whole = math.fsum(mass) or 1.0
-    return [
-        ClassWeight(name, a, count / counts[-2], weight, part / whole)
-        for name, a, count, weight, part in zip(block.class_names, alpha, counts, weights, mass, strict=False)
-    ]
-
-
 def _table(block: Block, counts: Sequence[int] | None, alpha_at: Curve) -> Iterator[str]:
     names, alpha = block.class_names, alpha_at(0)
     width = max(len("class"), *(len(name) for name in names))
@@ -71,7 +71,7 @@ def _table(block: Block, counts: Sequence[int] | None, alpha_at: Curve) -> Itera
         yield from (f"{name:<{width}}  {a:6.3f}" for name, a in zip(names, alpha, strict=True))
         return
     yield f"{'class':<{width}}   tokens       α   one token, vs SFT   share of the weight"
-    for row in class_weight_table(block, alpha, counts):
+    for row in class_weight_table(block.reduction, names, alpha, counts):
         measured = f"{row.alpha:6.3f}" if block.loss == "dwl" else "     –"
         tokens, share = 100 * row.token_share, 100 * row.weight_share
         yield f"{row.name:<{width}}  {tokens:5.1f} %  {measured}  {row.one_token:17.2f}×  {share:17.1f} %"
@@ -142,7 +142,7 @@ def _known(number: float | None) -> str:
 
 
 def hints(block: Block, counts: Sequence[int] | None, alpha_at: Curve, length: RunLength, best_metric: str | None) -> Iterator[str]:
-    """What is likely not meant, in the arguments of `opening_lines`."""
+    """What is likely not meant, in the arguments of `startup_lines`."""
     moves = block.schedule is not None or block.controller is not None
     if length.total_steps:
         yield from end_hints(block, length)

@@ -14,7 +14,7 @@ import pytest
 from click.testing import Result
 
 from dwl_plugin.cli.inspect.palette import look
-from dwl_plugin.cli.inspect.terminal import _printable
+from dwl_plugin.cli.printable import printable
 from tests.hosts import harness
 
 Run = Callable[..., Result]
@@ -161,7 +161,7 @@ def test_in_the_terminal_the_number_of_a_class_stands_before_it_without_colour(d
 
 
 def test_a_sample_cannot_drive_the_terminal() -> None:
-    assert _printable("a\x1b[2Jb\n\tc") == "a‹1b›[2Jb\n\tc"
+    assert printable("a\x1b[2Jb\n\tc", keep="\n\t") == "a‹1b›[2Jb\n\tc"
 
 
 def test_no_two_of_thirty_classes_look_alike() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
 from dwl_plugin.cli.trust import RULES, dangers
 
@@ -73,6 +75,33 @@ def test_what_fetches_is_listed(path: str) -> None:
 def test_every_rule_is_tried() -> None:
     tried = {danger.what for config in (*RUNS.values(), *FETCHES.values()) for danger in dangers(config)}
     assert tried == {rule.what for rule in RULES}
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Those among which a value of that type is chosen, or of which it is a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from models_in(argument)
+
+
+def is_option(model: type[BaseModel], keys: list[str]) -> bool:
+    first, *below = keys
+    field = model.model_fields.get(first)
+    return field is not None and (not below or any(is_option(inner, below) for inner in models_in(field.annotation)))
+
+
+READ_AND_NO_OPTION = {"processor_config"}
+"""Axolotl's loaders ask for it, its schema does not have it."""
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("key", sorted({key for rule in RULES for key in rule.keys if not key.startswith("dwl.")}))
+def test_what_a_rule_looks_at_is_an_option_of_axolotl(key: str) -> None:
+    """One that Axolotl renames would be looked for in vain, and nobody would be warned."""
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    assert is_option(AxolotlInputConfig, [part for part in key.split(".") if part != "*"]) == (key not in READ_AND_NO_OPTION)
 
 
 @pytest.mark.usefixtures("online")

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from dwl_plugin import LossSpec, attach, linear_cross_entropy
+from tests.loss.cases import OBJECTIVES, anchored_case, full_case, options_of, random_case, run, terms_case
 from tests.loss.mutants import naive
 from tests.loss.oracle import Case, per_token, relative
-from tests.loss.test_linear_cross_entropy import OBJECTIVES, anchored_case, full_case, options_of, random_case, run, terms_case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -471,16 +471,16 @@ def test_applying_twice_is_refused_until_the_first_is_detached(trainer_of: Build
 
 def test_a_trainer_that_the_axolotl_plugin_has_joined_is_refused(under_axolotl: Any) -> None:
     from dwl_plugin.config import parse
-    from dwl_plugin.hosts.trainer import join, leave
+    from dwl_plugin.hosts.trainer import install, uninstall
 
     run, _ = under_axolotl
     block = parse({"loss": "dft"})
     assert block is not None
-    session, _hook = join(run.trainer, block, None)
+    install(run.trainer, block, None)
     try:
         assert "Axolotl" in problems_of(run.trainer)["trainer"]
     finally:
-        leave(session, run.trainer)
+        uninstall(run.trainer)
 
 
 @pytest.mark.parametrize("host", ["trainer_of", "sft_of"])

@@ -13,7 +13,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from dwl_plugin.config import parse
-from dwl_plugin.hosts.trainer import say
+from dwl_plugin.run.startup import log_line
 from tests.hosts.harness import CLASSES, Run, train
 
 Configure = Callable[..., dict[str, Any]]
@@ -110,7 +110,7 @@ def test_console_keeps_the_few_and_the_state_gets_all(configure: Configure, caps
 
 def test_a_line_of_ours_does_not_stand_behind_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     with tqdm(total=2, file=sys.stdout):
-        say("hello")
+        log_line("hello")
     (line,) = (line for line in capsys.readouterr().out.split("\n") if "hello" in line)
     assert line.rpartition("\r")[2] == "[dwl] hello"
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from dwl_plugin.classes import labeller
-from dwl_plugin.hosts import trainer as host
 from dwl_plugin.loss import seam
 from dwl_plugin.loss.linear_cross_entropy import LinearCrossEntropyOutput
+from dwl_plugin.loss.tokens import Targets
+from dwl_plugin.run.session import Session
 from tests.hosts.harness import Run, rows, train, write_rows
 
 Configure = Callable[..., dict[str, Any]]
@@ -87,14 +88,15 @@ def test_a_step_is_what_the_formula_says(configure: Configure, tmp_path: Any) ->
 def naive(wrong: str) -> Callable[..., LinearCrossEntropyOutput]:
     """A loss core with full logits and one thing wrong."""
 
-    def core(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **options: Any) -> LinearCrossEntropyOutput:
+    def core(hidden: torch.Tensor, weight: torch.Tensor, given: Targets, **head: Any) -> LinearCrossEntropyOutput:
+        targets = given.targets
         if wrong == "wrong target":
             targets = torch.where(targets >= 0, (targets + 1) % weight.shape[0], targets)
         nll = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="none")
         p = torch.exp(-nll)
         p = p if wrong == "undetached" else p.detach()
-        factors = [p**term.objective.exponent for term in options["terms"]]
-        weights = [1.0 if wrong == "weight dropped" else term.weight for term in options["terms"]]
+        factors = [p**term.objective.exponent for term in given.terms]
+        weights = [1.0 if wrong == "weight dropped" else term.weight for term in given.terms]
         loss = sum((weight * factor * nll).sum() for weight, factor in zip(weights, factors, strict=True))
         return LinearCrossEntropyOutput(loss, nll.detach(), tuple(factor.detach() for factor in factors))
 
@@ -102,7 +104,7 @@ def naive(wrong: str) -> Callable[..., LinearCrossEntropyOutput]:
 
 
 def break_core(patch: pytest.MonkeyPatch, wrong: str) -> None:
-    patch.setattr(seam, "linear_cross_entropy", naive(wrong))
+    patch.setattr(seam, "fused_cross_entropy", naive(wrong))
 
 
 def unshift(patch: pytest.MonkeyPatch, _: str) -> None:
@@ -110,8 +112,8 @@ def unshift(patch: pytest.MonkeyPatch, _: str) -> None:
 
 
 def count_one_micro_batch(patch: pytest.MonkeyPatch, _: str) -> None:
-    right = host.Session.counts
-    patch.setattr(host.Session, "counts", lambda self, batches, device: right(self, batches[:1], device))
+    right = Session.counts
+    patch.setattr(Session, "counts", lambda self, batches, device: right(self, batches[:1], device))
 
 
 def shift_classes(patch: pytest.MonkeyPatch, _: str) -> None:

@@ -64,10 +64,10 @@ def ours(model: Any, spec: LossSpec, seen: list[ForwardMetrics] | None = None) -
 
 
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
-    "adapter in the body": (adapted, "linear_cross_entropy"),
-    "a trained copy of the head": (lambda: adapted(saved=("lm_head",)), "linear_cross_entropy"),
+    "adapter in the body": (adapted, "fused_cross_entropy"),
+    "a trained copy of the head": (lambda: adapted(saved=("lm_head",)), "fused_cross_entropy"),
     "LoRA on the head": (lambda: adapted(modules=("v_proj", "lm_head")), "module_cross_entropy"),
-    "softcap": (lambda: adapted("Gemma2ForCausalLM"), "linear_cross_entropy"),
+    "softcap": (lambda: adapted("Gemma2ForCausalLM"), "fused_cross_entropy"),
 }
 
 
@@ -75,7 +75,7 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
 def test_the_anchor_is_the_model_without_its_adapter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     make, path = MODELS[name]
     model, taken = make(), []
-    for function in ("linear_cross_entropy", "module_cross_entropy"):
+    for function in ("fused_cross_entropy", "module_cross_entropy"):
         real = getattr(seam_module, function)
         monkeypatch.setattr(seam_module, function, lambda *a, _n=function, _r=real, **k: (taken.append(_n), _r(*a, **k))[1])
     want_loss, want_gradients, want_kl = truth(model, SPEC)

@@ -70,7 +70,7 @@ def assert_exact(model: nn.Module, spec: LossSpec = WEIGHTED, tolerance: float =
 def path_taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which of the two losses ran."""
     taken: list[str] = []
-    for name in ("linear_cross_entropy", "module_cross_entropy"):
+    for name in ("fused_cross_entropy", "module_cross_entropy"):
         real = getattr(seam_module, name)
 
         def spy(*args: Any, _name: str = name, _real: Callable[..., Any] = real, **kwargs: Any) -> Any:
@@ -140,11 +140,11 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 HEADS: dict[str, tuple[Callable[[nn.Module], nn.Module], str]] = {
-    "bias": (with_bias, "linear_cross_entropy"),
-    "tied": (tied, "linear_cross_entropy"),
-    "frozen": (frozen, "linear_cross_entropy"),
-    "forward hooks": (with_forward_hooks, "linear_cross_entropy"),
-    "modules_to_save": (with_saved_head, "linear_cross_entropy"),
+    "bias": (with_bias, "fused_cross_entropy"),
+    "tied": (tied, "fused_cross_entropy"),
+    "frozen": (frozen, "fused_cross_entropy"),
+    "forward hooks": (with_forward_hooks, "fused_cross_entropy"),
+    "modules_to_save": (with_saved_head, "fused_cross_entropy"),
     "LoRA": (with_lora, "module_cross_entropy"),
     "wrapped before us": (wrapped_before, "module_cross_entropy"),
 }
@@ -251,7 +251,7 @@ def free_port() -> int:
 @pytest.mark.filterwarnings("default")  # torch's, about a process group of one
 def test_fsdp2_on_one_rank(path_taken: list[str]) -> None:
     check_sharded(0, 1, free_port(), SHARDED)
-    assert path_taken == ["linear_cross_entropy"] * 6 + ["module_cross_entropy"] * 2
+    assert path_taken == ["fused_cross_entropy"] * 6 + ["module_cross_entropy"] * 2
 
 
 @pytest.mark.slow

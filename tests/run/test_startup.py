@@ -8,8 +8,9 @@ import pytest
 
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.config import Block, parse
+from dwl_plugin.loss.reduction import class_weight_table
 from dwl_plugin.run.moving import alpha_of
-from dwl_plugin.run.startup import class_weight_table, hints, other_length_lines, other_options_lines
+from dwl_plugin.run.startup import hints, other_length_lines, other_options_lines
 
 COUNTS = (20, 30, 50, 100, 4)
 """Two classes and `rest`, 100 targets, 4 samples."""
@@ -34,7 +35,7 @@ def block(**dwl: Any) -> Block:
 )
 def test_a_token_counts_what_its_reduction_makes_of_alpha(reduction: str, one_token: tuple[float, ...]) -> None:
     found = block(reduction=reduction)
-    rows = class_weight_table(found, found.alpha, COUNTS)
+    rows = class_weight_table(found.reduction, found.class_names, found.alpha, COUNTS)
     assert [row.one_token for row in rows] == pytest.approx(one_token)
     assert [row.token_share for row in rows] == pytest.approx([0.2, 0.3, 0.5])
     assert sum(row.weight_share for row in rows) == pytest.approx(1)
@@ -42,7 +43,7 @@ def test_a_token_counts_what_its_reduction_makes_of_alpha(reduction: str, one_to
 
 def test_overlapping_classes_share_more_than_all_tokens_and_all_of_the_weight() -> None:
     found = block(reduction="weighted_mean", overlap="sum")
-    rows = class_weight_table(found, found.alpha, OVERLAPPING)
+    rows = class_weight_table(found.reduction, found.class_names, found.alpha, OVERLAPPING)
     mass = 0.5 * 60 + 0.3 * 50 + 0.2 * 10
     assert [row.token_share for row in rows] == pytest.approx([0.6, 0.5, 0.1])
     assert [row.one_token for row in rows] == pytest.approx([0.5 * 100 / mass, 0.3 * 100 / mass, 0.2 * 100 / mass])

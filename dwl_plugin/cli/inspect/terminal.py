@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.text import Text
 from dwl_plugin.cli.analysis import LookedAt
 from dwl_plugin.cli.inspect.palette import look
 from dwl_plugin.cli.inspect.rows import MASKED, ShownRow, ShownSample, row_notes
+from dwl_plugin.cli.printable import printable
 
 __all__ = ["print_rows"]
 
@@ -48,7 +48,7 @@ def _coloured(sample: ShownSample, rest: int) -> Text:
         if index not in (before, rest, MASKED):
             text.append(_raised(index), _style(index) + Style(bold=True))
         style = Style(dim=True) if index == MASKED else Style() if index == rest else _style(index)
-        text.append(_printable(token.text), style)
+        text.append(printable(token.text, keep="\n\t"), style)
         before = index
     return text
 
@@ -61,10 +61,3 @@ def _style(index: int) -> Style:
 
 def _raised(index: int) -> str:
     return str(index + 1).translate(_RAISED)
-
-
-def _printable(text: str) -> str:
-    """Without the control characters by which a sample could drive the terminal."""
-    return "".join(
-        char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf") else f"‹{ord(char):02x}›" for char in text
-    )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from dwl_plugin.cli.plots import Line, draw_panels, draw_shares, look_of, need_matplotlib, to_svg
+from dwl_plugin.cli.printable import printable
 from dwl_plugin.cli.report import tables
 from dwl_plugin.cli.report.run import Curve, Run
 from dwl_plugin.config import REST
@@ -29,7 +29,7 @@ def page(runs: Sequence[Run]) -> str:
         loader=jinja2.PackageLoader("dwl_plugin.cli.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     content: dict[str, Any] = {
-        "title": " · ".join(tables.printable(run.name) for run in runs),
+        "title": " · ".join(printable(run.name) for run in runs),
         "runs": [_summary(run) for run in runs],
         "figures": list(_figures(runs)),
         "comparison": _comparison(runs) if len(runs) > 1 else None,
@@ -41,21 +41,21 @@ def page(runs: Sequence[Run]) -> str:
 def _summary(run: Run) -> dict[str, Any]:
     rows = [
         (
-            "all" if row.name is None else tables.printable(row.name),
+            "all" if row.name is None else printable(row.name),
             tables.percent(row.token_share),
             tables.arrow(row.loss_share, tables.percent),
-            tables.arrow(row.alpha, "{:.3f}".format),
-            tables.arrow(row.nll, "{:.3f}".format),
+            tables.arrow(row.alpha),
+            tables.arrow(row.nll),
             tables.change_of(row.nll),
         )
         for row in tables.rows_of(run)
     ]
     return {
-        "name": tables.printable(run.name),
+        "name": printable(run.name),
         "facts": tables.facts(run),
         "rows": rows,
         "held_out": bool(run.evals),
-        "loss": tables.arrow(run.curve("loss").tenths, "{:.3f}".format),
+        "loss": tables.arrow(run.curve("loss").tenths),
         "notes": run.notes,
         "config": None if run.block is None else yaml.safe_dump(run.block.dump(), sort_keys=False, allow_unicode=True),
     }
@@ -63,21 +63,14 @@ def _summary(run: Run) -> dict[str, Any]:
 
 def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     rows, source, notes = tables.compared(runs)
-    return {"rows": rows, "source": source, "notes": notes, "names": [tables.printable(run.name) for run in runs]}
+    return {"rows": rows, "source": source, "notes": notes, "names": [printable(run.name) for run in runs]}
 
 
-@dataclass(frozen=True)
-class Drawn:
-    title: str
-    caption: str
-    svg: str
-
-
-def _figures(runs: Sequence[Run]) -> Iterator[Drawn]:
+def _figures(runs: Sequence[Run]) -> Iterator[dict[str, str]]:
     """α over the run, nll by class, and of one run what else moves, and the share of the loss against the share of the tokens."""
 
-    def drawn(title: str, caption: str, figure: Figure) -> Drawn:
-        return Drawn(title, caption, to_svg(figure, title))
+    def drawn(title: str, caption: str, figure: Figure) -> dict[str, str]:
+        return {"title": title, "caption": caption, "svg": to_svg(figure, title)}
 
     run, single = runs[0], len(runs) == 1
     named = [name for each in runs for name in each.classes if name != REST]
@@ -93,14 +86,10 @@ def _figures(runs: Sequence[Run]) -> Iterator[Drawn]:
             yield drawn(title, "", draw_panels({"": lines}, key))
     keys = {"all targets": "nll", **({name: f"dwl/nll/{name}" for name in classes} if named else {})}
     panels = {title: list(_nll_lines(runs, key)) for title, key in keys.items()}
-    caption = (
-        "In nats per token, whatever α was. Lines: training batches; points: held-out rows. A gap: no such token in those steps."
-    )
+    caption = "In nats per token, whatever α was. A gap: no such token in those steps."
     yield drawn("nll by class", caption, draw_panels(_titled(panels), "nll", from_zero=False))
     if single and named and run.train:
-        rows = [
-            (tables.printable(row.name), row.token_share, *row.loss_share) for row in tables.rows_of(run) if row.name is not None
-        ]
+        rows = [(printable(row.name), row.token_share, *row.loss_share) for row in tables.rows_of(run) if row.name is not None]
         caption = (
             "Right of its bar a class has more say than its number of tokens, left of it less; means over a tenth of the steps."
         )
@@ -125,9 +114,9 @@ def _nll_lines(runs: Sequence[Run], key: str) -> Iterator[Line]:
 
 
 def _titled(panels: Mapping[str, list[Line]]) -> dict[str, list[Line]]:
-    return {tables.printable(title): lines for title, lines in panels.items()}
+    return {printable(title): lines for title, lines in panels.items()}
 
 
 def _line(label: str, curve: Curve, look: Mapping[str, Any], dots: bool = False, limit: int = 80) -> Line:
     thin = curve.thinned(limit)
-    return Line(tables.printable(label), thin.steps, thin.values, look, dots)
+    return Line(printable(label), thin.steps, thin.values, look, dots)

@@ -1,0 +1,166 @@
+"""One run with a loss of this package, whichever trainer it is in: the settings, and what changes from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from dwl_plugin.alpha.run_length import RunLength
+from dwl_plugin.alpha.schedules import Curve
+from dwl_plugin.classes import ClassSurvey, Labeller
+from dwl_plugin.config import Block, DFTConfig, TokenLossConfig
+from dwl_plugin.errors import ConfigError, LossNotTakenError, Problem
+from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics, widest
+from dwl_plugin.loss.membership import Membership, count_classes
+from dwl_plugin.loss.reduction import class_weights
+from dwl_plugin.loss.seam import Seam
+from dwl_plugin.loss.shift import IGNORE_INDEX
+from dwl_plugin.loss.spec import LossSpec, PendingLoss
+from dwl_plugin.loss.token_losses import SCHEDULED, objective_of
+from dwl_plugin.run.closed_loop import ClosedLoop
+from dwl_plugin.run.collate import CLASS_IDS
+from dwl_plugin.run.moving import alpha_of, token_losses_of
+from dwl_plugin.run.nan_guard import FirstBadStep
+from dwl_plugin.run.startup import log_line
+
+__all__ = ["Session", "without_base_model"]
+
+
+class Session:
+    """A run's settings, the seam in its model, and what changes from step to step.
+
+    Args:
+        model: what is trained, an adapter around it or not; the seam is put into it.
+        block: the validated settings.
+        labeller: of the classes, if there are any.
+        survey: what they found in the training data.
+        taken_over: fused losses of the host that were switched off.
+
+    Raises:
+        ConfigError: an anchor, and no adapter to switch off.
+        LossNotTakenError: the model has no output head.
+    """
+
+    def __init__(
+        self, model: Any, block: Block, labeller: Labeller | None, survey: ClassSurvey | None, taken_over: Sequence[str]
+    ) -> None:
+        self.block, self.labeller, self.survey = block, labeller, survey
+        self.names = block.class_names
+        objectives = tuple(objective_of(token_loss) for token_loss in block.token_losses)
+        self.spec = LossSpec(block.alpha, objectives, block.overlap, block.loss == "dwl", block.anchors)
+        self.seam = Seam(model, log_line, _base_context(model, block) if self.spec.is_anchored else None)
+        self.replaced = " and ".join([self.seam.replaced, *(f"`{key}`" for key in taken_over)])
+        self.loop: ClosedLoop | None = None
+        self.base_nll: dict[str, float] | None = None
+        self.keeps_logits = False
+        """Whether an evaluation hands its logits on."""
+        self.model_loss: torch.Tensor | None = None
+        """Of the last forward, where the host's class has a `compute_loss` of its own."""
+        self.eval_sums = ClassSums(self.names)
+        self.token_losses = block.token_losses
+        self.tau = 0
+        self.begin(None)
+
+    def begin(self, length: RunLength | None) -> None:
+        """Before the first step; again in the same process where a host starts over with smaller batches. None: not known yet."""
+        self.length = length or RunLength(None, None)
+        self.alpha = self.block.alpha
+        self.alpha_at: Curve = lambda tau: self.block.alpha
+        self.token_losses_at: Callable[[int], tuple[TokenLossConfig, ...]] | None = None
+        if length is not None:
+            self.alpha_at, self.token_losses_at = alpha_of(self.block, length), token_losses_of(self.block, length)
+        self.train_sums, self.first_bad = ClassSums(self.names), FirstBadStep(self.names)
+        self.step_counts: torch.Tensor | None = None
+
+    def move(self, tau: int) -> None:
+        """To α and the token losses of optimizer step τ."""
+        self.tau = tau
+        self.alpha = self.alpha_at(tau) if self.loop is None else self.loop.controller.alpha
+        if self.token_losses_at is not None:
+            self.token_losses = self.token_losses_at(tau)
+            self.spec = replace(self.spec, objective=tuple(map(objective_of, self.token_losses)))
+
+    def moving_numbers(self) -> dict[str, float]:
+        """α, the controller's signal and scheduled options of token losses, as metrics."""
+        logged = {f"dwl/alpha/{name}": alpha for name, alpha in zip(self.names, self.alpha, strict=True)}
+        signal = None if self.loop is None else self.loop.controller.signal
+        if signal is not None:
+            logged.update({f"dwl/signal/{name}": value for name, value in zip(self.names, signal, strict=True)})
+        for name, loss in zip(self.names, self.token_losses, strict=True):
+            if isinstance(loss, DFTConfig) and loss.schedule is not None:
+                logged.update({f"dwl/{option}/{name}": getattr(loss, option) for option in SCHEDULED})
+        return logged
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to keep, as plain values. Every rank has to call it."""
+        run = {"total_steps": self.length.total_steps, "steps_per_epoch": self.length.steps_per_epoch}
+        return {"run": run, "controller": None if self.loop is None else self.loop.state()}
+
+    def counts(self, batches: Sequence[Any], device: torch.device) -> torch.Tensor:
+        """(C + 2,) int64 of `batches`: targets of each class, targets, samples with a target. The first label of a row predicts
+        nothing and is not counted."""
+        classes = len(self.names)
+        counts = torch.zeros(classes + 2, dtype=torch.int64, device=device)
+        for batch in batches:
+            labels = batch[CLASS_IDS] if CLASS_IDS in batch else batch.get("labels")
+            if labels is None:
+                continue
+            targets = (labels if "shift_labels" in batch else labels[..., 1:]).to(device)
+            if CLASS_IDS not in batch:
+                targets = Membership.all_rest(targets != IGNORE_INDEX, classes, self.spec.overlap).ids_N
+            counts += count_classes(targets, classes, self.spec.overlap)
+        return counts
+
+    def pending_loss(
+        self, inputs: dict[str, Any], counts: torch.Tensor, denominator: Any, on_tokens: Callable[[ForwardMetrics], None]
+    ) -> PendingLoss:
+        """What the seam needs for one forward; takes the class ids out of `inputs`."""
+        device = counts.device  # where the counts are, so that nothing waits for them
+        weight_C = class_weights(self.block.reduction, torch.tensor(self.alpha, dtype=widest(device), device=device), counts)
+        class_ids = inputs.pop(CLASS_IDS, None)
+        if class_ids is None and self.labeller is not None:
+            raise LossNotTakenError(
+                "a batch arrived without class ids: its data loader was not made by the trainer's own `get_train_dataloader` or "
+                "`get_eval_dataloader`."
+            )
+        return PendingLoss(
+            self.spec,
+            labels=inputs.get("labels"),
+            class_ids=class_ids,
+            shifted="shift_labels" in inputs,
+            class_weight=weight_C,
+            denominator=denominator,
+            on_tokens=on_tokens,
+        )
+
+    def trained_on(self, tokens: ForwardMetrics) -> None:
+        """Add the tokens of a forward of the step τ + 1 that is being made."""
+        self.first_bad.add(self.tau + 1, tokens)
+        tokens_C, nll_C = self.train_sums.add(tokens)
+        if self.loop is not None:
+            self.loop.add(tokens_C, nll_C)
+
+    def evaluated_on(self, tokens: ForwardMetrics) -> None:
+        """Add the tokens of a forward of an evaluation."""
+        self.eval_sums.add(tokens)
+
+
+def without_base_model(block: Block) -> Iterator[Problem]:
+    """One problem per anchor, for a run that has no adapter to switch off."""
+    options = {f"dwl.classes.{name}.dft": spec.dft for name, spec in block.class_configs.items()}
+    for path, dft in {"dft": block.dft, **options}.items():
+        if dft is not None and dft.anchor > 0:
+            why = "is held to the base model, which is the model with its adapter switched off, and this run trains without one"
+            yield Problem(f"{path}.anchor", why, dft.anchor, hint="write `adapter: lora` or `qlora`, or delete `anchor`")
+
+
+def _base_context(model: Any, block: Block) -> Callable[[], AbstractContextManager[Any]]:
+    """A context in which the model is its base model."""
+    if not hasattr(model, "disable_adapter"):
+        raise ConfigError(without_base_model(block))
+    disable: Callable[[], AbstractContextManager[Any]] = model.disable_adapter
+    return disable
