@@ -23,18 +23,11 @@ __all__ = ["ChosenByType", "Kind", "class_of", "installed", "load"]
 
 Kind = Literal["schedule", "controller", "token_loss", "pack"]
 
-_GROUPS: dict[Kind, str] = {
-    "schedule": "dwl_plugin.schedules",
-    "controller": "dwl_plugin.controllers",
-    "token_loss": "dwl_plugin.token_losses",
-    "pack": "dwl_plugin.packs",
-}
-
 
 def installed(kind: Kind) -> dict[str, list[EntryPoint]]:
     """name -> who offers it, without importing anything."""
     found: dict[str, list[EntryPoint]] = {}
-    for point in entry_points(group=_GROUPS[kind]):
+    for point in entry_points(group=f"dwl_plugin.{kind}s"):
         if point not in found.setdefault(point.name, []):
             found[point.name].append(point)
     return found
@@ -91,7 +84,7 @@ class ChosenByType:
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         models = core_schema.union_schema([handler.generate_schema(one.Options) for one in self.built_in.values()])
         as_its_own_model = core_schema.simple_ser_schema("any")
-        return core_schema.no_info_wrap_validator_function(self._validated, models, serialization=as_its_own_model)
+        return core_schema.with_info_wrap_validator_function(self._validated, models, serialization=as_its_own_model)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         choices = handler(schema)["anyOf"]
@@ -100,7 +93,7 @@ class ChosenByType:
             choices.append({"type": "object", "properties": {"type": {"enum": others}}, "required": ["type"]})
         return {"oneOf": choices}
 
-    def _validated(self, value: object, _: object) -> BaseModel:
+    def _validated(self, value: object, _: object, info: core_schema.ValidationInfo) -> BaseModel:
         if isinstance(value, self.options):
             return value
         name = value.get("type") if isinstance(value, Mapping) else None
@@ -110,7 +103,7 @@ class ChosenByType:
             (problem,) = error.problems
             line = line_error(("type",), problem.message, problem.value, problem.allowed, problem.hint)
             raise ValidationError.from_exception_data(self.kind, [line]) from None
-        return model.model_validate(value)
+        return model.model_validate(value, context=info.context)
 
 
 def _owner(point: EntryPoint) -> str:

@@ -17,7 +17,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,16 +28,7 @@ from dwl_plugin.errors import ConfigError, Problem, RunError, did_you_mean
 from dwl_plugin.extensions import ChosenByType, class_of
 from dwl_plugin.values import Position, Strict, Weight
 
-__all__ = [
-    "CONTROLLERS",
-    "Controller",
-    "ControllerConfig",
-    "ControllerOptions",
-    "LossControllerOptions",
-    "Memory",
-    "Window",
-    "controller_problems",
-]
+__all__ = ["CONTROLLERS", "Controller", "ControllerConfig", "ControllerOptions", "LossControllerOptions", "controller_problems"]
 
 PATH = "dwl.controller"
 
@@ -72,17 +63,13 @@ class ControllerOptions(Strict):
     every: int = Field(10, ge=1, description="Optimizer steps in a window; α is updated at the end of each.")
     warmup: Position = Field(0, description="α stays at `alpha` until here: a step, `10%` of the run, or `1ep`.")
     min_alpha: Weight = Field(0.01, ge=0.0, lt=1.0, description="No class falls below: α is (1 − K·min_alpha)·α + min_alpha.")
-    max_change: Weight | None = Field(
-        None, gt=0.0, le=1.0, description="The most that the α of any class moves in one update. Absent: no limit."
-    )
+    max_change: Weight | None = Field(None, gt=0.0, le=1.0, description="The most that any α moves in an update. Absent: no limit.")
 
 
 class LossControllerOptions(ControllerOptions):
     """Base of the options of controllers that look at losses."""
 
-    ema: Weight = Field(
-        0.9, ge=0.0, lt=1.0, description="Share of the old average that a window keeps: L ← ema·L + (1 − ema)·mean."
-    )
+    ema: Weight = Field(0.9, ge=0.0, lt=1.0, description="What a window keeps of the old average: L ← ema·L + (1 − ema)·mean.")
     signal: Literal["raw", "ratio_to_init", "excess_over_ref"] = Field(
         "raw", description="What is compared: L, L over its first value, or L minus `reference`."
     )
@@ -96,15 +83,10 @@ _Options = TypeVar("_Options", bound=ControllerOptions)
 
 
 class _Rule(Generic[_Options]):
-    """Log-weights (C,) of an update, whose sum does not matter."""
-
-    Options: ClassVar[type[ControllerOptions]]
+    """Called at the end of a window, gives log-weights (C,); what they sum to does not matter."""
 
     def __init__(self, options: _Options) -> None:
         self.options = options
-
-    def __call__(self, window: Window, memory: Memory) -> Numbers:
-        raise NotImplementedError
 
 
 class SoftmaxLossOptions(LossControllerOptions):
@@ -118,8 +100,7 @@ class SoftmaxLoss(_Rule[SoftmaxLossOptions]):
     Options = SoftmaxLossOptions
 
     def __call__(self, window: Window, memory: Memory) -> Numbers:
-        weights_C: Numbers = window.prior_C + window.signal_C / self.options.temperature
-        return weights_C
+        return window.prior_C + window.signal_C / self.options.temperature
 
 
 class DWAOptions(LossControllerOptions):
@@ -138,9 +119,8 @@ class DWA(_Rule[DWAOptions]):
     def __call__(self, window: Window, memory: Memory) -> Numbers:
         if window.previous_C is None:  # two windows are needed; until then w = 1 for all
             return window.prior_C
-        ratio_C = window.signal_C / np.maximum(window.previous_C, _TINY)
-        weights_C: Numbers = window.prior_C + ratio_C / self.options.temperature
-        return weights_C
+        ratio_C: Numbers = window.signal_C / np.maximum(window.previous_C, _TINY)
+        return window.prior_C + ratio_C / self.options.temperature
 
 
 class SoftAdaptOptions(LossControllerOptions):
@@ -223,7 +203,7 @@ class RLW(_Rule[RLWOptions]):
         return window.prior_C + noise.standard_normal(len(window.prior_C))
 
 
-CONTROLLERS: dict[str, type[_Rule[Any]]] = {
+CONTROLLERS: dict[str, type[Any]] = {
     "softmax_loss": SoftmaxLoss,
     "dwa": DWA,
     "softadapt": SoftAdapt,
@@ -240,73 +220,46 @@ def controller_problems(options: ControllerOptions | None, path: str, alpha: obj
     """What no single option can see; `alpha` is the one of the YAML, as it was written, and `names` all classes."""
     if options is None:
         return
-    yield from _floor_problems(options, path, alpha, names)
     if isinstance(options, LossControllerOptions):
-        yield from _reference_problems(options, path, names)
-
-
-def _floor_problems(options: ControllerOptions, path: str, alpha: object, names: Sequence[str]) -> Iterator[Problem]:
+        yield from _reference_problems(options, f"{path}.reference", names)
     floor = options.min_alpha
     if floor * len(names) > 1:
-        yield Problem(
-            f"{path}.min_alpha",
-            f"{len(names)} classes cannot all have at least this much of 1",
-            floor,
-            allowed=f"at most {1 / len(names):.4g}",
-        )
+        why = f"{len(names)} classes cannot all have at least this much of 1"
+        yield Problem(f"{path}.min_alpha", why, floor, allowed=f"at most {1 / len(names):.4g}")
         return
     if not isinstance(alpha, Mapping) or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in alpha.values()):
         return  # reported elsewhere, or uniform
     total = sum(alpha.values())
     for name, value in alpha.items():
         if value == 0:
-            yield Problem(
-                f"dwl.alpha.{name}",
-                f"the controller multiplies weights, so 0 stays 0 and {path} does nothing here",
-                value,
-                hint="give the class a small number",
-            )
+            why = f"the controller multiplies weights, so 0 stays 0 and {path} does nothing here"
+            yield Problem(f"dwl.alpha.{name}", why, value, hint="give the class a small number")
         elif total > 0 and value > 0 and value / total < floor * (1 - 1e-9):
-            yield Problem(
-                f"dwl.alpha.{name}",
-                f"its share, {value / total:.4g}, is below `{path}.min_alpha`, {floor:g}",
-                value,
-                hint="raise this number, or lower `min_alpha`",
-            )
+            why = f"its share, {value / total:.4g}, is below `{path}.min_alpha`, {floor:g}"
+            yield Problem(f"dwl.alpha.{name}", why, value, hint="raise this number, or lower `min_alpha`")
 
 
 def _reference_problems(options: LossControllerOptions, path: str, names: Sequence[str]) -> Iterator[Problem]:
     reference, wanted = options.reference, options.signal == "excess_over_ref"
     if wanted and reference is None:
-        yield Problem(
-            f"{path}.reference",
-            "is required: the excess is over it",
-            allowed="`base` (measured before the first step), or class -> nll",
-        )
+        allowed = "`base` (measured before the first step), or class -> nll"
+        yield Problem(path, "is required: the excess is over it", allowed=allowed)
     if not wanted and reference is not None:
-        yield Problem(
-            f"{path}.reference",
-            f"has no effect with `signal: {options.signal}`",
-            reference,
-            hint="write `signal: excess_over_ref`, or delete this line",
-        )
+        why, hint = f"has no effect with `signal: {options.signal}`", "write `signal: excess_over_ref`, or delete this line"
+        yield Problem(path, why, reference, hint=hint)
     if isinstance(reference, Mapping):
         for name in reference:
             if name not in names:
-                yield Problem(f"{path}.reference.{name}", "no such class", allowed=", ".join(names), hint=did_you_mean(name, names))
+                yield Problem(f"{path}.{name}", "no such class", allowed=", ".join(names), hint=did_you_mean(name, names))
         missing = [name for name in names if name not in reference]
         if missing:
-            yield Problem(f"{path}.reference", f"every class needs a number; missing: {', '.join(missing)}")
+            yield Problem(path, f"every class needs a number; missing: {', '.join(missing)}")
 
 
 class Controller:
     """α over the windows of a run. `alpha` is the current one, `signal` what it was last updated from (None: nothing yet).
 
-    Args:
-        options: those of a rule of ours or of another package.
-        names: the classes.
-        first: α⁰ by class.
-        length: of the run, for the warm-up.
+    `first` is α⁰ over the classes `names`; the length of the run is for the warm-up.
     """
 
     def __init__(self, options: ControllerOptions, names: Sequence[str], first: Sequence[float], length: RunLength) -> None:
@@ -420,8 +373,8 @@ class Controller:
     def _signal_of(self, loss_C: Numbers) -> Numbers:
         kind = self.options.signal if isinstance(self.options, LossControllerOptions) else "raw"
         if kind == "ratio_to_init":
-            ratio_C: Numbers = loss_C / np.maximum(self._first_C, _TINY)
-            return ratio_C
+            first_C: Numbers = np.maximum(self._first_C, _TINY)
+            return loss_C / first_C
         if kind == "excess_over_ref":
             assert self._reference_C is not None, "the reference is measured before the first step"
             return loss_C - self._reference_C
@@ -435,9 +388,8 @@ class Controller:
         return weights_C
 
     def _floored(self, weights_C: Numbers) -> Numbers:
-        floor = self.options.min_alpha
-        alpha_C: Numbers = (1.0 - floor * len(weights_C)) * np.exp(weights_C) + floor
-        return alpha_C
+        alpha_C: Numbers = np.exp(weights_C)
+        return (1.0 - self.options.min_alpha * len(alpha_C)) * alpha_C + self.options.min_alpha
 
     def _limited(self, alpha_C: Numbers) -> tuple[float, ...]:
         """Along the straight line from the old α, so that the sum stays 1 and the floor holds."""

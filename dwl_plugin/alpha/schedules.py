@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["SCHEDULES", "Curve", "Schedule", "ScheduleContext", "ScheduleOptions", "Vector", "curve_of", "vectors"]
+
+_ZEROS = (0, "0%", "0ep")
 
 NamedNumbers = dict[str, Weight]
 Vector = tuple[float, ...]
@@ -95,62 +97,39 @@ class ScheduleContext:
         return self.length.step(position, f"{self.path}.{option}")
 
     def steps(self, **positions: int | str) -> list[float]:
-        """Positions by their options' names, each of which has to come after the one before."""
-        return self.ascending(list(positions.items()))
-
-    def ascending(self, positions: Sequence[tuple[str, int | str]]) -> list[float]:
-        """As `steps`, where options are no names of Python."""
-        steps = [self.step(value, option) for option, value in positions]
-        for at, (option, value) in enumerate(positions[1:], start=1):
-            if steps[at] <= steps[at - 1]:
-                why = f"is step {steps[at]:g} of this run, and `{positions[at - 1][0]}` is step {steps[at - 1]:g}"
-                raise ConfigError.at(f"{self.path}.{option}", why, value)
-        return steps
+        """Positions by the names of their options, each of which has to come after the one before."""
+        steps = {option: self.step(value, option) for option, value in positions.items()}
+        for before, option in pairwise(positions):
+            if steps[option] <= steps[before]:
+                why = f"is step {steps[option]:g} of this run, and `{before}` is step {steps[before]:g}"
+                raise ConfigError.at(f"{self.path}.{option}", why, positions[option])
+        return list(steps.values())
 
 
-class _Interpolated:
-    """From knot to knot, `ease` between two; the first vector before the first knot, the last one after the last."""
-
-    Options: ClassVar[type[ScheduleOptions]]
-
-    def __init__(self, options: Any, run: ScheduleContext) -> None:
-        self.options = options
-        knots = self.knots(options, run)
-        self._steps, self._vectors = [step for step, _ in knots], [vector for _, vector in knots]
-
-    def knots(self, options: Any, run: ScheduleContext) -> list[tuple[float, Vector]]:
-        """Steps and the numbers that are reached there."""
-        raise NotImplementedError
-
-    def ease(self, x: float) -> float:
-        """s(x)."""
-        return _EASE[self.options.interpolation](x)
-
-    def __call__(self, tau: int) -> Vector:
-        at = bisect_right(self._steps, tau)
-        if at in (0, len(self._steps)):
-            return self._vectors[max(at - 1, 0)]
-        x = (tau - self._steps[at - 1]) / (self._steps[at] - self._steps[at - 1])
-        return _mix(self._vectors[at - 1], self._vectors[at], self.ease(x))
-
-
-def _hold(x: float) -> float:
-    return 0.0
-
-
-def _linear(x: float) -> float:
-    return x
-
-
-def _cosine(x: float) -> float:
-    return (1.0 - math.cos(math.pi * x)) / 2.0
-
-
-_EASE: dict[str, Callable[[float], float]] = {"hold": _hold, "linear": _linear, "cosine": _cosine}
+_EASE: dict[str, Callable[[float], float]] = {
+    "hold": lambda x: 0.0,
+    "linear": lambda x: x,
+    "cosine": lambda x: (1.0 - math.cos(math.pi * x)) / 2.0,
+}
 
 
 def _mix(first: Vector, last: Vector, s: float) -> Vector:
     return tuple((1.0 - s) * a + s * b for a, b in zip(first, last, strict=True))
+
+
+class _Interpolated:
+    """From knot to knot, s(x) = `ease` between two; the first vector before the first knot, the last one after the last."""
+
+    def __init__(self, knots: Iterable[tuple[float, Vector]], ease: Callable[[float], float]) -> None:
+        self._knots, self._ease = list(knots), ease
+        self._steps = [step for step, _ in self._knots]
+
+    def __call__(self, tau: int) -> Vector:
+        at = bisect_right(self._steps, tau)
+        if at in (0, len(self._steps)):
+            return self._knots[max(at - 1, 0)][1]
+        (before, first), (after, last) = self._knots[at - 1 : at + 1]
+        return _mix(first, last, self._ease((tau - before) / (after - before)))
 
 
 class ConstantOptions(ScheduleOptions):
@@ -162,8 +141,8 @@ class ConstantOptions(ScheduleOptions):
 class Constant(_Interpolated):
     Options = ConstantOptions
 
-    def knots(self, options: ConstantOptions, run: ScheduleContext) -> list[tuple[float, Vector]]:
-        return [(0, run.first)]
+    def __init__(self, options: ConstantOptions, run: ScheduleContext) -> None:
+        super().__init__([(0, run.first)], _EASE["hold"])
 
 
 class _RampOptions(ScheduleOptions):
@@ -178,9 +157,13 @@ class _RampOptions(ScheduleOptions):
 class _Ramp(_Interpolated):
     """From where the numbers are to `to`, between `start` and `end`."""
 
-    def knots(self, options: _RampOptions, run: ScheduleContext) -> list[tuple[float, Vector]]:
+    def __init__(self, options: Any, run: ScheduleContext) -> None:
+        self.options = options
         start, end = run.steps(start=options.start, end=options.end)
-        return [(start, run.first), (end, run.vector(options.to))]
+        super().__init__([(start, run.first), (end, run.vector(options.to))], self.ease)
+
+    def ease(self, x: float) -> float:
+        return x
 
 
 class LinearOptions(_RampOptions):
@@ -191,9 +174,6 @@ class LinearOptions(_RampOptions):
 
 class Linear(_Ramp):
     Options = LinearOptions
-
-    def ease(self, x: float) -> float:
-        return _linear(x)
 
 
 class CosineOptions(_RampOptions):
@@ -206,11 +186,11 @@ class Cosine(_Ramp):
     Options = CosineOptions
 
     def ease(self, x: float) -> float:
-        return _cosine(x)
+        return _EASE["cosine"](x)
 
 
 def _not_zero(value: float | int | str) -> float | int | str:
-    if value in (0, "0%", "0ep"):
+    if value in _ZEROS:
         raise PydanticCustomError("dwl", "cannot be 0")
     return value
 
@@ -262,11 +242,8 @@ class StepOptions(ScheduleOptions):
 class Step(_Interpolated):
     Options = StepOptions
 
-    def knots(self, options: StepOptions, run: ScheduleContext) -> list[tuple[float, Vector]]:
-        return [(0, run.first), (run.step(options.at, "at"), run.vector(options.to))]
-
-    def ease(self, x: float) -> float:
-        return _hold(x)
+    def __init__(self, options: StepOptions, run: ScheduleContext) -> None:
+        super().__init__([(0, run.first), (run.step(options.at, "at"), run.vector(options.to))], _EASE["hold"])
 
 
 class KeyframesOptions(ScheduleOptions):
@@ -297,7 +274,7 @@ class KeyframesOptions(ScheduleOptions):
             at, later = ("at", str(frame)), next((other for other in frames[:index] if _comes_too_early(frame, other)), None)
             if later is not None:
                 yield line_error(at, f"must come after the keyframe {later}", frame)
-            elif index == 0 and (_number_and_unit(frame) or (1.0,))[0] == 0.0:
+            elif index == 0 and any(_comes_too_early(frame, zero) for zero in _ZEROS):
                 hint = "write them there, and begin with a later keyframe"
                 yield line_error(at, "the numbers of step 0 are those outside the schedule", frame, hint=hint)
 
@@ -313,9 +290,9 @@ class KeyframesOptions(ScheduleOptions):
 class Keyframes(_Interpolated):
     Options = KeyframesOptions
 
-    def knots(self, options: KeyframesOptions, run: ScheduleContext) -> list[tuple[float, Vector]]:
-        steps = run.ascending([("start", 0), *((f"at.{position}", position) for position in options.at)])
-        return list(zip(steps, [run.first, *map(run.vector, options.at.values())], strict=True))
+    def __init__(self, options: KeyframesOptions, run: ScheduleContext) -> None:
+        steps = run.steps(start=0, **{f"at.{position}": position for position in options.at})
+        super().__init__(zip(steps, [run.first, *map(run.vector, options.at.values())], strict=True), _EASE[options.interpolation])
 
 
 class WarmupOptions(ScheduleOptions):
@@ -337,10 +314,10 @@ class WarmupOptions(ScheduleOptions):
 class Warmup(_Interpolated):
     Options = WarmupOptions
 
-    def knots(self, options: WarmupOptions, run: ScheduleContext) -> list[tuple[float, Vector]]:
+    def __init__(self, options: WarmupOptions, run: ScheduleContext) -> None:
         steps = run.steps(start=options.start, hold=options.hold, decay=options.decay, end=options.end)
         top, final = run.vector(options.to), run.first if options.final is None else run.vector(options.final)
-        return list(zip(steps, (run.first, top, top, final), strict=True))
+        super().__init__(zip(steps, (run.first, top, top, final), strict=True), _EASE[options.interpolation])
 
 
 class CyclicOptions(ScheduleOptions):
@@ -370,7 +347,7 @@ class Cyclic:
         return _mix(self._first, self._to, s)
 
 
-SCHEDULES: dict[str, type[_Interpolated | Cyclic]] = {
+SCHEDULES: dict[str, type[Any]] = {
     "constant": Constant,
     "linear": Linear,
     "cosine": Cosine,
@@ -417,14 +394,14 @@ def vectors(written: object, path: str) -> Iterator[tuple[str, Any]]:
 
 def _comes_too_early(later: object, earlier: object) -> bool:
     """Whether that is known already: without the length of the run, only positions of one unit can be compared."""
-    first, second = _number_and_unit(earlier), _number_and_unit(later)
-    return first is not None and second is not None and first[1] == second[1] and second[0] <= first[0]
-
-
-def _number_and_unit(value: object) -> tuple[float, str] | None:
     try:
-        text = str(position(value))
-    except PydanticCustomError:
-        return None
+        (first, unit), (second, other) = _number_and_unit(earlier), _number_and_unit(later)
+    except PydanticCustomError:  # reported where the position is validated
+        return False
+    return unit == other and second <= first
+
+
+def _number_and_unit(value: object) -> tuple[float, str]:
+    text = str(position(value))
     number = text.rstrip("%ep")
     return float(number), text[len(number) :]

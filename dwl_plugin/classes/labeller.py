@@ -176,7 +176,7 @@ _NOT_INTEGERS = (TypeError, ValueError, OverflowError)
 
 
 def _pair(input_ids: Any, labels: Any) -> tuple[Ints, Bools]:
-    """The ids, and True at the targets. Raises `DWLError` with what the row begins with, which finds it in the data."""
+    """The ids, and True at the targets. Raises `RunError` with what the row begins with, which finds it in the data."""
     try:
         ids, label = as_ints(input_ids), as_ints(labels)
         why = f"`input_ids` {ids.shape} and `labels` {label.shape} have to be of one shape"

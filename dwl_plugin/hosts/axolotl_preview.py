@@ -1,7 +1,8 @@
-"""A config as Axolotl would train it, without training: validated, its tokenizer, the first rows of its data.
+"""A config as Axolotl would train it, without training: validated, its tokenizer, rows of its data.
 
-Nothing is written into the config's folders and no weights are read. The rows go through Axolotl's own dataset code, of which
-only the choice of rows is ours: the order of the run is worked out on row numbers, and the rows at its head are tokenised.
+Nothing is written into the config's folders and no weights are read. The rows go through Axolotl's own dataset code, so they are
+masked, cut and dropped as in the run. Only their choice is made here: the host merges, shuffles and splits row numbers, and no more
+rows than are asked for are tokenised (`docs/decisions/rows-shown-are-rows-trained.md`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
-import dataclasses
 import functools
 import io
 import itertools
@@ -20,7 +20,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,9 @@ _CPU_ONLY = {
     "lora_embedding_kernel": False,
 }
 """What a model needs to run where there is no GPU."""
+
+
+_MADE_WITH_A_BATCH = "the tokens and labels of this kind of data are made only when a batch is"
 
 
 class NotSeenError(DWLError):
@@ -147,15 +150,10 @@ def load_cfg(raw: Mapping[str, Any], path: Path, *, to_run: bool = False) -> tup
         elif str(cfg.attn_implementation or "").startswith("flash_attention") and not _flash_attention():
             cfg.attn_implementation = "sdpa"  # otherwise Axolotl downloads a compiled kernel in its place
             notes.append("flash-attn is not installed here: the config was looked at with `attn_implementation: sdpa`")
-        problems = _said_by_axolotl(lambda: prepare_plugins(cfg), "plugins")
-        if not problems:
-            validated: list[Any] = []
-            problems = _said_by_axolotl(
-                lambda: validated.append(validate_config(cfg, capabilities=capabilities, env_capabilities=versions)), ""
-            )
-        if problems:
-            raise ConfigError(problems)
-        cfg = validated[0]
+        with _axolotl_problems("plugins"):
+            prepare_plugins(cfg)
+        with _axolotl_problems("axolotl"):
+            cfg = validate_config(cfg, capabilities=capabilities, env_capabilities=versions)
         try:
             normalize_config(cfg)
         except Exception as error:
@@ -257,10 +255,10 @@ def load_rows(cfg: Any, tokenizer: Any, count: int, *, spread: bool = False) -> 
         except (OSError, ConnectionError) as error:
             raise NotSeenError(f"datasets: {_first_line(error)}") from error
         except Exception as error:  # whatever a dataset and its template can raise
-            reason = f"{_first_line(error)}"
+            reason = _first_line(error)
             if _about_the_network(error):
                 raise NotSeenError(f"datasets: {reason}") from error
-            raise ConfigError([Problem("datasets", f"Axolotl cannot read them: {reason}")]) from error
+            raise ConfigError.at("datasets", f"Axolotl cannot read them: {reason}") from error
 
 
 def load_model(cfg: Any, tokenizer: Any) -> Any:
@@ -284,17 +282,19 @@ def _not_loaded(key: str, name: Any, error: Exception) -> DWLError:
     """What is here and cannot be read, or is named by a path, is the config's mistake; what the hub has may be out of reach."""
     path, by_path = Path(str(name)).expanduser(), str(name).startswith(("/", "./", "../", "~"))
     if by_path and not path.exists():
-        return ConfigError([Problem(key, "there is no such folder", name)])
+        return ConfigError.at(key, "there is no such folder", name)
     if isinstance(error, OSError) and not path.exists():
         return NotSeenError(f"{key} {name}: {_first_line(error)}")
     kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-    return ConfigError([Problem(key, f"cannot be loaded: {kind}{_first_line(error)}", name)])
+    return ConfigError.at(key, f"cannot be loaded: {kind}{_first_line(error)}", name)
 
 
 def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     """Rows of datasets that can be indexed."""
+    import numpy as np
     from axolotl.utils.data import sft
     from axolotl.utils.data.shared import generate_dataset_hash_from_config, load_preprocessed_dataset
+    from datasets import concatenate_datasets
 
     cfg = copy.deepcopy(cfg)
     cfg.dataset_num_proc, cfg.dataset_keep_in_memory = None, True
@@ -309,34 +309,24 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     sources = _raw_datasets(cfg, tokenizer)
     order = _order_of_the_run([len(dataset) for dataset, _ in sources], cfg)
     total = _training_rows(len(order), cfg)
-    picked = [(row["source"], row["row"]) for row in order.select(_numbers(total, count, cfg, spread))]
-    tokenised: list[Any] = []
-    places: dict[tuple[int, int], int] = {}
+    picked = order.select(_numbers(total, count, cfg, spread)).with_format("numpy")[:]
+    tokenised = []
     for number, (dataset, tokenise) in enumerate(sources):
-        rows = [row for source, row in picked if source == number]
-        if not rows:
+        rows = picked["row"][picked["source"] == number]
+        if not len(rows):
             continue
         done, _ = tokenise(dataset=dataset.select(rows).flatten_indices(keep_in_memory=True))
         if "input_ids" not in done.column_names:
-            raise NotSeenError("datasets: the tokens and labels of this kind of data are made only when a batch is")
-        if len(done) == len(rows):
-            before = sum(len(dataset) for dataset in tokenised)
-            places |= {(number, row): before + i for i, row in enumerate(rows)}
+            raise NotSeenError(f"datasets: {_MADE_WITH_A_BATCH}")
         tokenised.append(done)
-    from datasets import concatenate_datasets
-
     merged = concatenate_datasets(tokenised)
-    if len(places) == len(merged):
-        merged = merged.select([places[place] for place in picked])
+    if len(merged) == len(picked["row"]):  # none was dropped on the way, so the rows of one source can go between those of another
+        merged = merged.select(np.argsort(np.argsort(picked["source"], kind="stable")))
     merged = merged.flatten_indices(keep_in_memory=True)
     short = sft.handle_long_seq_in_dataset(merged, cfg.sequence_len, cfg)
-    kept = short
-    if cfg.sample_packing:
-        kept, _ = sft.process_datasets_for_packing(cfg, short, None)
-    rows_ = Rows(
-        _samples(kept), total=total, looked_at=len(merged), too_long=len(merged) - len(short), masked=len(short) - len(kept)
-    )
-    return _packed(rows_, cfg)
+    kept = sft.process_datasets_for_packing(cfg, short, None)[0] if cfg.sample_packing else short
+    too_long, masked = len(merged) - len(short), len(short) - len(kept)
+    return _packed(Rows(_samples(kept), total=total, looked_at=len(merged), too_long=too_long, masked=masked), cfg)
 
 
 def _numbers(total: int, count: int, cfg: Any, spread: bool) -> list[int]:
@@ -410,7 +400,7 @@ def _packed(rows: Rows, cfg: Any) -> Rows:
         drop_last=False,
     )
     packs = [sorted(map(int, pack)) for batch in sampler.generate_batches() for pack in batch]
-    return dataclasses.replace(rows, packs=sorted(packs))
+    return replace(rows, packs=sorted(packs))
 
 
 def _stream(cfg: Any, tokenizer: Any, count: int) -> Rows:
@@ -424,7 +414,7 @@ def _stream(cfg: Any, tokenizer: Any, count: int) -> Rows:
     samples = []
     for row in itertools.islice(dataset, count):
         if "input_ids" not in row:
-            raise NotSeenError("datasets: the tokens and labels of this kind of data are made only when a batch is")
+            raise NotSeenError(f"datasets: {_MADE_WITH_A_BATCH}")
         flat = {key: _flat(row[key]) for key in ("input_ids", "labels", "position_ids", "attention_mask") if key in row}
         flat.setdefault("labels", list(flat["input_ids"]))  # pretraining: the collator makes them of the ids
         samples.append(flat)
@@ -435,21 +425,21 @@ def _flat(values: Any) -> list[int]:
     return [int(value) for value in (values.reshape(-1).tolist() if hasattr(values, "reshape") else values)]
 
 
-def _said_by_axolotl(act: Any, where: str) -> list[Problem]:
-    """What `act` complains of, as problems of ours."""
+@contextlib.contextmanager
+def _axolotl_problems(where: str) -> Iterator[None]:
+    """Whatever is complained of inside, as a `ConfigError`."""
     from pydantic import ValidationError
 
     try:
-        act()
-    except ConfigError as error:
-        return list(error.problems)
+        yield
+    except ConfigError:
+        raise
     except ValidationError as error:
-        return [_problem(item) for item in error.errors()]
-    except (ImportError, ModuleNotFoundError) as error:
-        return [Problem(where or "axolotl", f"cannot be loaded: {_first_line(error)}")]
+        raise ConfigError([_problem(item) for item in error.errors()]) from error
+    except ImportError as error:
+        raise ConfigError.at(where, f"cannot be loaded: {_first_line(error)}") from error
     except Exception as error:  # a validator may raise anything
-        return [Problem(where or "axolotl", _first_line(error))]
-    return []
+        raise ConfigError.at(where, _first_line(error)) from error
 
 
 def _problem(item: Any) -> Problem:

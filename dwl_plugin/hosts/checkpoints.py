@@ -8,7 +8,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from dwl_plugin.errors import ConfigError, Problem
+from safetensors import SafetensorError, safe_open
+
+from dwl_plugin.errors import ConfigError
 
 __all__ = ["choose_checkpoint", "finished_checkpoints", "unfinished"]
 
@@ -22,26 +24,25 @@ def choose_checkpoint(cfg: Any) -> str | None:
     Raises:
         ConfigError: `resume_from_checkpoint` names one that was not.
     """
-    asked = cfg.get("resume_from_checkpoint")
-    folders = _checkpoints(Path(cfg["output_dir"]))
+    asked, folders = cfg.get("resume_from_checkpoint"), _checkpoints(Path(cfg["output_dir"]))
     if isinstance(asked, str) and Path(asked).is_dir():
-        why = unfinished(Path(asked))
-        if why is not None:
-            whole = [folder for folder in folders if unfinished(folder) is None]
-            hint = f"the newest whole one is `{whole[-1]}`" if whole else f"no checkpoint in `{cfg['output_dir']}` is whole"
-            raise ConfigError([Problem("resume_from_checkpoint", f"this checkpoint is damaged: {why}", asked, hint=hint)])
+        chosen = Path(asked)
+    elif asked is None and cfg.get("auto_resume_from_checkpoints") and folders:
+        chosen = folders[-1]
+    else:
         return None
-    if asked is not None or not cfg.get("auto_resume_from_checkpoints") or not folders:
-        return None
-    newest, why = folders[-1], unfinished(folders[-1])
+    why = unfinished(chosen)
     if why is None:
         return None
     whole = [folder for folder in folders if unfinished(folder) is None]
+    if asked is not None:
+        hint = f"the newest whole one is `{whole[-1]}`" if whole else f"no checkpoint in `{cfg['output_dir']}` is whole"
+        raise ConfigError.at("resume_from_checkpoint", f"this checkpoint is damaged: {why}", asked, hint=hint)
     if whole:
         cfg["resume_from_checkpoint"] = str(whole[-1])
-        return f"{newest.name} is damaged ({why}): resuming from {whole[-1].name}"
+        return f"{chosen.name} is damaged ({why}): resuming from {whole[-1].name}"
     cfg["auto_resume_from_checkpoints"] = False
-    return f"{newest.name} is damaged ({why}) and there is none before it: starting from the beginning"
+    return f"{chosen.name} is damaged ({why}) and there is none before it: starting from the beginning"
 
 
 def finished_checkpoints(output_dir: Path) -> list[Path]:
@@ -60,11 +61,22 @@ def unfinished(folder: Path) -> str | None:
         return f"its {_STATE} breaks off"
     # A later run that wrote the same step again found an old state there.
     for file in sorted(folder.iterdir()):
-        if file.suffix == ".safetensors" and not _whole_safetensors(file):
-            return f"its {file.name} breaks off"
-        if file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):
+        if not _is_whole(file):
             return f"its {file.name} breaks off"
     return None
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether what is in `file` is as long as it says itself; weights and pickles of torch only."""
+    if file.suffix in (".pt", ".pth", ".bin"):
+        return zipfile.is_zipfile(file)
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt"):
+                return True
+        except SafetensorError:
+            return False
+    return True
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
@@ -73,15 +85,3 @@ def _checkpoints(output_dir: Path) -> list[Path]:
         return []
     numbered = ((match, folder) for folder in output_dir.iterdir() if (match := _FOLDER.fullmatch(folder.name)))
     return [folder for _, folder in sorted((int(match[1]), folder) for match, folder in numbered if folder.is_dir())]
-
-
-def _whole_safetensors(file: Path) -> bool:
-    """The file is as long as its header says: 8 bytes for the header's length, the header, the tensors end to end."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return file.stat().st_size == 8 + length + max(ends, default=0)
