@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings, strategies as st
 
 from dwl_plugin.cli.main import main
-from dwl_plugin.cli.packs import markdown_table
+from dwl_plugin.cli.packs import read
 from dwl_plugin.config import Block, parse
 from dwl_plugin.config.pack_cases import run_case
 from dwl_plugin.config.pack_files import MAX_BYTES, PackText, shipped_packs
@@ -360,9 +360,14 @@ def test_a_pack_that_is_none_is_an_error_of_one_line_each(folder: Path) -> None:
 
 
 def test_the_readme_has_the_table_of_the_files() -> None:
-    assert f"<!-- packs -->\n{markdown_table()}<!-- /packs -->" in README.read_text(encoding="utf-8"), (
-        "write it again: dwl packs list --into README.md"
-    )
+    lines = ["| pack | members, with the suggested α | |", "|---|---|---|"]
+    for name in shipped_packs():
+        pack = read(name)
+        weights = pack.alpha or {}
+        members = ", ".join(f"`{member}` {weights[member]:g}" for member in pack.classes)
+        lines.append(f"| `{name}` | {members}; `rest` {weights['rest']:g} | {pack.description.replace('|', chr(92) + '|')} |")
+    table = "\n".join(["<!-- packs -->", *lines, "<!-- /packs -->"])
+    assert table in README.read_text(encoding="utf-8"), f"the README should have\n{table}"
 
 
 def test_the_readme_s_pack_keeps_its_own_cases_and_its_config_parses() -> None:
