@@ -22,13 +22,14 @@ from typing import Any
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import numpy as np
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
 from dwl_plugin.classes import Labeller, build_labeller
 from dwl_plugin.cli.quickstart.model import prepared_model
 from dwl_plugin.cli.quickstart.problems import generate
-from dwl_plugin.config.classes import class_of
+from dwl_plugin.config.classes import Classes
 
 REGEXES = {
     "number": r"\d[\d,]*(?:\.\d+)?",
@@ -63,8 +64,7 @@ def main() -> None:
         return lambda: labeller.label_batch(ids[None], labels[None], positions[None], packed=True)
 
     def made(**classes: dict[str, Any]) -> Labeller:
-        parsed = {name: class_of(spec, f"dwl.classes.{name}", []) for name, spec in classes.items()}
-        configs = {name: config for name, config in parsed.items() if config is not None}
+        configs = TypeAdapter(Classes).validate_python(classes)
         return build_labeller(configs, tokenizer, may_be_empty=configs)
 
     regexes = {name: {"regex": pattern} for name, pattern in REGEXES.items()}

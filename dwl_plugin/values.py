@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
-from math import isfinite
+from math import isfinite, prod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import regex
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ModelWrapValidatorHandler, WithJsonSchema, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError
 
 from dwl_plugin.errors import did_you_mean
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = [
     "FIRST_TARGET",
     "IGNORE_INDEX",
-    "MAX_UNROLLED",
     "MOST_OVERLAPPING",
     "REST",
     "Overlap",
@@ -32,10 +32,9 @@ __all__ = [
     "TokenId",
     "Weight",
     "Word",
+    "invalid",
     "line_error",
-    "line_errors",
     "position",
-    "unrolled_size",
 ]
 
 IGNORE_INDEX = -100
@@ -56,69 +55,77 @@ Reduction = Literal["token_mean", "weighted_mean", "class_mean", "sequence_mean_
 REST = "rest"
 """The class of every target token that no other class claims."""
 
-MAX_UNROLLED = 100_000
-"""Parts of a pattern after its repetitions are written out; at ten times as many, compiling takes a second and 400 MB."""
-
 _POSITION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|ep)|(?P<step>\d+)")
 _FRACTION = re.compile(r"\d*\.\d+")
 _TOKEN_ID = re.compile(r"(?P<first>\d+)(?:\s*-\s*(?P<last>\d+))?")
+_LEAST = re.compile(r"(?P<group>\))?\{(?P<least>\d+)(?:,\d*)?\}")
+
+_MAX_PARTS = 1_000_000
+"""Of a compiled pattern; so many take a second and 400 MB."""
 
 
-def line_error(path: tuple[int | str, ...], message: str, value: object, allowed: str = "", hint: str = "") -> InitErrorDetails:
+def invalid(message: str, allowed: str = "", hint: str = "") -> PydanticCustomError:
+    """What a validator raises: a `Problem` whose path and value pydantic knows."""
+    return PydanticCustomError("dwl", message, {"allowed": allowed, "hint": hint})
+
+
+def line_error(path: Sequence[int | str], message: str, value: object, allowed: str = "", hint: str = "") -> InitErrorDetails:
     """An error at `path` below what a validator looks at, for `ValidationError.from_exception_data`."""
-    why = PydanticCustomError("dwl", message, {"allowed": allowed, "hint": hint})
-    return InitErrorDetails(type=why, loc=path, input=value)
-
-
-def line_errors(error: ValidationError) -> list[InitErrorDetails]:
-    """The errors of `error`, to be raised again together with others."""
-    return [
-        InitErrorDetails(type=PydanticCustomError(item["type"], item["msg"], item.get("ctx")), loc=item["loc"], input=item["input"])
-        for item in error.errors(include_url=False)
-    ]
+    return InitErrorDetails(type=invalid(message, allowed, hint), loc=tuple(path), input=value)
 
 
 class Strict(BaseModel):
-    """Frozen and closed. An unknown key is reported with the known ones."""
+    """Frozen and closed. An unknown key is reported with the known ones, beside what is wrong with the others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
+    @classmethod
+    def cross_errors(cls, written: Mapping[str, Any]) -> Iterable[InitErrorDetails]:
+        """What no single field can see, in a mapping as it was written, whatever else is wrong with it."""
+        return ()
+
     @model_validator(mode="wrap")
     @classmethod
-    def _name_known_keys(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _all_errors(cls, written: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        wrong = list(cls.cross_errors(written)) if isinstance(written, Mapping) else []
         try:
-            return handler(value)
+            model = handler(written)
         except ValidationError as error:
+            wrong = [*map(cls._of_a_field, error.errors(include_url=False)), *wrong]
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return model
+
+    @classmethod
+    def _of_a_field(cls, item: ErrorDetails) -> InitErrorDetails:
+        """pydantic's own error, to be raised again together with others."""
+        if item["type"] == "extra_forbidden" and len(item["loc"]) == 1:
             known = [field.alias or name for name, field in cls.model_fields.items()]
-            lines = [
-                line_error(item["loc"], "unknown key", item["input"], ", ".join(known), did_you_mean(item["loc"][0], known))
-                if item["type"] == "extra_forbidden" and len(item["loc"]) == 1
-                else line
-                for item, line in zip(error.errors(), line_errors(error), strict=True)
-            ]
-            raise ValidationError.from_exception_data(error.title, lines) from None
+            return line_error(item["loc"], "unknown key", item["input"], ", ".join(known), did_you_mean(item["loc"][0], known))
+        error = PydanticCustomError(item["type"], item["msg"], item.get("ctx"))
+        return InitErrorDetails(type=error, loc=item["loc"], input=item["input"])
 
 
 def position(value: object) -> object:
     """A step (`200`), a share of the run (`10%`) or an epoch (`2ep`)."""
     if isinstance(value, bool):
-        raise PydanticCustomError("dwl", "YAML read this as a boolean, not as a position")
+        raise invalid("YAML read this as a boolean, not as a position")
     if isinstance(value, int):
         if value < 0:
-            raise PydanticCustomError("dwl", "a step cannot be negative")
+            raise invalid("a step cannot be negative")
         return value
     if isinstance(value, float) or (isinstance(value, str) and _FRACTION.fullmatch(value.strip())):
         share = f"{float(value) * 100:g}%"
-        raise PydanticCustomError("dwl", f"is {value} a share of the run or a step? Write `{share}` or a whole number of steps")
+        raise invalid(f"is {value} a share of the run or a step? Write `{share}` or a whole number of steps")
     match = _POSITION.fullmatch(str(value).strip())
     if match is None:
-        raise PydanticCustomError("dwl", "not a position: write steps (`200`), a share of the run (`10%`), epochs (`2ep`)")
+        raise invalid("not a position: write steps (`200`), a share of the run (`10%`), epochs (`2ep`)")
     if match["step"] is not None:
         return int(match["step"])
     if not isfinite(float(match["number"])):
-        raise PydanticCustomError("dwl", "past the end of any run")
+        raise invalid("past the end of any run")
     if match["unit"] == "%" and float(match["number"]) > 100:
-        raise PydanticCustomError("dwl", "past the end of the run: a share is at most `100%`")
+        raise invalid("past the end of the run: a share is at most `100%`")
     return f"{Decimal(match['number']).normalize():f}{match['unit']}"
 
 
@@ -133,70 +140,40 @@ PositionKey = Annotated[str, BeforeValidator(lambda value: str(position(value)))
 
 def _number(value: object) -> object:
     if isinstance(value, bool):
-        raise PydanticCustomError("dwl", "YAML read this as a boolean; a number is needed")
+        raise invalid("YAML read this as a boolean; a number is needed")
     return value
 
 
 Weight = Annotated[float, BeforeValidator(_number)]
 
 
-_PATTERN_PIECE = regex.compile(
-    r"""
-    (?P<repeat>\{(?P<least>\d+)(?:,\d*)?\}|\{,\d+\})[?+]?
-    | (?P<open>\()
-    | (?P<close>\))
-    | (?P<atom>\\.|\[\^?\]?(?:\\.|[^\]\\])*+\]?|.)
-    """,
-    regex.VERBOSE | regex.DOTALL,
-)
-
-
-def unrolled_size(pattern: str) -> int:
-    """The number of atoms after every `{n}` and `{n,}` and `{n,m}` is written out n times; an estimate from above.
-
-    The compiler writes out the least number of repetitions: `(?:(?:a{1000}){1000}){1000}` would fill any memory.
-    """
-    outer: list[int] = []
-    total = last = 0  # of the group that is open; of the atom or group that a repetition would repeat
-    for piece in _PATTERN_PIECE.finditer(pattern):
-        if piece["repeat"]:
-            total += last * (max(int(piece["least"] or 1), 1) - 1)
-            last *= max(int(piece["least"] or 1), 1)
-        elif piece["open"]:
-            outer.append(total)
-            total = last = 0
-        elif piece["close"] and outer:
-            last, total = total, outer.pop() + total
-        else:
-            last, total = 1, total + 1
-    return total + sum(outer)
+def _most_parts(pattern: str) -> int:
+    """A bound from above on the size of a compiled pattern: the compiler writes the least number of repetitions out."""
+    counts = [(match["group"], max(int(match["least"]), 1)) for match in _LEAST.finditer(pattern)]
+    of_groups = prod(count for group, count in counts if group)
+    return len(pattern) * of_groups * max((count for group, count in counts if not group), default=1)
 
 
 def _pattern(value: object) -> object:
     if value is None:
-        raise PydanticCustomError(
-            "dwl", "the pattern is empty: an unquoted `#` starts a YAML comment, so put the pattern in single quotes"
-        )
+        raise invalid("the pattern is empty: an unquoted `#` starts a YAML comment, so put the pattern in single quotes")
     if isinstance(value, bool):
-        raise PydanticCustomError("dwl", "YAML read this as a boolean; put the pattern in single quotes")
+        raise invalid("YAML read this as a boolean; put the pattern in single quotes")
     if not isinstance(value, str):
-        raise PydanticCustomError("dwl", "a pattern is a string; put it in single quotes")
+        raise invalid("a pattern is a string; put it in single quotes")
     if value == "":
-        raise PydanticCustomError("dwl", "an empty pattern matches nothing")
-    size = unrolled_size(value)
-    if size > MAX_UNROLLED:
-        raise PydanticCustomError(
-            "dwl", "too large: with its repetitions written out, as the compiler does, it has {size} parts", {"size": f"{size:,}"}
-        )
+        raise invalid("an empty pattern matches nothing")
+    if _most_parts(value) > _MAX_PARTS:
+        raise invalid("too large: the compiler writes its repetitions out")
     try:
         regex.compile(value)
     except RecursionError:
-        raise PydanticCustomError("dwl", "its groups are nested too deep") from None
+        raise invalid("its groups are nested too deep") from None
     except regex.error as error:
         position = getattr(error, "pos", None)
         at = "" if position is None else f" at position {position}, before {value[position : position + 12]!r}"
         why = f"{getattr(error, 'msg', error)}{at}"
-        raise PydanticCustomError("dwl", "this does not compile: {why}", {"why": why}) from None
+        raise invalid(f"this does not compile: {why}") from None
     return value
 
 
@@ -205,9 +182,9 @@ Pattern = Annotated[str, BeforeValidator(_pattern)]
 
 def _text(value: object) -> object:
     if isinstance(value, bool):
-        raise PydanticCustomError("dwl", "YAML reads yes, no, on, off, true and false as booleans: put it in quotes")
+        raise invalid("YAML reads yes, no, on, off, true and false as booleans: put it in quotes")
     if value is None or value == "":
-        raise PydanticCustomError("dwl", "empty: an unquoted `#` starts a YAML comment, so put the text in quotes")
+        raise invalid("empty: an unquoted `#` starts a YAML comment, so put the text in quotes")
     return value
 
 
@@ -217,7 +194,7 @@ Text = Annotated[str, BeforeValidator(_text)]
 def _word(value: object) -> object:
     value = _text(value)
     if isinstance(value, str) and not regex.match(r"\w", value):
-        raise PydanticCustomError("dwl", "a keyword begins with a letter, a digit or _; for other text use `regex`")
+        raise invalid("a keyword begins with a letter, a digit or _; for other text use `regex`")
     return value
 
 
@@ -227,13 +204,13 @@ Word = Annotated[str, BeforeValidator(_word)]
 def _token_id(value: object) -> object:
     if isinstance(value, int) and not isinstance(value, bool):
         if value < 0:
-            raise PydanticCustomError("dwl", "a token id cannot be negative")
+            raise invalid("a token id cannot be negative")
         return value
     match = _TOKEN_ID.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None:
-        raise PydanticCustomError("dwl", 'a token id is a whole number (`11`) or a range with both ends in it (`"100-199"`)')
+        raise invalid('a token id is a whole number (`11`) or a range with both ends in it (`"100-199"`)')
     if match["last"] is not None and int(match["last"]) < int(match["first"]):
-        raise PydanticCustomError("dwl", "the range ends before it begins")
+        raise invalid("the range ends before it begins")
     return f"{match['first']}-{match['last']}" if match["last"] is not None else int(match["first"])
 
 

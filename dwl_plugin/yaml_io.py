@@ -1,31 +1,123 @@
-"""Text to plain values."""
+"""The one reader of YAML: plain values of bounded size, or an error that says where.
+
+PyYAML, because Axolotl reads configs with it: YAML 1.1, where `yes` is true.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dwl_plugin.errors import DWLError
+from dwl_plugin.errors import ConfigError
 
-__all__ = ["load_yaml", "yaml_errors"]
+__all__ = ["Twice", "load_plain_yaml", "load_yaml", "read_yaml"]
+
+Twice = tuple[str, int, int]
+"""A key that stands twice, and the two lines."""
+
+_MAX_NODES = 200_000
+"""With every alias written out. A list of keywords may be long; aliases of aliases make a few lines into more than any memory."""
+
+_MAX_NESTING = 32
 
 
-@contextmanager
-def yaml_errors() -> Iterator[None]:
-    """PyYAML lets whatever went wrong through for a date or a number that is none, a value that does not fit its tag, and lists
-    nested without end: here it is a `yaml.YAMLError` as everything else that is not YAML."""
+def read_yaml(path: Path, twice: list[Twice] | None = None) -> Any:
+    """`load_yaml` of a file; raises `ConfigError` at its name also where it cannot be read."""
     try:
-        yield
-    except (yaml.YAMLError, DWLError):
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError.at(str(path), f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError.at(str(path), f"not UTF-8: {error.reason} at byte {error.start}") from None
+    return load_yaml(text, str(path), twice)
+
+
+def load_yaml(text: str, name: str, twice: list[Twice] | None = None) -> Any:
+    """The values in a text.
+
+    Args:
+        text: one document of YAML.
+        name: what errors call it.
+        twice: receives each key that stands twice in its mapping, of which YAML keeps the last.
+
+    Raises:
+        ConfigError: at `name`, with line and column.
+    """
+    try:
+        return _loaded(text, [] if twice is None else twice)
+    except yaml.YAMLError as error:
+        mark, why = getattr(error, "problem_mark", None), getattr(error, "problem", None) or " ".join(str(error).split())
+        where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
+        raise ConfigError.at(name, f"not YAML: {why}{where}", hint=_trap(why)) from None
+
+
+def load_plain_yaml(text: str, name: str) -> Any:
+    """`load_yaml` of a text by somebody else: nothing but data, with each key once; the line is in the path of an error.
+
+    Aliases can multiply without end, tags name types: both are refused before anything is built.
+    """
+    at, depth, twice = name, 0, list[Twice]()
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            at = name if event.start_mark is None else f"{name}:{event.start_mark.line + 1}"
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+                raise ConfigError.at(at, "no anchors and aliases (`&` and `*`) here; write it out, or put it in quotes")
+            if tag := getattr(event, "tag", None):
+                raise ConfigError.at(at, "no tags here", tag)
+            if depth > _MAX_NESTING:
+                raise ConfigError.at(at, f"nested more than {_MAX_NESTING} deep")
+        content = _loaded(text, twice)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        at = name if mark is None else f"{name}:{mark.line + 1}"
+        raise ConfigError.at(at, f"is not YAML: {getattr(error, 'problem', None) or error}") from None
+    for key, _, line in twice:
+        raise ConfigError.at(f"{name}:{line}", f"the key {key!r} stands twice")
+    return content
+
+
+def _loaded(text: str, twice: list[Twice]) -> Any:
+    """`yaml.safe_load` that raises `yaml.YAMLError` alone."""
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is not None and _size(node, {}, twice) > _MAX_NODES:
+                raise yaml.YAMLError("its anchors and aliases multiply without end, or nearly so")
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError:
         raise
-    except Exception as error:
+    except Exception as error:  # a date that is none, a value that does not fit its tag, lists nested without end
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
 
 
-def load_yaml(text: str) -> Any:
-    """`yaml.safe_load` that raises `yaml.YAMLError` alone."""
-    with yaml_errors():
-        return yaml.safe_load(text)
+def _size(node: yaml.Node, seen: dict[int, float], twice: list[Twice]) -> float:
+    """Nodes of a tree with aliases written out; infinite where one holds itself. Doubled keys go to `twice`."""
+    if id(node) in seen:
+        return seen[id(node)]
+    seen[id(node)] = float("inf")
+    inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    twice.append((key.value, lines[key.value], line))
+                lines.setdefault(key.value, line)
+        inner = [item for pair in node.value for item in pair]
+    seen[id(node)] = 1.0 + sum(_size(child, seen, twice) for child in inner)
+    return seen[id(node)]
+
+
+def _trap(why: str) -> str:
+    if "escape character" in why:
+        return r"in double quotes a backslash begins an escape: write patterns in single quotes, '\d+'"
+    if "cannot start any token" in why and "%" in why:
+        return "put a value that begins with % in quotes"
+    return ""

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from dwl_plugin.hosts.axolotl_preview import Rows
     from dwl_plugin.loss.reduction import ClassWeight
 
-__all__ = ["ClassFigures", "Findings", "LookedAt", "ValidatedConfig", "analyse", "quiet_environment"]
+__all__ = ["ClassFigures", "Findings", "LookedAt", "ValidatedConfig", "analyse"]
+
+_ENVIRONMENT = {"AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
+"""Before the host is imported: it is to report to nobody and to write no log of its own."""
 
 _STAND_INS = {"learning_rate": 1e-5}
 """For what Axolotl must be given and is given wrongly: a value that changes nothing of what is looked at."""
@@ -120,13 +123,6 @@ class LookedAt:
     figures: tuple[ClassFigures, ...] = ()
 
 
-def quiet_environment() -> None:
-    """Before the host is imported: it is to report to nobody and to write no log of its own."""
-    os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-
 def analyse(
     path: Path,
     samples: int,
@@ -149,16 +145,17 @@ def analyse(
     config = _read(path, found, trust)
     if config is None or found.dangers:
         return found, None
-    quiet_environment()
-    say("Axolotl reads the config")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    say("Axolotl reads the config …")
     cfg = _host_config(config, found, to_run)
     if cfg is None:
         return found, None
-    say("The tokenizer")
+    say("The tokenizer …")
     validated = _with_tokenizer(config, cfg, found)
     if validated is None:
         return found, None
-    say(f"{samples} rows")
+    say(f"{samples} rows …")
     rows = _rows(config, validated, found, samples, spread)
     return found, None if rows is None else _look_at(validated, rows, found)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from dwl_plugin.errors import Problem
 if TYPE_CHECKING:
     from dwl_plugin.classes import ClassSurvey
 
-__all__ = ["check", "class_table", "print_findings", "progress"]
+__all__ = ["check", "class_table", "print_findings"]
 
 _ALPHA_COLUMNS = ("α", "one token, vs SFT", "share of the weight")
 
@@ -28,8 +27,8 @@ _ALPHA_COLUMNS = ("α", "one token, vs SFT", "share of the weight")
 def check(config: Path, samples: int, *, trust: bool, as_json: bool) -> int:
     """The whole command; the exit status."""
     console = Console(highlight=False)
-    with progress(Console(stderr=True)) as say:
-        found, seen = analyse(config, samples, trust=trust, spread=True, say=say)
+    with Console(stderr=True).status("") as status:
+        found, seen = analyse(config, samples, trust=trust, spread=True, say=status.update)
     print_findings(console, found, seen, as_json=as_json)
     if as_json:
         return found.status
@@ -41,17 +40,6 @@ def check(config: Path, samples: int, *, trust: bool, as_json: bool) -> int:
     _print_list(console, "Notes", found.notes + _row_notes(seen))
     console.print(_VERDICTS[found.status], soft_wrap=True)
     return found.status
-
-
-@contextmanager
-def progress(console: Console) -> Iterator[Callable[[str], None]]:
-    """A spinner that says what is being looked at."""
-    with console.status("") as status:
-
-        def say(stage: str) -> None:
-            status.update(f"{stage} …")
-
-        yield say
 
 
 def print_findings(console: Console, found: Findings, seen: LookedAt | None, *, as_json: bool = False) -> None:

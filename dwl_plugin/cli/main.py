@@ -8,9 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["main"]
 
@@ -25,130 +28,28 @@ class _Commands(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-def main() -> None:
-    """Class-weighted fine-tuning losses for Axolotl."""
+_INPUT = click.Path(exists=True, dir_okay=False, path_type=Path)
+_OUTPUT = click.Path(dir_okay=False, path_type=Path)
+_COUNT = click.IntRange(min=1)
 
-
-@main.command()
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("dwl-quickstart"),
-    show_default=True,
-    help="Folder for the data, the YAML and the trained adapter.",
-)
-@click.option("--steps", type=click.IntRange(min=1), default=None, help="Optimizer steps, instead of the YAML's own number.")
-def quickstart(out: Path, steps: int | None) -> None:
-    """Fine-tune a small real model on this machine's CPU and show what every token class learned."""
-    from dwl_plugin.cli.quickstart import run
-
-    run(out, steps)
-
-
-@main.command()
-@click.argument("runs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Write a page with figures here, too.")
-@click.option("--compare", is_flag=True, help="Lay several runs over one another; changes are against the first.")
-def report(runs: tuple[Path, ...], html: Path | None, compare: bool) -> None:
-    """What every token class learned in a run, after it or while it goes on.
-
-    RUN_DIR is the `output_dir` of its YAML, or one checkpoint.
-    """
-    if compare != (len(runs) > 1):
-        raise click.UsageError("Name one run, or several with --compare: dwl report RUN_DIR --compare RUN_DIR...")
-    from rich.console import Console
-
-    from dwl_plugin.cli.report import report
-
-    report(Console(highlight=False), runs, html)
-
-
-@main.command()
-@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--steps", type=click.IntRange(min=1), default=None, help="Optimizer steps of the run, where the YAML has no max_steps."
-)
-@click.option("--epoch-steps", type=click.IntRange(min=1), default=None, help="Optimizer steps of one epoch.")
-@click.option(
-    "--plot", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Draw the curves here: .png, .svg or .pdf."
-)
-@click.option("--trust", is_flag=True, help="Go on although a pack has to be fetched.")
-def schedule(config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None, trust: bool) -> None:
-    """How α will move over a run of CONFIG, before it runs. Reads only the YAML and its packs."""
-    from rich.console import Console
-
-    from dwl_plugin.cli.schedule import IMAGE_SUFFIXES, schedule
-
-    if plot is not None and plot.suffix.lower() not in IMAGE_SUFFIXES:
-        raise click.UsageError(f"--plot draws {', '.join(IMAGE_SUFFIXES)}, and not {plot.suffix or 'a file without suffix'!r}.")
-    schedule(Console(highlight=False), config, steps, epoch_steps, plot, trust=trust)
-
-
-@main.group()
-def packs() -> None:
-    """Packs: classes that other people have defined and tested."""
-
-
-@packs.command("list")
-@click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
-@click.option(
-    "--into",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    default=None,
-    help="Write the Markdown between the lines <!-- packs --> and <!-- /packs --> of this file.",
-)
-def packs_list(markdown: bool, into: Path | None) -> None:
-    """The packs that come with this package."""
-    from rich.console import Console
-
-    from dwl_plugin.cli.packs import list_packs, markdown_table, write_table
-
-    if into is not None:
-        click.echo(f"{into}: {'written' if write_table(into) else 'was up to date'}")
-    elif markdown:
-        click.echo(markdown_table(), nl=False)
-    else:
-        list_packs(Console(highlight=False))
-
-
-@packs.command("show")
-@click.argument("pack")
-def packs_show(pack: str) -> None:
-    """What PACK says: its classes, the suggested α, its sources.
-
-    PACK is a name, a file, or hf://user/repo@<commit>/file.yml.
-    """
-    from rich.console import Console
-
-    from dwl_plugin.cli.packs import show_pack
-
-    show_pack(Console(), pack)
-
-
-@packs.command("test")
-@click.argument("packs", metavar="PACK...", nargs=-1, required=True)
-def packs_test(packs: tuple[str, ...]) -> None:
-    """Run the cases that each PACK brings for its own classes; exit status 1 if one fails."""
-    from rich.console import Console
-
-    from dwl_plugin.cli.packs import test_pack
-
-    console = Console(highlight=False)
-    passed = [test_pack(console, pack) for pack in packs]
-    if not all(passed):
-        raise SystemExit(1)
-
-
-_config = click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+_config = click.argument("config", type=_INPUT)
 _trust = click.option("--trust", is_flag=True, help="Go on although the config could run code or fetch things.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
 
 
 def _samples(default: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option(
-        "--samples", type=click.IntRange(min=1), default=default, show_default=True, help="Rows of the data to look at."
-    )
+    return click.option("--samples", type=_COUNT, default=default, show_default=True, help="Rows of the data to look at.")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Class-weighted fine-tuning losses for Axolotl."""
 
 
 @main.command()
@@ -169,7 +70,7 @@ def check(config: Path, samples: int, trust: bool, as_json: bool) -> None:
 @main.command()
 @_config
 @_samples(16)
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), default=None, help="Write one page here instead.")
+@click.option("--html", type=_OUTPUT, default=None, help="Write one page here instead.")
 @_trust
 def inspect(config: Path, samples: int, html: Path | None, trust: bool) -> None:
     """The rows that CONFIG trains on, coloured by class: masks, truncation and packing as in the run."""
@@ -191,6 +92,89 @@ def preflight(config: Path, samples: int, trust: bool, as_json: bool) -> None:
     from dwl_plugin.cli.preflight import preflight
 
     sys.exit(preflight(config, samples, trust=trust, as_json=as_json))
+
+
+@main.command()
+@_config
+@click.option("--steps", type=_COUNT, default=None, help="Optimizer steps of the run, where the YAML has no max_steps.")
+@click.option("--epoch-steps", type=_COUNT, default=None, help="Optimizer steps of one epoch.")
+@click.option("--plot", type=_OUTPUT, default=None, help="Draw the curves here: .png, .svg or .pdf.")
+@click.option("--trust", is_flag=True, help="Go on although a pack has to be fetched.")
+def schedule(config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None, trust: bool) -> None:
+    """How α will move over a run of CONFIG, before it runs. Reads only the YAML and its packs."""
+    from dwl_plugin.cli.schedule import IMAGE_SUFFIXES, schedule
+
+    if plot is not None and plot.suffix.lower() not in IMAGE_SUFFIXES:
+        raise click.UsageError(f"--plot draws {', '.join(IMAGE_SUFFIXES)}, and not {plot.suffix or 'a file without suffix'!r}.")
+    schedule(_console(), config, steps, epoch_steps, plot, trust=trust)
+
+
+@main.command()
+@click.argument("runs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--html", type=_OUTPUT, default=None, help="Write a page with figures here, too.")
+@click.option("--compare", is_flag=True, help="Lay several runs over one another; changes are against the first.")
+def report(runs: tuple[Path, ...], html: Path | None, compare: bool) -> None:
+    """What every token class learned in a run, after it or while it goes on.
+
+    RUN_DIR is the `output_dir` of its YAML, or one checkpoint.
+    """
+    from dwl_plugin.cli.report import report
+
+    if compare != (len(runs) > 1):
+        raise click.UsageError("Name one run, or several with --compare: dwl report RUN_DIR --compare RUN_DIR...")
+    report(_console(), runs, html)
+
+
+@main.command()
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("dwl-quickstart"),
+    show_default=True,
+    help="Folder for the data, the YAML and the trained adapter.",
+)
+@click.option("--steps", type=_COUNT, default=None, help="Optimizer steps, instead of the YAML's own number.")
+def quickstart(out: Path, steps: int | None) -> None:
+    """Fine-tune a small real model on this machine's CPU and show what every token class learned."""
+    from dwl_plugin.cli.quickstart import run
+
+    run(out, steps)
+
+
+@main.group()
+def packs() -> None:
+    """Packs: classes that other people have defined and tested."""
+
+
+@packs.command("list")
+def packs_list() -> None:
+    """The packs that come with this package."""
+    from dwl_plugin.cli.packs import list_packs
+
+    list_packs(_console())
+
+
+@packs.command("show")
+@click.argument("pack")
+def packs_show(pack: str) -> None:
+    """What PACK says: its classes, the suggested α, its sources.
+
+    PACK is a name, a file, or hf://user/repo@<commit>/file.yml.
+    """
+    from dwl_plugin.cli.packs import show_pack
+
+    show_pack(_console(), pack)
+
+
+@packs.command("test")
+@click.argument("packs", metavar="PACK...", nargs=-1, required=True)
+def packs_test(packs: tuple[str, ...]) -> None:
+    """Run the cases that each PACK brings for its own classes; exit status 1 if one fails."""
+    from dwl_plugin.cli.packs import test_pack
+
+    console = _console()
+    passed = [test_pack(console, pack) for pack in packs]
+    sys.exit(0 if all(passed) else 1)
 
 
 @main.command()

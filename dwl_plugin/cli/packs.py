@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import regex
 from rich.console import Console
 from rich.markup import escape
 from rich.syntax import Syntax
@@ -13,25 +12,22 @@ from rich.table import Table
 
 from dwl_plugin.config.pack_cases import CaseResult, run_case, untouched_classes
 from dwl_plugin.config.pack_files import PackReference, read_pack, shipped_packs
-from dwl_plugin.config.packs import Pack, PackCase, Shelf, parse_pack
-from dwl_plugin.errors import ConfigError, DWLError, Problem
-from dwl_plugin.files import write_whole
+from dwl_plugin.config.packs import Pack, PackCase, PackLibrary, parse_pack
+from dwl_plugin.errors import ConfigError, DWLError
 
-__all__ = ["list_packs", "markdown_table", "read", "show_pack", "test_pack", "write_table"]
-
-_TABLE = regex.compile(r"(?s)(?<=<!-- packs -->\n).*?(?=<!-- /packs -->)")
+__all__ = ["list_packs", "read", "show_pack", "test_pack"]
 
 
 def read(name: str) -> Pack:
     """A pack by its name, file or address on the Hub; a path is relative to the working directory."""
-    return Shelf([Path()]).pack(_reference(name), "pack")
+    return PackLibrary([Path()]).pack(_reference(name), "pack")
 
 
 def _reference(name: str) -> PackReference:
     reference = PackReference.of(name)
     if reference is None or reference.member is not None:
         allowed = f"{', '.join(shipped_packs())}, a file that ends in .yml or .yaml, hf://user/repo@<commit>/file.yml"
-        raise ConfigError([Problem("pack", "not a pack", name, allowed)])
+        raise ConfigError.at("pack", "not a pack", name, allowed)
     return reference
 
 
@@ -100,24 +96,3 @@ def _differences(result: CaseResult) -> Table:
 
 def _spans(spans: Sequence[str]) -> str:
     return escape("\n".join(map(repr, spans))) if spans else "[dim]none[/]"
-
-
-def markdown_table() -> str:
-    """The README's table of packs."""
-    lines = ["| pack | members, with the suggested α | |", "|---|---|---|"]
-    for name in shipped_packs():
-        pack = read(name)
-        weights = pack.alpha or {}
-        members = ", ".join(f"`{member}` {weights[member]:g}" for member in pack.classes)
-        lines.append(f"| `{name}` | {members}; `rest` {weights['rest']:g} | {pack.description.replace('|', chr(92) + '|')} |")
-    return "\n".join(lines) + "\n"
-
-
-def write_table(file: Path) -> bool:
-    """Put the table between `<!-- packs -->` and `<!-- /packs -->` of a file; True if that changed it."""
-    before = file.read_text(encoding="utf-8")
-    if _TABLE.search(before) is None:
-        raise DWLError(f"[dwl] {file} has no lines <!-- packs --> and <!-- /packs -->")
-    after = _TABLE.sub(lambda _: markdown_table(), before)
-    write_whole(file, after.encode())
-    return after != before

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dwl_plugin.cli.analysis import Findings, LookedAt, ValidatedConfig, analyse
-from dwl_plugin.cli.check import print_findings, progress
+from dwl_plugin.cli.check import print_findings
 from dwl_plugin.config import IGNORE_INDEX
 from dwl_plugin.errors import ConfigError, DWLError
 
@@ -52,9 +52,10 @@ class ClassProbabilities:
 def preflight(config: Path, samples: int, *, trust: bool, as_json: bool) -> int:
     """The whole command; the exit status."""
     console, errors = Console(highlight=False), Console(stderr=True)
-    with progress(errors) as say:
-        found, seen = analyse(config, samples, trust=trust, to_run=True, say=say)
-        model = None if found.status or seen is None else _model(found, seen.config, say)
+    with errors.status("") as status:
+        found, seen = analyse(config, samples, trust=trust, to_run=True, say=status.update)
+        status.update("The model …")
+        model = None if found.status or seen is None else _model(found, seen.config)
     if seen is None or model is None:
         print_findings(console, found, seen, as_json=as_json)
         return found.status
@@ -76,10 +77,9 @@ def preflight(config: Path, samples: int, *, trust: bool, as_json: bool) -> int:
     return 0
 
 
-def _model(found: Findings, config: ValidatedConfig, say: Callable[[str], None]) -> Any:
+def _model(found: Findings, config: ValidatedConfig) -> Any:
     from dwl_plugin.hosts import axolotl_preview as host
 
-    say("The model")
     try:
         return host.load_model(config.cfg, config.tokenizer)
     except ConfigError as error:

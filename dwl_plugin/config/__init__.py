@@ -7,9 +7,8 @@ the rest of the package reads; `Block.dump` gives back a mapping that parses to 
 from dwl_plugin.alpha.controllers import ControllerOptions, LossControllerOptions
 from dwl_plugin.alpha.schedules import ScheduleOptions
 from dwl_plugin.config.block import Block, DWLConfig, LossName, Reduction
-from dwl_plugin.config.classes import BetweenClass, ClassConfig, RegexClass, TokenIdsClass, TokenRegexClass, TokensClass
-from dwl_plugin.config.parsing import parse
-from dwl_plugin.config.reading import read_block
+from dwl_plugin.config.classes import ClassConfig
+from dwl_plugin.config.parse import parse, read_block
 from dwl_plugin.loss.token_losses import DFTConfig, EAFTConfig, FocalConfig, TokenLossConfig, TokenLossName
 from dwl_plugin.values import FIRST_TARGET, IGNORE_INDEX, REST, Overlap, Position, Weight
 
@@ -17,7 +16,6 @@ __all__ = [
     "FIRST_TARGET",
     "IGNORE_INDEX",
     "REST",
-    "BetweenClass",
     "Block",
     "ClassConfig",
     "ControllerOptions",
@@ -30,13 +28,9 @@ __all__ = [
     "Overlap",
     "Position",
     "Reduction",
-    "RegexClass",
     "ScheduleOptions",
-    "TokenIdsClass",
     "TokenLossConfig",
     "TokenLossName",
-    "TokenRegexClass",
-    "TokensClass",
     "Weight",
     "parse",
     "read_block",

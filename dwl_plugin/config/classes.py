@@ -4,60 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, create_model
 
-from dwl_plugin.config.selectors import (
-    AddedSelector,
-    AllSelector,
-    AnySelector,
-    BetweenSelector,
-    NotSelector,
-    PackSelector,
-    PositionSelector,
-    RegexSelector,
-    RoleSelector,
-    Selector,
-    SpecialSelector,
-    TokenIdsSelector,
-    TokenRegexSelector,
-    TokensSelector,
-    TurnSelector,
-    WordsSelector,
-    choose,
-)
+from dwl_plugin.classes.selectors import SELECTORS, SelectorConfig, one_of
 from dwl_plugin.errors import Problem
 from dwl_plugin.loss.token_losses import DFTConfig, EAFTConfig, FocalConfig, TokenLossName
 from dwl_plugin.values import REST
 
-__all__ = [
-    "AddedClass",
-    "AllClass",
-    "AnyClass",
-    "BetweenClass",
-    "ClassConfig",
-    "NotClass",
-    "OneOfTheClasses",
-    "PackClass",
-    "PositionClass",
-    "RegexClass",
-    "RoleClass",
-    "SpecialClass",
-    "TokenIdsClass",
-    "TokenRegexClass",
-    "TokensClass",
-    "TurnClass",
-    "WordsClass",
-    "as_class",
-    "class_of",
-    "may_be_empty",
-    "name_problems",
-]
+__all__ = ["CLASSES", "ClassConfig", "Classes", "as_class", "may_be_empty", "name_problems"]
 
-_CLASS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-class ClassConfig(Selector):
+class ClassConfig(SelectorConfig):
     """What every class may say beside its selector."""
 
     token_loss: TokenLossName | None = Field(
@@ -69,98 +30,33 @@ class ClassConfig(Selector):
     allow_empty: bool = Field(False, description="Do not stop when the class matches nothing in a sample of the data.")
 
 
-class TokenIdsClass(ClassConfig, TokenIdsSelector):
-    __doc__ = TokenIdsSelector.__doc__
+def _with_options(selector: type[SelectorConfig]) -> type[ClassConfig]:
+    bases: tuple[type[Any], ...] = (ClassConfig, selector)
+    name = selector.__name__.replace("Selector", "Class")
+    return create_model(name, __base__=bases, __doc__=selector.__doc__, __module__=__name__)
 
 
-class TokensClass(ClassConfig, TokensSelector):
-    __doc__ = TokensSelector.__doc__
+CLASSES: dict[str, type[ClassConfig]] = {key: _with_options(selector) for key, selector in SELECTORS.items()}
+"""By the key of the selector."""
+
+globals().update({model.__name__: model for model in CLASSES.values()})  # where pickle looks for them
 
 
-class TokenRegexClass(ClassConfig, TokenRegexSelector):
-    __doc__ = TokenRegexSelector.__doc__
+def _by_name(classes: Any) -> Any:
+    """With names for keys, also where YAML read a number or a boolean, which is reported with all such keys."""
+    return {str(name): spec for name, spec in classes.items()} if isinstance(classes, Mapping) else classes
 
 
-class RegexClass(ClassConfig, RegexSelector):
-    __doc__ = RegexSelector.__doc__
+if TYPE_CHECKING:
+    Classes = dict[str, ClassConfig]
+else:
+    Classes = Annotated[dict[str, one_of(CLASSES, "a class")], BeforeValidator(_by_name)]
 
 
-class WordsClass(ClassConfig, WordsSelector):
-    __doc__ = WordsSelector.__doc__
-
-
-class BetweenClass(ClassConfig, BetweenSelector):
-    __doc__ = BetweenSelector.__doc__
-
-
-class TurnClass(ClassConfig, TurnSelector):
-    __doc__ = TurnSelector.__doc__
-
-
-class PositionClass(ClassConfig, PositionSelector):
-    __doc__ = PositionSelector.__doc__
-
-
-class RoleClass(ClassConfig, RoleSelector):
-    __doc__ = RoleSelector.__doc__
-
-
-class SpecialClass(ClassConfig, SpecialSelector):
-    __doc__ = SpecialSelector.__doc__
-
-
-class AddedClass(ClassConfig, AddedSelector):
-    __doc__ = AddedSelector.__doc__
-
-
-class PackClass(ClassConfig, PackSelector):
-    __doc__ = PackSelector.__doc__
-
-
-class AnyClass(ClassConfig, AnySelector):
-    __doc__ = AnySelector.__doc__
-
-
-class AllClass(ClassConfig, AllSelector):
-    __doc__ = AllSelector.__doc__
-
-
-class NotClass(ClassConfig, NotSelector):
-    __doc__ = NotSelector.__doc__
-
-
-OneOfTheClasses = (
-    TokenIdsClass
-    | TokensClass
-    | TokenRegexClass
-    | RegexClass
-    | WordsClass
-    | BetweenClass
-    | TurnClass
-    | PositionClass
-    | RoleClass
-    | SpecialClass
-    | AddedClass
-    | PackClass
-    | AnyClass
-    | AllClass
-    | NotClass
-)
-
-_CLASSES: dict[str, type[ClassConfig]] = {model.key: model for model in OneOfTheClasses.__args__}
-
-
-def class_of(spec: object, path: str, problems: list[Problem]) -> ClassConfig | None:
-    """The class that a YAML mapping describes; what is wrong with it goes to `problems`."""
-    if isinstance(spec, ClassConfig):
-        return spec
-    return choose(_CLASSES, spec, path, "a class", problems)
-
-
-def as_class(selector: Selector, options: Mapping[str, object]) -> ClassConfig:
+def as_class(selector: SelectorConfig, options: Mapping[str, object]) -> ClassConfig:
     """The class of a selector and the options beside it."""
     fields = {name: getattr(selector, name) for name in type(selector).model_fields}
-    return _CLASSES[selector.key].model_validate({**fields, **options})
+    return CLASSES[selector.key].model_validate({**fields, **options})
 
 
 def may_be_empty(classes: Mapping[str, ClassConfig]) -> frozenset[str]:
@@ -173,5 +69,5 @@ def name_problems(classes: Mapping[object, object], path: str = "dwl.classes") -
     for name in classes:
         if name == REST:
             yield Problem(f"{path}.{name}", f"`{REST}` is always the class of unclaimed tokens; choose another name")
-        elif isinstance(name, str) and not _CLASS_NAME.fullmatch(name):
+        elif isinstance(name, str) and not _NAME.fullmatch(name):
             yield Problem(path, "a class name is made of letters, digits and _", name)

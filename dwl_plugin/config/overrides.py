@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import yaml
 
 from dwl_plugin.config.block import Block
 from dwl_plugin.errors import ConfigError, Problem
-from dwl_plugin.yaml_io import load_yaml
+from dwl_plugin.yaml_io import load_yaml, read_yaml
 
 __all__ = ["SWEEP_FILE", "VARIABLE", "Override", "overridden", "overrides_of", "value_at"]
 
@@ -112,9 +112,9 @@ def _from_variable(text: str, problems: list[Problem]) -> Iterator[Override]:
             problems.append(Problem(VARIABLE, "not an override", word, allowed="dwl.alpha.number=0.5, or @FILE"))
             continue
         try:
-            yield from _checked([Override(path.strip(), load_yaml(value), VARIABLE)], problems)
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            problems.append(Problem(path, f"{VARIABLE}: not YAML: {' '.join(str(error).split())}", value))
+            yield from _checked([Override(path.strip(), load_yaml(value, path), VARIABLE)], problems)
+        except ConfigError as error:
+            problems += error.problems
 
 
 def _from_sweep(text: str, problems: list[Problem]) -> Iterator[Override]:
@@ -125,12 +125,9 @@ def _from_sweep(text: str, problems: list[Problem]) -> Iterator[Override]:
 
 def _from_file(path: Path, source: str, problems: list[Problem]) -> list[Override]:
     try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        problems.append(Problem(source, f"{path} cannot be read: {error.strerror}"))
-        return []
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problems.append(Problem(source, f"{path} is not YAML: {' '.join(str(error).split())}"))
+        content = read_yaml(path)
+    except ConfigError as error:
+        problems += [replace(problem, path=source, message=f"{path} {problem.message}") for problem in error.problems]
         return []
     if not isinstance(content, Mapping):
         problems.append(Problem(source, f"{path} has to be a mapping, such as `dwl.alpha.number: 0.5`", content))

@@ -11,32 +11,21 @@ from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
+from dwl_plugin.classes.selectors import AllSelector, AnySelector, Context, PackSelector, SelectorConfig, as_selector, walk
 from dwl_plugin.config.alpha import alpha_problems
 from dwl_plugin.config.block import Reduction
-from dwl_plugin.config.classes import ClassConfig, OneOfTheClasses, PackClass, as_class, class_of, name_problems
-from dwl_plugin.config.pack_files import PackReference, PackText, read_pack, read_yaml, shipped_packs
-from dwl_plugin.config.selectors import (
-    AllSelector,
-    AnySelector,
-    NotSelector,
-    PackSelector,
-    Selector,
-    as_selector,
-    group_problems,
-    walk,
-)
-from dwl_plugin.config.validate import unique, validate
+from dwl_plugin.config.classes import ClassConfig, Classes, as_class, name_problems
+from dwl_plugin.config.pack_files import PackReference, PackText, read_pack, shipped_packs
+from dwl_plugin.config.problems import unique, validate
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
-from dwl_plugin.values import REST, Strict, Weight
+from dwl_plugin.values import REST, Strict, Weight, invalid
+from dwl_plugin.yaml_io import load_plain_yaml
 
-__all__ = ["Pack", "PackCase", "PackTurn", "Shelf", "parse_pack"]
-
-_Kind = TypeVar("_Kind", bound=Selector)
+__all__ = ["Pack", "PackCase", "PackLibrary", "PackTurn", "parse_pack"]
 
 MAX_CLASSES = 32
 MAX_CASES = 256
@@ -69,9 +58,9 @@ class PackCase(Strict):
     @model_validator(mode="after")
     def _one_form(self) -> PackCase:
         if (self.text is None) == (self.turns is None):
-            raise PydanticCustomError("dwl", "a case has either `text` or `turns`")
+            raise invalid("a case has either `text` or `turns`")
         if self.turns is not None and self.prompt is not None:
-            raise PydanticCustomError("dwl", "with `turns`, each turn has its own `prompt`")
+            raise invalid("with `turns`, each turn has its own `prompt`")
         return self
 
     @property
@@ -87,81 +76,75 @@ class Pack(Strict):
     sources: tuple[str, ...] = Field(
         (), description="Where the formats are described: addresses of papers, model cards, documentation."
     )
-    classes: dict[str, OneOfTheClasses] = Field(
+    classes: Classes = Field(
         min_length=1, max_length=MAX_CLASSES, description="As `dwl.classes`: name -> selector, the order is the priority."
     )
     alpha: dict[str, Weight] | None = Field(None, description="The suggested α, `rest` included.")
     reduction: Reduction | None = Field(None, description="The reduction that the suggested α is meant for.")
     tests: tuple[PackCase, ...] = Field((), max_length=MAX_CASES, description="Samples and the spans that each class has in them.")
 
+    @field_validator("classes")
+    @classmethod
+    def _few(cls, classes: dict[str, ClassConfig]) -> dict[str, ClassConfig]:
+        if sum(1 for config in classes.values() for _ in walk(config, "")) > MAX_SELECTORS:
+            raise invalid(f"a pack has at most {MAX_SELECTORS} selectors")
+        return classes
+
     @field_validator("sources")
     @classmethod
     def _addresses(cls, sources: tuple[str, ...]) -> tuple[str, ...]:
         for source in sources:
             if not source.startswith("https://"):
-                raise PydanticCustomError("dwl", "a source is an address, https://…")
+                raise invalid("a source is an address, https://…")
         return sources
 
-    def member(self, name: str) -> Selector:
+    def member(self, name: str) -> SelectorConfig:
         """One class as a selector: what it takes after the classes above it."""
         above = [as_selector(config) for config in islice(self.classes.values(), list(self.classes).index(name))]
         own = as_selector(self.classes[name])
         return own if not above else AllSelector.model_validate({"all": [own, {"not": _any(above)}]})
 
-    def whole(self) -> Selector:
+    def whole(self) -> SelectorConfig:
         """All classes as one selector."""
         return _any([as_selector(config) for config in self.classes.values()])
 
 
-def _any(selectors: Sequence[Selector]) -> Selector:
+def _any(selectors: Sequence[SelectorConfig]) -> SelectorConfig:
     return selectors[0] if len(selectors) == 1 else AnySelector.model_validate({"any": selectors})
 
 
 @lru_cache(maxsize=64)
 def parse_pack(source: PackText) -> Pack:
     """The pack in a text; raises `ConfigError` with every problem found, each with its path into the text."""
-    raw = read_yaml(source)
-    top = f"{source.name}: "
+    raw = load_plain_yaml(source.text, source.name)
     if not isinstance(raw, Mapping):
-        raise ConfigError([Problem(source.name, "a pack is a mapping", raw, allowed=", ".join(Pack.model_fields))])
-    problems = list(_too_long(raw.get("classes"), f"{top}classes"))
-    problems += [Problem(f"{top}{name}", "a key has to be a string", name) for name in raw if not isinstance(name, str)]
-    if problems:
-        raise ConfigError(problems)
-    specs = raw.get("classes")
-    chosen = dict(raw)
-    if isinstance(specs, Mapping):
-        problems += name_problems(specs, f"{top}classes")
-        specs = dict(islice(specs.items(), MAX_CLASSES + 1))  # with one more, the model will say so
-        built = {str(name): class_of(spec, f"{top}classes.{name}", problems) for name, spec in specs.items()}
-        chosen["classes"] = {
-            name: _inside_a_pack(config, f"{top}classes.{name}", problems) for name, config in built.items() if config is not None
-        }
-        problems += group_problems(chosen["classes"], f"{top}classes")
-        names = [*(str(name) for name in specs), REST]
-        problems += alpha_problems(f"{top}alpha", raw.get("alpha"), names)
-        problems += _unknown_in_cases(raw.get("tests"), f"{top}tests", names)
-        count = sum(1 for config in chosen["classes"].values() for _ in walk(config, ""))
-        if count > MAX_SELECTORS:
-            problems.append(Problem(f"{top}classes", f"a pack has at most {MAX_SELECTORS} selectors", count))
-    found: list[Problem] = []
-    pack = validate(Pack, chosen, "", found)
-    problems += [replace(item, path=f"{top}{item.path}") for item in found]
+        raise ConfigError.at(source.name, "a pack is a mapping", raw, allowed=", ".join(Pack.model_fields))
+    problems = list(_too_long(raw.get("classes"), "classes"))
+    problems += [Problem(str(name), "a key has to be a string", name) for name in raw if not isinstance(name, str)]
+    pack = None if problems else validate(Pack, raw, problems, Context(PackLibrary(None)))
+    if isinstance(classes := raw.get("classes"), Mapping):
+        names = [*map(str, classes), REST]
+        problems += name_problems(classes, "classes")
+        problems += alpha_problems("alpha", raw.get("alpha"), names)
+        problems += _unknown_in_cases(raw.get("tests"), names)
     if problems or pack is None:
-        raise ConfigError(unique(problems))
+        raise ConfigError(replace(problem, path=f"{source.name}: {problem.path}") for problem in unique(problems))
     return pack
 
 
-class Shelf:
+class PackLibrary:
     """The packs that one config uses, each read once.
 
     Args:
-        folders: where relative paths are looked up.
+        folders: where relative paths are looked up; None where only the packs of this package may be used.
         with_losses: False where classes are only measured: what a pack says its tokens pay is left out.
+
+    `problems` is what is wrong inside the files, with paths into them.
     """
 
-    def __init__(self, folders: Sequence[Path], *, with_losses: bool = True) -> None:
+    def __init__(self, folders: Sequence[Path] | None, *, with_losses: bool = True) -> None:
         self.folders, self.with_losses = folders, with_losses
+        self.problems: list[Problem] = []
         self._read: dict[str, Pack] = {}
 
     def pack(self, reference: PackReference, path: str) -> Pack:
@@ -170,37 +153,53 @@ class Shelf:
             self._read[reference.pack] = parse_pack(read_pack(reference, self.folders, path))
         return self._read[reference.pack]
 
+    def checked(self, pack: object) -> object:
+        """`pack` if it names a pack, or a member of one; else raises what a validator raises."""
+        reference = PackReference.of(pack)
+        if reference is None:
+            forms = "write `name`, `./file.yml` or `hf://user/repo@<commit>/file.yml`, and for a member a dot and its name"
+            raise invalid(f"not a pack: {forms}")
+        try:
+            members = list(self.pack(reference, "").classes)
+        except ConfigError as error:
+            (first, *_) = error.problems
+            if not first.path:
+                raise invalid(first.message, first.allowed, first.hint) from None
+            self.problems += error.problems
+            return pack
+        if reference.member is not None and reference.member not in members:
+            hint = did_you_mean(reference.member, members)
+            raise invalid(f"the pack {reference.pack} has no member {reference.member}", ", ".join(members), hint)
+        return pack
+
+    def expanded(self, config: PackSelector) -> SelectorConfig:
+        """The selectors of the pack in place of `pack:`; for a class, with the options of the member and those beside it."""
+        reference = PackReference.of(config.pack)
+        if reference is None or reference.pack not in self._read:
+            return config  # the pack's own problems are told
+        pack, member = self._read[reference.pack], reference.member
+        selector = pack.whole() if member is None else pack.member(member)
+        if not isinstance(config, ClassConfig):
+            return selector
+        options = {} if member is None else _options(self._measured(pack.classes[member]))
+        return as_class(selector, {**options, **_options(config)})
+
     def with_pack(self, dwl: Mapping[str, Any]) -> dict[str, Any]:
         """The `dwl` block with its `pack` replaced by classes, α and reduction; keys beside `pack` win.
 
         A class of the config that has the name of a pack's class takes its place; the others come before the pack's.
         """
         beside = {key: value for key, value in dwl.items() if key != "pack" and value is not None}
-        if dwl.get("pack") is None:
+        name = dwl.get("pack")
+        if name is None:
             return beside
-        reference = PackReference.of(dwl["pack"]) if isinstance(dwl["pack"], str) else None
+        reference = PackReference.of(name)
         if reference is None:
-            raise ConfigError(
-                [
-                    Problem(
-                        "dwl.pack",
-                        "not a pack",
-                        dwl["pack"],
-                        f"{', '.join(shipped_packs())}, ./file.yml, hf://user/repo@<commit>/file.yml",
-                    )
-                ]
-            )
+            forms = f"{', '.join(shipped_packs())}, ./file.yml, hf://user/repo@<commit>/file.yml"
+            raise ConfigError.at("dwl.pack", "not a pack", name, forms)
         if reference.member is not None:
-            raise ConfigError(
-                [
-                    Problem(
-                        "dwl.pack",
-                        "takes a whole pack",
-                        dwl["pack"],
-                        hint=f"for one class write it under `classes`: {{pack: {dwl['pack']}}}",
-                    )
-                ]
-            )
+            hint = f"for one class write it under `classes`: {{pack: {name}}}"
+            raise ConfigError.at("dwl.pack", "takes a whole pack", name, hint=hint)
         pack = self.pack(reference, "dwl.pack")
         own = beside.get("classes", {})
         if not isinstance(own, Mapping):
@@ -211,52 +210,9 @@ class Shelf:
         if self.with_losses:
             if added and "alpha" not in beside and pack.alpha is not None:
                 message = f"is needed: the pack suggests α for its own classes, not for {', '.join(map(str, added))}"
-                raise ConfigError([Problem("dwl.alpha", message, allowed=", ".join([*map(str, classes), REST]))])
+                raise ConfigError.at("dwl.alpha", message, allowed=", ".join([*map(str, classes), REST]))
             suggested = {"alpha": pack.alpha, "reduction": pack.reduction}
         return {**{key: value for key, value in suggested.items() if value is not None}, **beside, "classes": classes}
-
-    def without_packs(self, config: _Kind, path: str, problems: list[Problem]) -> _Kind:
-        """`config` with the selectors of packs in place of `pack`."""
-
-        def inside(selectors: tuple[Selector, ...], key: str) -> tuple[Selector, ...]:
-            return tuple(self.without_packs(item, f"{path}.{key}[{n}]", problems) for n, item in enumerate(selectors))
-
-        if isinstance(config, AnySelector):
-            return config.model_copy(update={"any": inside(config.any, "any")})
-        if isinstance(config, AllSelector):
-            return config.model_copy(update={"all": inside(config.all, "all")})
-        if isinstance(config, NotSelector):
-            return config.model_copy(update={"not_": self.without_packs(config.not_, f"{path}.not", problems)})
-        if not isinstance(config, PackSelector):
-            return config
-        try:
-            taken: _Kind = self._taken_from_pack(config, f"{path}.pack")
-            return taken
-        except ConfigError as error:
-            problems += error.problems
-            return config
-
-    def _taken_from_pack(self, config: Any, path: str) -> Any:
-        reference = PackReference.of(config.pack)
-        assert reference is not None, "PackSelector has looked"
-        pack = self.pack(reference, path)
-        if reference.member is not None and reference.member not in pack.classes:
-            raise ConfigError(
-                [
-                    Problem(
-                        path,
-                        f"the pack {reference.pack} has no such member",
-                        reference.member,
-                        ", ".join(pack.classes),
-                        did_you_mean(reference.member, list(pack.classes)),
-                    )
-                ]
-            )
-        selector = pack.whole() if reference.member is None else pack.member(reference.member)
-        if not isinstance(config, PackClass):
-            return selector
-        options = {} if reference.member is None else _options(self._measured(pack.classes[reference.member]))
-        return as_class(selector, {**options, **_options(config)})
 
     def _measured(self, config: ClassConfig) -> ClassConfig:
         if self.with_losses:
@@ -267,17 +223,6 @@ class Shelf:
 def _options(config: ClassConfig) -> dict[str, Any]:
     """The options that stand beside the selector of a class."""
     return {name: getattr(config, name) for name in ClassConfig.model_fields if name in config.model_fields_set}
-
-
-def _inside_a_pack(config: ClassConfig, path: str, problems: list[Problem]) -> ClassConfig:
-    """A pack's class with the shipped packs it uses in place."""
-    foreign = [
-        Problem(f"{at}.pack", "a pack can use only the packs of this package", selector.pack, ", ".join(shipped_packs()))
-        for at, selector in walk(config, path)
-        if isinstance(selector, PackSelector) and not PackReference.of(selector.pack).is_shipped  # type: ignore[union-attr]
-    ]
-    problems += foreign
-    return config if foreign else Shelf(()).without_packs(config, path, problems)
 
 
 def _too_long(node: object, path: str) -> Iterator[Problem]:
@@ -292,12 +237,11 @@ def _too_long(node: object, path: str) -> Iterator[Problem]:
             yield from _too_long(value, f"{path}[{index}]")
 
 
-def _unknown_in_cases(cases: object, path: str, names: Sequence[str]) -> Iterator[Problem]:
+def _unknown_in_cases(cases: object, names: Sequence[str]) -> Iterator[Problem]:
     """Spans of classes that the pack does not have."""
     for index, case in enumerate(cases if isinstance(cases, list) else []):
         spans = case.get("spans") if isinstance(case, Mapping) else None
         for name in spans if isinstance(spans, Mapping) else ():
             if name not in names:
-                yield Problem(
-                    f"{path}[{index}].spans.{name}", "no such class", allowed=", ".join(names), hint=did_you_mean(name, names)
-                )
+                path = f"tests[{index}].spans.{name}"
+                yield Problem(path, "no such class", allowed=", ".join(names), hint=did_you_mean(name, names))

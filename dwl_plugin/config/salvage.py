@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dwl_plugin.config.block import Block
-from dwl_plugin.config.parsing import parse
+from dwl_plugin.config.classes import name_problems
+from dwl_plugin.config.parse import parse
 from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.loss.token_losses import TOKEN_LOSSES
 
 __all__ = ["salvage"]
 
-_ROUNDS = 8
 _CLASSES = "dwl.classes"
 
 
@@ -22,8 +22,7 @@ def salvage(
 ) -> tuple[Block | None, list[Problem]]:
     """The block of the classes that parse, and every problem with the others.
 
-    Where anything had to go, α and how it moves go too: they are about classes that are no longer there. The block is then good
-    for looking at classes, not for training.
+    Once a class is missing, what refers to the classes goes too: the block is good for looking at classes, not for training.
 
     Args:
         raw: a config; other keys than ours are not looked at.
@@ -33,70 +32,45 @@ def salvage(
     Returns:
         None as the block where nothing of ours is left.
     """
-    ours: dict[str, Any] | None = {key: copy.deepcopy(raw[key]) for key in Block.model_fields if raw.get(key) is not None}
-    paths = list(leave_out)
-    if paths and ours is not None:
-        ours = _without(ours, [Problem(path, "") for path in paths])
-    problems: dict[str, Problem] = {}
+    ours, paths = {key: raw[key] for key in Block.model_fields if raw.get(key) is not None}, list(leave_out)
+    problems: list[Problem] = []
     whole = not paths
-    for _ in range(_ROUNDS):
-        if not ours:
-            break
+    for _ in range(2):
+        left = _without(ours, paths) if paths else ours
         try:
-            return parse(ours, folder), list(problems.values())
+            return parse(left, folder), problems
         except ConfigError as error:
             # Once something is missing, only what is said of a single class is certain to be the user's own mistake.
-            for problem in error.problems if whole else [p for p in error.problems if _class_of(p, ours)]:
-                problems.setdefault(problem.path, problem)
-            if "loss" not in ours:
-                ours["loss"] = "dwl" if "dwl" in ours else "dft"
-                continue
-            whole, ours = False, _without(ours, error.problems)
-    return None, list(problems.values())
+            problems += [problem for problem in error.problems if whole or problem.path.startswith(f"{_CLASSES}.")]
+            paths += [problem.path for problem in error.problems]
+            whole = False
+    return None, problems
 
 
-def _without(ours: dict[str, Any], problems: Iterable[Problem]) -> dict[str, Any] | None:
-    """`ours` less what the problems are about; None where that leaves nothing to look at."""
-    dwl, classes_went = ours.get("dwl"), False
-    for problem in problems:
-        key, _, rest = problem.path.partition(".")
-        if key == "loss":
-            ours["loss"] = "dwl" if dwl is not None else "dft"
-        elif key != "dwl":
-            ours.pop(key.partition("[")[0], None)
-        elif not isinstance(dwl, dict) or not rest:
-            return None
-        elif problem.path.startswith(_CLASSES) and isinstance(dwl.get("classes"), dict):
-            classes_went = True
-            name = _class_of(problem, ours)
-            if name is not None:
-                dwl["classes"].pop(name, None)
-            else:
-                _drop_named(dwl["classes"], problem)
-        else:
-            dwl.pop(rest.partition(".")[0].partition("[")[0], None)
-    if isinstance(dwl, dict):
-        if classes_went:
-            for key in set(dwl) & {"alpha", "schedule", "controller"}:
-                del dwl[key]
-            ours.pop("dft", None)
+def _without(ours: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
+    """Drop the keys and the classes that the paths lead to; with a class goes what names all classes."""
+    lead_to = [path.replace("[", ".").split(".") for path in paths]
+    gone = {at[0] for at in lead_to} - {"dwl"}
+    dwl, loss = ours.get("dwl"), ours.get("loss")
+    if isinstance(dwl, Mapping):
+        bad, classes = {at[1] for at in lead_to if at[0] == "dwl" and len(at) > 1}, dwl.get("classes")
+        if isinstance(classes, Mapping):
+            bad_names = {at[2] for at in lead_to if at[:2] == ["dwl", "classes"] and len(at) > 2}
+            good = {name: spec for name, spec in classes.items() if isinstance(name, str) and _is_good(name, bad_names)}
+            if len(good) < len(classes):
+                bad, gone = bad | {"alpha", "schedule", "controller", *TOKEN_LOSSES}, gone | {"dft"}
+            dwl = {**dwl, "classes": good}
+            bad.discard("classes")
+        dwl = {key: value for key, value in dwl.items() if key not in bad}
         if not dwl.get("classes") and "pack" not in dwl:
-            return None if ours["loss"] == "dwl" else {key: value for key, value in ours.items() if key != "dwl"}
-    return ours
+            dwl = None
+    left = {"loss": loss, "dft": ours.get("dft"), "dwl": dwl}
+    if loss is None or "loss" in gone:
+        left["loss"] = "dft" if dwl is None else "dwl"
+    elif dwl is None and loss == "dwl":
+        return {}
+    return {key: value for key, value in left.items() if value is not None and (key == "loss" or key not in gone)}
 
 
-def _class_of(problem: Problem, ours: Mapping[str, Any]) -> str | None:
-    """The class that a problem is about."""
-    classes = ours.get("dwl", {}).get("classes") if isinstance(ours.get("dwl"), Mapping) else None
-    rest = problem.path.removeprefix(f"{_CLASSES}.")
-    if rest == problem.path or not isinstance(classes, Mapping):
-        return None
-    named = [str(name) for name in classes if rest == str(name) or rest.startswith((f"{name}.", f"{name}["))]
-    return max(named, key=len, default=None)
-
-
-def _drop_named(classes: dict[Any, Any], problem: Problem) -> None:
-    """The names that a problem with the mapping itself is about; all of them if it does not say which."""
-    bad = [name for name in classes if name == problem.value or not isinstance(name, str)]
-    for name in bad or list(classes):
-        del classes[name]
+def _is_good(name: str, bad: set[str]) -> bool:
+    return name not in bad and not list(name_problems({name: None}))

@@ -16,7 +16,7 @@ _NAMES = {"pattern": f"^(?!{REST}$)[A-Za-z_][A-Za-z0-9_]*$"}
 
 def json_schema() -> dict[str, Any]:
     """Schema of a whole config, of which only our keys are described; all others may be anything."""
-    block = _exclusive(Block.model_json_schema())
+    block = Block.model_json_schema()
     block["$defs"]["DWLConfig"]["properties"]["classes"]["propertyNames"] = _NAMES
     described = {
         "loss": "nll: the host's own loss, measured. dft: Dynamic Fine-Tuning. dwl: classes of tokens with weights α.",
@@ -52,19 +52,6 @@ def merged_into(host: Mapping[str, Any]) -> dict[str, Any]:
         "properties": {**host.get("properties", {}), **ours["properties"]},
         "$defs": definitions,
     }
-
-
-def _exclusive(node: Any) -> Any:
-    """A choice between models is a choice of one: each has a key of its own, and none allows another's."""
-    if isinstance(node, list):
-        return [_exclusive(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    node = {key: _exclusive(value) for key, value in node.items()}
-    choices = node.get("anyOf")
-    if isinstance(choices, list) and sum("$ref" in choice for choice in choices) > 1:
-        node["oneOf"] = node.pop("anyOf")
-    return node
 
 
 def _without_null(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from dwl_plugin.config.overrides import VARIABLE, value_at
-from dwl_plugin.errors import Problem
+from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.yaml_io import load_yaml
 
 __all__ = ["dropped_options"]
@@ -42,6 +40,6 @@ def _same(text: str, value: Any) -> bool:
     if value is None:
         return False
     try:
-        return str(value) == text or bool(load_yaml(text) == value)
-    except yaml.YAMLError:
+        return str(value) == text or bool(load_yaml(text, "") == value)
+    except ConfigError:
         return False

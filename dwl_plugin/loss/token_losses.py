@@ -15,19 +15,20 @@ Shapes: R tokens, k the largest logits of each.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
 
-from dwl_plugin.alpha.schedules import Schedule
-from dwl_plugin.errors import ConfigError
+from dwl_plugin.alpha.schedules import Schedule, vectors
+from dwl_plugin.errors import ConfigError, did_you_mean
 from dwl_plugin.extensions import class_of
-from dwl_plugin.values import Strict, Weight
+from dwl_plugin.values import Strict, Weight, invalid, line_error
 
 if TYPE_CHECKING:
     import torch
+    from pydantic_core import InitErrorDetails
     from typing_extensions import Self
 
 __all__ = [
@@ -123,6 +124,22 @@ class DFTConfig(Strict):
         None, description="`exponent` and `min_weight` as functions of the optimizer step, e.g. from NLL to DFT."
     )
 
+    @classmethod
+    def cross_errors(cls, written: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+        """What is wrong with the numbers of the schedule here."""
+        names = ", ".join(SCHEDULED)
+        for path, numbers in vectors(written.get("schedule"), "schedule"):
+            at = path.split(".")
+            if numbers == {}:
+                yield line_error(at, "names nothing that moves", numbers, names)
+            for name, value in numbers.items() if isinstance(numbers, Mapping) else ():
+                if name not in SCHEDULED:
+                    hint = did_you_mean(name, SCHEDULED)
+                    yield line_error([*at, str(name)], "not an option of dft that can move", value, names, hint)
+                elif isinstance(value, (int, float)) and not 0 <= value <= (1 if name == "min_weight" else value):
+                    allowed = "numbers from 0 to 1" if name == "min_weight" else "numbers from 0 up"
+                    yield line_error([*at, name], "out of range", value, allowed)
+
 
 @dataclass(frozen=True)
 class Power(TokenLoss):
@@ -210,7 +227,7 @@ _PART_OF_DFT = {"asft": "anchor: 0.05", "gft": "threshold: 0.7", "sft": "exponen
 def _not_part_of_dft(value: object) -> object:
     """Names from papers that are `dft` with an option."""
     if isinstance(value, str) and value.lower() in _PART_OF_DFT:
-        raise PydanticCustomError("dwl", f"is `token_loss: dft` with `dft: {{{_PART_OF_DFT[value.lower()]}}}`")
+        raise invalid(f"is `token_loss: dft` with `dft: {{{_PART_OF_DFT[value.lower()]}}}`")
     return value
 
 

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import regex
 from hypothesis import HealthCheck, given, reject, settings, strategies as st
+from pydantic import TypeAdapter
 
 from dwl_plugin.classes import Labeller, build_labeller
-from dwl_plugin.config import ClassConfig, RegexClass
-from dwl_plugin.config.classes import class_of
-from dwl_plugin.config.selectors import (
+from dwl_plugin.classes.selectors import (
     AddedSelector,
     AllSelector,
     AnySelector,
@@ -22,13 +21,15 @@ from dwl_plugin.config.selectors import (
     NotSelector,
     PositionSelector,
     RegexSelector,
-    Selector,
+    SelectorConfig,
     SpecialSelector,
     TokenIdsSelector,
     TurnSelector,
     WordsSelector,
 )
-from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.config import ClassConfig
+from dwl_plugin.config.classes import Classes, RegexClass
+from dwl_plugin.errors import ConfigError
 from tests.classes.little_tokenizers import END, KINDS, START, decode, encode
 
 CHARACTERS = st.one_of(
@@ -79,10 +80,7 @@ SELECTORS = st.recursive(
 
 
 def as_class(selector: dict[str, Any]) -> ClassConfig:
-    problems: list[Problem] = []
-    made = class_of({**selector, "allow_empty": True}, "dwl.classes.c", problems)
-    assert made is not None, problems
-    return made
+    return TypeAdapter(Classes).validate_python({"c": {**selector, "allow_empty": True}})["c"]
 
 
 CLASSES = SELECTORS.map(as_class)
@@ -131,7 +129,7 @@ class Sample:
         self.special = {encode(tokenizer, name)[-1] for name in (START, END)} | set(tokenizer.all_special_ids)
         self.added = set(getattr(tokenizer, "added_tokens_decoder", {}))
 
-    def selected(self, config: Selector) -> list[bool]:
+    def selected(self, config: SelectorConfig) -> list[bool]:
         every = range(len(self.ids))
         match config:
             case RegexSelector():

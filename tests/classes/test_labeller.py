@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dwl_plugin.classes import Labeller, build_labeller, empty_class_problems, survey
-from dwl_plugin.config import BetweenClass, ClassConfig, RegexClass, TokenIdsClass, TokenRegexClass, TokensClass
+from dwl_plugin.config import ClassConfig
+from dwl_plugin.config.classes import BetweenClass, RegexClass, TokenIdsClass, TokenRegexClass, TokensClass
 from dwl_plugin.errors import ConfigError, DWLError
 from dwl_plugin.run.collate import LabellingCollator
 from tests.classes.little_tokenizers import END, START, THINK, UNTHINK, byte_level, encode, sentencepiece

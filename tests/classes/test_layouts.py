@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dwl_plugin.classes import Labeller, build_labeller
-from dwl_plugin.config import ClassConfig, RegexClass
+from dwl_plugin.config import ClassConfig
+from dwl_plugin.config.classes import RegexClass
 from dwl_plugin.run.collate import CLASS_IDS, LabellingCollator
 from tests.classes.little_tokenizers import byte_level, encode
 

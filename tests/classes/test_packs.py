@@ -16,11 +16,11 @@ import tiktoken
 from tokenizers import AddedToken
 
 from dwl_plugin.classes import TokenTable, build_labeller
-from dwl_plugin.config import BetweenClass, RegexClass
+from dwl_plugin.classes.selectors import AllSelector, AnySelector, BetweenSelector, NotSelector, RegexSelector, SelectorConfig, walk
+from dwl_plugin.config.classes import BetweenClass, RegexClass
 from dwl_plugin.config.pack_cases import class_of_bytes, run_case, untouched_classes
 from dwl_plugin.config.pack_files import PackText, shipped_packs
 from dwl_plugin.config.packs import Pack, PackCase, PackTurn, parse_pack
-from dwl_plugin.config.selectors import AllSelector, AnySelector, BetweenSelector, NotSelector, RegexSelector, Selector, walk
 from tests.classes.little_tokenizers import KINDS, TiktokenLike, encode
 
 FOLDER = Path(__file__).parents[2] / "dwl_plugin" / "classes" / "packs"
@@ -158,7 +158,7 @@ def mutants(pack: Pack) -> Iterator[tuple[str, Pack]]:
                 yield path, pack.model_copy(update={"classes": {**pack.classes, name: without(config, leaf)}})
 
 
-def without(config: Any, leaf: Selector) -> Any:
+def without(config: Any, leaf: SelectorConfig) -> Any:
     if config is leaf:
         return (RegexClass if isinstance(config, (RegexClass, BetweenClass)) else RegexSelector)(regex=NEVER)
     if isinstance(config, (AnySelector, AllSelector)):

@@ -9,7 +9,7 @@ import regex
 from hypothesis import given, reject, settings, strategies as st
 
 from dwl_plugin.classes import PatternTooSlowError, build_labeller
-from dwl_plugin.config import RegexClass
+from dwl_plugin.config.classes import RegexClass
 from tests.classes.little_tokenizers import END, byte_level, encode
 
 

@@ -6,19 +6,17 @@ import pickle
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from dwl_plugin.classes import build_labeller
 from dwl_plugin.config import ClassConfig
-from dwl_plugin.config.classes import class_of
-from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.config.classes import Classes
+from dwl_plugin.errors import ConfigError
 from tests.classes.little_tokenizers import END, START, THINK, byte_level, encode, tiktoken_like
 
 
 def class_by(**spec: Any) -> ClassConfig:
-    problems: list[Problem] = []
-    made = class_of(spec, "dwl.classes.c", problems)
-    assert made is not None, problems
-    return made
+    return TypeAdapter(Classes).validate_python({"c": spec})["c"]
 
 
 def members(ids: list[int], labels: list[int], **spec: Any) -> list[int]:

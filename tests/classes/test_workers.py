@@ -12,8 +12,7 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
 from dwl_plugin.classes import Labeller, PatternTooSlowError, build_labeller, masks
-from dwl_plugin.config import RegexClass, TokenRegexClass
-from dwl_plugin.config.classes import AnyClass
+from dwl_plugin.config.classes import AnyClass, RegexClass, TokenRegexClass
 from dwl_plugin.errors import ConfigError
 
 BACKTRACKS = [r"(a+)+$", r"(a|aa)+$", r"(.*)*b\1$"]

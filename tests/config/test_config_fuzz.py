@@ -13,8 +13,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
-from dwl_plugin.config import Block, parse
-from dwl_plugin.config.reading import read_block
+from dwl_plugin.config import Block, parse, read_block
 from dwl_plugin.errors import ConfigError
 
 NAMES = ["number", "reasoning", "final", "rest", "a-b", "yes"]

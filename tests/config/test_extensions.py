@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dwl_plugin.alpha.controllers import Controller
+from dwl_plugin.alpha.controllers import CONTROLLERS, Controller
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.config import Block, parse
 from dwl_plugin.errors import ConfigError, DWLError
@@ -179,4 +179,4 @@ def test_numbers_that_are_no_weights_stop_the_run_and_name_who_gave_them() -> No
 
 
 def test_without_other_packages_there_are_only_ours() -> None:
-    assert "allowed: softmax_loss, dwa, softadapt, group_dro, doremi, rlw\n" in problem("controller", type="leadre") + "\n"
+    assert f"allowed: {', '.join(CONTROLLERS)}\n" in problem("controller", type="leadre") + "\n"

@@ -13,13 +13,12 @@ from click.testing import CliRunner
 from hypothesis import given, settings, strategies as st
 
 from dwl_plugin.cli.main import main
-from dwl_plugin.cli.packs import markdown_table
+from dwl_plugin.cli.packs import read
 from dwl_plugin.config import Block, parse
 from dwl_plugin.config.pack_cases import run_case
 from dwl_plugin.config.pack_files import MAX_BYTES, PackText, shipped_packs
 from dwl_plugin.config.packs import MAX_CLASSES, MAX_PATTERN, parse_pack
 from dwl_plugin.errors import ConfigError
-from dwl_plugin.values import unrolled_size
 
 README = Path(__file__).parents[2] / "README.md"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -302,22 +301,6 @@ def test_a_pattern_that_would_fill_the_memory_when_compiled_is_refused(pattern: 
     assert time.process_time() - began < 1
 
 
-@pytest.mark.parametrize(
-    ("pattern", "size"),
-    [
-        ("abc", 3),
-        (r"\d{4}-\d{2}", 7),
-        ("(ab){3}", 6),
-        ("((a{2}b){3}){4}", 36),
-        ("[a{9}]{2}", 2),
-        (r"\(a\){5}", 7),
-        ("a{,7}b{2,}", 3),
-    ],
-)
-def test_repetitions_are_written_out_in_the_size(pattern: str, size: int) -> None:
-    assert unrolled_size(pattern) == size
-
-
 def test_a_pack_can_use_shipped_packs_and_no_others() -> None:
     shipped = parse_pack(PackText("p.yml", "description: d\nclasses: {a: {not: {pack: numbers.number}}}"))
     assert "pack" not in yaml.safe_dump(shipped.classes["a"].model_dump(mode="json"))
@@ -360,9 +343,14 @@ def test_a_pack_that_is_none_is_an_error_of_one_line_each(folder: Path) -> None:
 
 
 def test_the_readme_has_the_table_of_the_files() -> None:
-    assert f"<!-- packs -->\n{markdown_table()}<!-- /packs -->" in README.read_text(encoding="utf-8"), (
-        "write it again: dwl packs list --into README.md"
-    )
+    lines = ["| pack | members, with the suggested α | |", "|---|---|---|"]
+    for name in shipped_packs():
+        pack = read(name)
+        weights = pack.alpha or {}
+        members = ", ".join(f"`{member}` {weights[member]:g}" for member in pack.classes)
+        lines.append(f"| `{name}` | {members}; `rest` {weights['rest']:g} | {pack.description.replace('|', chr(92) + '|')} |")
+    table = "\n".join(["<!-- packs -->", *lines, "<!-- /packs -->"])
+    assert table in README.read_text(encoding="utf-8"), f"the README should have\n{table}"
 
 
 def test_the_readme_s_pack_keeps_its_own_cases_and_its_config_parses() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from dwl_plugin.cli.analysis import analyse
-from dwl_plugin.cli.check import class_table, print_findings, progress
+from dwl_plugin.cli.check import class_table, print_findings
 from dwl_plugin.cli.inspect.rows import shown_rows
 from dwl_plugin.cli.inspect.terminal import print_rows
 from dwl_plugin.files import write_whole
@@ -18,8 +18,8 @@ __all__ = ["inspect"]
 def inspect(config: Path, samples: int, html: Path | None, *, trust: bool) -> int:
     """The whole command; the exit status."""
     console = Console(highlight=False)
-    with progress(Console(stderr=True)) as say:
-        found, seen = analyse(config, samples, trust=trust, say=say)
+    with Console(stderr=True).status("") as status:
+        found, seen = analyse(config, samples, trust=trust, say=status.update)
     print_findings(console, found, seen)
     if seen is None or not seen.rows.samples:
         return found.status

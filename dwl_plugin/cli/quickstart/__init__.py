@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from importlib import resources
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dwl_plugin.cli.quickstart.model import prepared_model
+from dwl_plugin.cli.quickstart.model import check_space, prepared_model
 from dwl_plugin.cli.quickstart.problems import generate, write_jsonl
 from dwl_plugin.cli.report import report
 from dwl_plugin.errors import DWLError
@@ -113,17 +113,15 @@ def _write_config(config: Path, text: str, console: Console) -> None:
 
 def _check_packages() -> None:
     missing = [package for module, package in _NEEDED.items() if find_spec(module) is None]
-    if not missing:
-        return
+    install = "pip install 'axolotl-dwl[axolotl,quickstart]'"
     if "axolotl" in missing and sys.version_info < (3, 12):
         raise DWLError(
             f"Axolotl 0.21 needs Python 3.12 or newer, and this is {sys.version_info.major}.{sys.version_info.minor}. "
-            "Make an environment with a newer Python, and in it:\n  pip install 'axolotl-dwl[axolotl,quickstart]'"
+            f"Make an environment with a newer Python, and in it:\n  {install}"
         )
-    verb = "is" if len(missing) == 1 else "are"
-    raise DWLError(
-        f"{', '.join(missing)} {verb} not installed here. The quickstart needs:\n  pip install 'axolotl-dwl[axolotl,quickstart]'"
-    )
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise DWLError(f"{', '.join(missing)} {verb} not installed here. The quickstart needs:\n  {install}")
 
 
 def _check_folder(out: Path) -> None:
@@ -131,32 +129,22 @@ def _check_folder(out: Path) -> None:
         raise DWLError(f"{_short(out)} has files in it that the quickstart did not write. Name another folder with --out.")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        writable = os.access(out, os.W_OK)
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
-        raise DWLError(f"{_short(out)} cannot be made: {error.strerror}. Name another folder with --out.") from error
-    if not writable:
-        raise DWLError(f"{_short(out)} cannot be written to. Name another folder with --out.")
-    free = shutil.disk_usage(out).free
-    if free < _OUT_BYTES:
-        raise DWLError(
-            f"The disk of {_short(out)} has {free // 2**20} MiB free and the run needs {_OUT_BYTES // 2**20}. "
-            "Make room, or name a folder on another disk with --out."
-        )
+        raise DWLError(f"{_short(out)} cannot be written to: {error.strerror}. Name another folder with --out.") from error
+    check_space(out, _OUT_BYTES, "name a folder on another disk with --out")
 
 
 def _environment() -> dict[str, str]:
-    environment = dict(os.environ)
-    environment["CUDA_VISIBLE_DEVICES"] = ""  # the YAML is the CPU one; several visible GPUs would be used as replicas
-    environment.setdefault("HF_HUB_OFFLINE", "1")  # everything is local: no waiting for a hub that may not be there
-    environment.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
-    # Threads that spin while they wait make a machine that has other things to do many times slower.
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return environment
+    defaults = {
+        "HF_HUB_OFFLINE": "1",  # everything is local: no waiting for a hub that may not be there
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow a machine with other things to do many times
+    }
+    # The YAML is the CPU one; several visible GPUs would be used as replicas.
+    return {**defaults, **os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def _short(path: Path) -> str:
-    """Relative to where the user stands, if that is shorter."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+def _short(path: Path) -> Path:
+    """Relative to where the user stands, if it lies below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

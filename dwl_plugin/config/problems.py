@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from dwl_plugin.errors import Problem, did_you_mean
 
-__all__ = ["one_of", "unique", "validate"]
+__all__ = ["unique", "validate"]
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def validate(model: type[_Model], raw: object, path: str, problems: list[Problem]) -> _Model | None:
+def validate(model: type[_Model], raw: object, problems: list[Problem], context: object = None) -> _Model | None:
     """`model` of `raw`; what is wrong with it goes to `problems`."""
     try:
-        return model.model_validate(raw)
+        return model.model_validate(raw, context=context)
     except ValidationError as error:
-        problems += [_problem(item, path) for item in error.errors()]
+        problems += map(_problem, error.errors())
         return None
 
 
-def one_of(literal: Any) -> str:
-    return ", ".join(map(str, get_args(literal)))
-
-
-def _problem(item: Any, prefix: str) -> Problem:
+def _problem(item: Any) -> Problem:
     """One pydantic error as a `Problem`, with the location as the user wrote it."""
-    path = prefix
+    path = ""
     for part in item["loc"]:
-        if part == "[key]":  # of a mapping: the part before is the key itself
-            continue
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+        if part != "[key]":  # of a mapping: the part before is the key itself
+            path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    context = item.get("ctx", {})
     if item["type"] == "missing":
         return Problem(path, "is required")
     if item["type"] == "literal_error":
-        allowed = str(item["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
+        allowed = str(context["expected"]).replace("'", "").replace(" or ", ", ")
         return Problem(path, "not a known value", item["input"], allowed, did_you_mean(item["input"], allowed.split(", ")))
-    context = item.get("ctx", {})
     return Problem(path, item["msg"], item["input"], context.get("allowed", ""), context.get("hint", ""))
 
 

@@ -1,0 +1,204 @@
+"""`parse`: the only way in. One validation, then what no single field can see."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, get_args
+
+from dwl_plugin.alpha.schedules import vectors
+from dwl_plugin.config.alpha import alpha_problems
+from dwl_plugin.config.block import Block, BlockContext, DWLConfig, LossName
+from dwl_plugin.config.classes import name_problems
+from dwl_plugin.config.packs import PackLibrary
+from dwl_plugin.config.problems import unique, validate
+from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.loss.token_losses import TOKEN_LOSSES
+from dwl_plugin.values import MOST_OVERLAPPING, REST
+from dwl_plugin.yaml_io import read_yaml
+
+__all__ = ["parse", "read_block"]
+
+_LOSSES = ", ".join(get_args(LossName))
+_OPTIONS = tuple(name for name in TOKEN_LOSSES if name in DWLConfig.model_fields)
+"""Keys of `dwl` that are the options of a token loss; those of dft stand above it."""
+
+_KEYFRAMES = re.compile(r"(dwl|dft|dwl\.classes\.\w+\.dft)\.schedule\.at")
+"""Where a key may be a number: a step. It becomes a string before the host sorts the keys of what it writes down."""
+
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_MAX_DEPTH = 64
+_MAX_VALUES = 200_000
+"""A list of keywords may be long; aliases make billions of values out of ten lines."""
+
+
+def read_block(source: Mapping[str, Any] | str | PathLike[str]) -> Block:
+    """`loss`, `dft` and `dwl` of a mapping, or of a YAML file that may be a whole Axolotl config.
+
+    Raises:
+        ConfigError: the file cannot be read, it has no `loss`, or what `parse` finds.
+    """
+    raw = source if isinstance(source, Mapping) else read_yaml(Path(fspath(source)))
+    if not isinstance(raw, Mapping):
+        raise ConfigError.at(fspath(source), "a config is a mapping of keys to values", raw)  # type: ignore[arg-type]
+    block = parse(raw)
+    if block is None:
+        hint = "add a line such as `loss: dft`, or a `loss: dwl` with its `dwl` block"
+        raise ConfigError.at("loss", "is missing, so there is no loss to train with", allowed=_LOSSES, hint=hint)
+    return block
+
+
+def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
+    """Validate `loss`, `dft` and `dwl` of a config, and put the classes of packs in their place.
+
+    Args:
+        raw: the config; other keys are not looked at.
+        folder: where the config lies; a pack's relative path is looked up there, then in the working directory.
+
+    Returns:
+        None when the config has none of the three.
+
+    Raises:
+        ConfigError: every problem found.
+    """
+    ours = {key: raw[key] for key in Block.model_fields if raw.get(key) is not None}
+    if not ours:
+        return None
+    unfit = list(_unfit(ours))
+    if unfit:
+        raise ConfigError(unique(unfit))
+    if "loss" not in ours:
+        which, hint = " and ".join(f"`{key}`" for key in ours), f"add the line `loss: {'dwl' if 'dwl' in ours else 'dft'}`"
+        raise ConfigError.at(next(iter(ours)), f"{which} without `loss` would change nothing", allowed=_LOSSES, hint=hint)
+    problems = list(_odd_keys(ours))
+    packs = PackLibrary([*([] if folder is None else [folder]), Path()], with_losses=ours["loss"] == "dwl")
+    all_known = True
+    if isinstance(ours.get("dwl"), Mapping):
+        try:
+            ours["dwl"] = packs.with_pack(ours["dwl"])
+        except ConfigError as error:
+            problems += error.problems
+            ours["dwl"], all_known = {key: value for key, value in ours["dwl"].items() if key != "pack"}, False
+    dwl = ours["dwl"] if isinstance(ours.get("dwl"), Mapping) else {}
+    classes = dwl["classes"] if isinstance(dwl.get("classes"), Mapping) else {}
+    names = [*(str(name) for name in classes if name != REST), REST]
+    controlled = names if ours["loss"] == "dwl" and all_known else None
+    context = BlockContext(packs, names=controlled, alpha=dwl.get("alpha"))
+    block = validate(Block, ours, problems, context)
+    problems += packs.problems
+    sound = None if problems else block
+    problems += name_problems(classes)
+    problems += _number_problems(dwl, names, all_known)
+    problems += context.problems
+    problems += _useless_keys(ours["loss"], dwl, classes)
+    if ours["loss"] == "dwl" and "dwl" not in ours:
+        hint = "name at least one class under `dwl.classes`"
+        problems.append(Problem("dwl", "`loss: dwl` needs a `dwl` block", hint=hint))
+    if sound is not None:
+        problems += _useless_options(sound)
+        problems += _too_many_classes(sound)
+    if problems or block is None:
+        raise ConfigError(unique(problems))
+    return block
+
+
+def _nodes(node: Any, path: str, shown: Callable[[Any], str] = str, depth: int = 1) -> Iterator[tuple[str, Any, int]]:
+    """Everything in a block, each with its path and depth; without end where a list holds itself."""
+    yield path, node, depth
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _nodes(value, f"{path}.{shown(key)}", shown, depth + 1)
+    elif isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            yield from _nodes(value, f"{path}[{index}]", shown, depth + 1)
+
+
+def _unfit(ours: Mapping[str, Any]) -> Iterator[Problem]:
+    """What the checks themselves could not take. It ends at the first thing that has no end."""
+    seen = 0
+    for top, whole in reversed(list(ours.items())):
+        for path, node, depth in _nodes(whole, top, lambda key: _HALF_CHARACTER.sub("?", key) if isinstance(key, str) else "?"):
+            seen, at = seen + 1, path.partition(".")[0]
+            if depth > _MAX_DEPTH:
+                yield Problem(at, f"nested more than {_MAX_DEPTH} deep", hint="an alias of YAML (`*`) may stand inside itself")
+                return
+            if seen > _MAX_VALUES:
+                yield Problem(at, f"holds more than {_MAX_VALUES:,} values", hint="aliases of YAML (`*`) may have multiplied them")
+                return
+            for scalar in node if isinstance(node, Mapping) else [node]:
+                if isinstance(scalar, int) and not -(2**63) <= scalar < 2**63:
+                    yield Problem(path, "no number here is that large: it has more than 63 bits")
+                elif isinstance(scalar, str) and _HALF_CHARACTER.search(scalar):
+                    yield Problem(path, "is no text: it has half of a character (a surrogate) in it", scalar)
+
+
+def _odd_keys(ours: Mapping[str, Any]) -> Iterator[Problem]:
+    """Keys that YAML turned into something that is not a string."""
+    for top, whole in ours.items():
+        for path, node, _ in _nodes(whole, top):
+            for key in node if isinstance(node, Mapping) else ():
+                if not isinstance(key, str) and not (_KEYFRAMES.fullmatch(path) and type(key) in (int, float)):
+                    boolean = "YAML reads yes, no, on, off as booleans: put the name in quotes"
+                    hint = boolean if isinstance(key, bool) else f"put it in quotes: `'{key}'`"
+                    yield Problem(path, "a key has to be a string", key, hint=hint)
+
+
+def _number_problems(dwl: Mapping[str, Any], names: Sequence[str], all_known: bool) -> Iterator[Problem]:
+    """What is wrong with numbers by class, also where something else is wrong too.
+
+    `all_known`: where the classes of a pack are not, a name may be one of its own.
+    """
+    for path, numbers in [("dwl.alpha", dwl.get("alpha")), *vectors(dwl.get("schedule"), "dwl.schedule")]:
+        also = [] if all_known or not isinstance(numbers, Mapping) else numbers
+        yield from alpha_problems(path, numbers, list(dict.fromkeys([*names, *also])))
+    if dwl.get("schedule") is not None and dwl.get("controller") is not None:
+        hint = "delete `dwl.controller` or `dwl.schedule`"
+        yield Problem("dwl.controller", "`dwl.schedule` moves α already; one of the two can", hint=hint)
+
+
+def _useless_keys(loss: object, dwl: Mapping[str, Any], classes: Mapping[str, Any]) -> Iterator[Problem]:
+    """Keys that this loss does not look at, and a `dwl` that changes nothing."""
+    if loss == "dwl" and dwl.get("classes") == {} and not dwl.keys() & {"token_loss", "reduction", *_OPTIONS}:
+        yield Problem("dwl.classes", "has no class in it, so this is plain cross-entropy", hint="name at least one class")
+    if loss not in ("nll", "dft"):
+        return
+    hint = "write `loss: dwl`, or delete this line"
+    for key in ("alpha", "schedule", "controller", "reduction", "token_loss", *_OPTIONS):
+        if dwl.get(key) is not None and dwl[key] != DWLConfig.model_fields[key].default:
+            why = f"has no effect under `loss: {loss}`, where classes are only measured"
+            yield Problem(f"dwl.{key}", why, dwl[key], hint=hint)
+    for name, spec in classes.items():
+        for key in ("token_loss", *TOKEN_LOSSES):
+            if isinstance(spec, Mapping) and spec.get(key) is not None:
+                yield Problem(f"dwl.classes.{name}.{key}", f"has no effect under `loss: {loss}`", spec[key], hint=hint)
+
+
+def _useless_options(block: Block) -> Iterator[Problem]:
+    """Options of a token loss that nothing pays: the user believes in a loss that is not there."""
+    default = block.dwl.token_loss if block.loss == "dwl" and block.dwl is not None else block.loss
+    used = {default}
+    for name, spec in block.class_configs.items():
+        kind = default if spec.token_loss is None else spec.token_loss
+        used.add(kind)
+        for option in TOKEN_LOSSES:
+            if block.loss == "dwl" and getattr(spec, option) is not None and kind != option:
+                why = f"this class pays {kind}, so the options do nothing"
+                hint = f"add `token_loss: {option}` to the class, or delete `{option}`"
+                yield Problem(f"dwl.classes.{name}.{option}", why, hint=hint)
+    if block.dft is not None and "dft" not in used:
+        hint = "write `loss: dft`, or `dwl.token_loss: dft`, or delete `dft`"
+        yield Problem("dft", "no token pays dft, so the options do nothing", hint=hint)
+    for option in _OPTIONS:
+        if block.loss == "dwl" and getattr(block.dwl, option, None) is not None and option not in used:
+            hint = f"write `token_loss: {option}`, or delete `{option}`"
+            yield Problem(f"dwl.{option}", f"no token pays {option}, so the options do nothing", hint=hint)
+
+
+def _too_many_classes(block: Block) -> Iterator[Problem]:
+    """Class ids under `overlap: sum` are the bits of an int64."""
+    count = len(block.class_configs)
+    if block.overlap == "sum" and count > MOST_OVERLAPPING:
+        why = f"`sum` takes at most {MOST_OVERLAPPING} classes, and there are {count}"
+        yield Problem("dwl.overlap", why, "sum", hint="write `overlap: first`, or join classes")
