@@ -22,7 +22,7 @@ FUSED_LOSSES = (
     "chunked_cross_entropy",
     "flash_attn_cross_entropy",
 )
-"""Keys of the host that patch the very step we replace, for the whole process and before the model is loaded."""
+"""Keys of the host that patch the loss that is replaced, for the whole process and before the model is loaded."""
 
 
 class DWLPluginArgs(BaseModel):
@@ -35,7 +35,7 @@ class DWLPluginArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_loss_block(cls, data: Any) -> Any:
-        """Our errors, all at once and unwrapped, before the host's own."""
+        """Raise every `Problem` at once, in a `ConfigError` that pydantic does not wrap, before the host validates its own keys."""
         if not isinstance(data, dict):
             return data
         problems = []
@@ -73,7 +73,7 @@ def fused_losses_asked_for(cfg: Any) -> list[str]:
 
 
 def block_of(cfg: Any) -> Block | None:
-    """Our block of a validated Axolotl config."""
+    """The block of a validated Axolotl config; None without `loss`."""
     return parse({key: _plain(cfg.get(key)) for key in ("loss", "dft", "dwl")})
 
 
