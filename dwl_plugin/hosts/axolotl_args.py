@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, Field, model_validator
 
 from dwl_plugin.config import Block, DWLConfig, LossName, parse
+from dwl_plugin.config.overrides import plain
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.hosts.incompatible import refused
 from dwl_plugin.loss.token_losses import DFTConfig
@@ -74,14 +75,10 @@ def fused_losses_asked_for(cfg: Any) -> list[str]:
 
 def block_of(cfg: Any) -> Block | None:
     """The block of a validated Axolotl config; None without `loss`."""
-    return parse({key: _plain(cfg.get(key)) for key in ("loss", "dft", "dwl")})
+    return parse({key: plain(cfg.get(key)) for key in ("loss", "dft", "dwl")})
 
 
 def _folder(data: dict[str, Any]) -> Path | None:
     """Where the config lies; the host tells it for a config that it read from a file."""
     path = data.get("axolotl_config_path")
     return None if path is None else Path(path).parent
-
-
-def _plain(value: Any) -> Any:
-    return value.to_dict() if hasattr(value, "to_dict") else value
