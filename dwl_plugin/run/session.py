@@ -12,7 +12,7 @@ import torch
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.classes import ClassSurvey, Labeller
-from dwl_plugin.config import Block, DFTConfig, TokenLossConfig
+from dwl_plugin.config import Block
 from dwl_plugin.errors import ConfigError, LossNotTakenError, Problem
 from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics, widest
 from dwl_plugin.loss.membership import Membership, count_classes
@@ -20,7 +20,7 @@ from dwl_plugin.loss.reduction import class_weights
 from dwl_plugin.loss.seam import Seam
 from dwl_plugin.loss.shift import IGNORE_INDEX
 from dwl_plugin.loss.spec import LossSpec, PendingLoss
-from dwl_plugin.loss.token_losses import SCHEDULED, objective_of
+from dwl_plugin.loss.token_losses import SCHEDULED, DFTConfig, TokenLossConfig, objective_of
 from dwl_plugin.run.closed_loop import ClosedLoop
 from dwl_plugin.run.collate import CLASS_IDS
 from dwl_plugin.run.moving import alpha_of, token_losses_of
@@ -33,16 +33,8 @@ __all__ = ["Session", "without_base_model"]
 class Session:
     """A run's settings, the seam in its model, and what changes from step to step.
 
-    Args:
-        model: what is trained, an adapter around it or not; the seam is put into it.
-        block: the validated settings.
-        labeller: of the classes, if there are any.
-        survey: what they found in the training data.
-        taken_over: fused losses of the host that were switched off.
-
-    Raises:
-        ConfigError: an anchor, and no adapter to switch off.
-        LossNotTakenError: the model has no output head.
+    `taken_over` names the fused losses of the host that were switched off. Raises `ConfigError` for an anchor without an adapter to
+    switch off, and as `Seam`.
     """
 
     def __init__(
