@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, Field, model_validator
 
-from dwl_plugin.config import Block, DFTConfig, DWLConfig, LossName, parse
+from dwl_plugin.config import Block, DWLConfig, LossName, parse
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.hosts.incompatible import refused
+from dwl_plugin.loss.token_losses import DFTConfig
 from dwl_plugin.run.session import without_base_model
 
 __all__ = ["FUSED_LOSSES", "DWLPluginArgs", "block_of", "fused_losses_asked_for"]
