@@ -27,7 +27,8 @@ Kind = Literal["schedule", "controller", "token_loss", "pack"]
 def installed(kind: Kind) -> dict[str, list[EntryPoint]]:
     """name -> who offers it, without importing anything."""
     found: dict[str, list[EntryPoint]] = {}
-    for point in entry_points(group=f"dwl_plugin.{kind}s"):
+    plural = f"{kind}es" if kind.endswith("s") else f"{kind}s"
+    for point in entry_points(group=f"dwl_plugin.{plural}"):
         if point not in found.setdefault(point.name, []):
             found[point.name].append(point)
     return found

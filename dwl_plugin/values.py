@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from math import isfinite, prod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import regex
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ModelWrapValidatorHandler, WithJsonSchema, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError
 
 from dwl_plugin.errors import did_you_mean
 
@@ -33,7 +34,6 @@ __all__ = [
     "Word",
     "invalid",
     "line_error",
-    "line_errors",
     "position",
 ]
 
@@ -69,38 +69,41 @@ def invalid(message: str, allowed: str = "", hint: str = "") -> PydanticCustomEr
     return PydanticCustomError("dwl", message, {"allowed": allowed, "hint": hint})
 
 
-def line_error(path: tuple[int | str, ...], message: str, value: object, allowed: str = "", hint: str = "") -> InitErrorDetails:
+def line_error(path: Sequence[int | str], message: str, value: object, allowed: str = "", hint: str = "") -> InitErrorDetails:
     """An error at `path` below what a validator looks at, for `ValidationError.from_exception_data`."""
-    return InitErrorDetails(type=invalid(message, allowed, hint), loc=path, input=value)
-
-
-def line_errors(error: ValidationError) -> list[InitErrorDetails]:
-    """The errors of `error`, to be raised again together with others."""
-    return [
-        InitErrorDetails(type=PydanticCustomError(item["type"], item["msg"], item.get("ctx")), loc=item["loc"], input=item["input"])
-        for item in error.errors(include_url=False)
-    ]
+    return InitErrorDetails(type=invalid(message, allowed, hint), loc=tuple(path), input=value)
 
 
 class Strict(BaseModel):
-    """Frozen and closed. An unknown key is reported with the known ones."""
+    """Frozen and closed. An unknown key is reported with the known ones, beside what is wrong with the others."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
+    @classmethod
+    def cross_errors(cls, written: Mapping[str, Any]) -> Iterable[InitErrorDetails]:
+        """What no single field can see, in a mapping as it was written, whatever else is wrong with it."""
+        return ()
+
     @model_validator(mode="wrap")
     @classmethod
-    def _name_known_keys(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _all_errors(cls, written: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        wrong = list(cls.cross_errors(written)) if isinstance(written, Mapping) else []
         try:
-            return handler(value)
+            model = handler(written)
         except ValidationError as error:
+            wrong = [*map(cls._of_a_field, error.errors(include_url=False)), *wrong]
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return model
+
+    @classmethod
+    def _of_a_field(cls, item: ErrorDetails) -> InitErrorDetails:
+        """pydantic's own error, to be raised again together with others."""
+        if item["type"] == "extra_forbidden" and len(item["loc"]) == 1:
             known = [field.alias or name for name, field in cls.model_fields.items()]
-            lines = [
-                line_error(item["loc"], "unknown key", item["input"], ", ".join(known), did_you_mean(item["loc"][0], known))
-                if item["type"] == "extra_forbidden" and len(item["loc"]) == 1
-                else line
-                for item, line in zip(error.errors(), line_errors(error), strict=True)
-            ]
-            raise ValidationError.from_exception_data(error.title, lines) from None
+            return line_error(item["loc"], "unknown key", item["input"], ", ".join(known), did_you_mean(item["loc"][0], known))
+        error = PydanticCustomError(item["type"], item["msg"], item.get("ctx"))
+        return InitErrorDetails(type=error, loc=item["loc"], input=item["input"])
 
 
 def position(value: object) -> object:

@@ -15,18 +15,15 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError, ValidationError
+from pydantic import AfterValidator, Field, field_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.errors import ConfigError, RunError
 from dwl_plugin.extensions import ChosenByType, class_of
-from dwl_plugin.values import Position, PositionKey, Strict, Weight, line_error, line_errors, position
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from dwl_plugin.values import Position, PositionKey, Strict, Weight, invalid, line_error, position
 
 __all__ = ["SCHEDULES", "Curve", "Schedule", "ScheduleContext", "ScheduleOptions", "Vector", "curve_of", "vectors"]
 
@@ -59,24 +56,12 @@ class ScheduleOptions(Strict):
         yield from ((key, written[key]) for key in cls.vector_keys if key in written)
 
     @classmethod
-    def misplaced(cls, written: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+    def cross_errors(cls, written: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
         """Positions that come too early, as far as it can be known before the length of the run is."""
         given = [(key, written.get(key, cls.model_fields[key].default)) for key in cls.ascending_keys]
         for (before, first), (key, second) in pairwise(given):
             if _comes_too_early(second, first):
                 yield line_error((key,), f"must come after `{before}`, which is {first}", second)
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _in_order(cls, written: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        wrong = list(cls.misplaced(written)) if isinstance(written, Mapping) else []
-        try:
-            options = handler(written)
-        except ValidationError as error:
-            wrong = [*line_errors(error), *wrong]
-        if wrong:
-            raise ValidationError.from_exception_data(cls.__name__, wrong)
-        return options
 
 
 @dataclass(frozen=True)
@@ -191,7 +176,7 @@ class Cosine(_Ramp):
 
 def _not_zero(value: float | int | str) -> float | int | str:
     if value in _ZEROS:
-        raise PydanticCustomError("dwl", "cannot be 0")
+        raise invalid("cannot be 0")
     return value
 
 
@@ -268,7 +253,7 @@ class KeyframesOptions(ScheduleOptions):
         yield from ((f"at.{where}", numbers) for where, numbers in frames.items()) if isinstance(frames, Mapping) else ()
 
     @classmethod
-    def misplaced(cls, written: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+    def cross_errors(cls, written: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
         frames = list(written["at"]) if isinstance(written.get("at"), Mapping) else []
         for index, frame in enumerate(frames):
             at, later = ("at", str(frame)), next((other for other in frames[:index] if _comes_too_early(frame, other)), None)

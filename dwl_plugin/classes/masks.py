@@ -15,14 +15,14 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import regex
 
 from dwl_plugin.classes.keywords import Words
 from dwl_plugin.classes.samples import Samples
-from dwl_plugin.classes.token_bytes import Bools
+from dwl_plugin.classes.token_bytes import Bools, TokenTable
 from dwl_plugin.errors import PREFIX, ConfigError, Problem
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "InText",
     "InVocabulary",
     "Mask",
+    "MaskContext",
     "Not",
     "NthTurn",
     "OfRole",
@@ -62,6 +63,29 @@ class Mask(Protocol):
     """Samples -> (T,) True where a token is selected."""
 
     def __call__(self, samples: Samples) -> Bools: ...
+
+
+@dataclass(frozen=True, eq=False)
+class MaskContext:
+    """What a selector makes its mask from.
+
+    Args:
+        tokenizer: fast or slow.
+        table: the bytes of its tokens; blank where no selector looks at text.
+        may_be_empty: whether the class may have no token in the vocabulary.
+        problems: what this tokenizer cannot serve.
+    """
+
+    tokenizer: Any
+    table: TokenTable
+    may_be_empty: bool
+    problems: list[Problem] = field(default_factory=list)
+
+    def look_up(self, ids: Iterable[int]) -> Mask:
+        """The mask of some token ids."""
+        member_V = np.zeros(self.table.size + 1, np.bool_)
+        member_V[list(ids)] = True
+        return InVocabulary(member_V)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,11 +240,11 @@ class OfRole:
 
     Args:
         headers: what stands before a message, of every role.
-        own: the headers of this role.
+        own: the header of this role.
     """
 
     headers: frozenset[bytes]
-    own: frozenset[bytes]
+    own: bytes
 
     def __call__(self, samples: Samples) -> Bools:
         spans = np.array(list(self._spans(samples)), np.int64).reshape(-1, 2)
@@ -233,7 +257,7 @@ class OfRole:
             found = list(header.finditer(samples.data, begin, end))
             ends = [*(match.start() for match in found[1:]), end]
             for match, stop in zip(found, ends, strict=False):
-                if match.group() in self.own:
+                if match.group() == self.own:
                     yield match.start(), stop
 
 

@@ -11,14 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import takewhile
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from dwl_plugin.classes.selectors import Role
 from dwl_plugin.classes.token_bytes import TokenTable, added_ids, special_ids
 
-__all__ = ["role_headers"]
+__all__ = ["Role", "role_headers"]
+
+Role = Literal["user", "assistant", "tool", "system"]
 
 _BOTH: tuple[Role, Role] = ("assistant", "user")
 """Every template has them; where these two cannot be told apart, nothing can."""

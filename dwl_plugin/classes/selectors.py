@@ -6,12 +6,13 @@ A selector is a class when options stand beside it (`dwl_plugin/config/classes.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
+import numpy as np
 import regex
 from pydantic import (
     BeforeValidator,
@@ -26,7 +27,24 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from dwl_plugin.errors import did_you_mean
+from dwl_plugin.classes.keywords import Words
+from dwl_plugin.classes.masks import (
+    TIME_LIMIT_S,
+    AtTurnEnds,
+    Between,
+    Clock,
+    InText,
+    Mask,
+    MaskContext,
+    NthTurn,
+    OfRole,
+    all_of,
+    any_of,
+    negation,
+)
+from dwl_plugin.classes.role_headers import Role, role_headers
+from dwl_plugin.classes.token_bytes import added_ids, as_bytes, as_text, special_ids
+from dwl_plugin.errors import Problem, did_you_mean
 from dwl_plugin.values import Pattern, Strict, Text, TokenId, Word, invalid
 
 __all__ = [
@@ -40,7 +58,6 @@ __all__ = [
     "PackSelector",
     "PositionSelector",
     "RegexSelector",
-    "Role",
     "RoleSelector",
     "SelectorConfig",
     "SpecialSelector",
@@ -54,16 +71,34 @@ __all__ = [
     "walk",
 ]
 
-Role = Literal["user", "assistant", "tool", "system"]
-
 MAX_DEPTH = 16
 """How deep selectors may stand in each other; people need two or three."""
 
 
 class SelectorConfig(Strict):
-    """What every selector has: the key that chooses it."""
+    """What every selector has beside its options."""
 
     key: ClassVar[str]
+    """The key of a mapping that chooses this selector."""
+
+    text: ClassVar[Literal["none", "token", "sample"]] = "sample"
+    """The text it looks at: none, that of one token, or that of a sample."""
+
+    if_empty: ClassVar[str] = "only targets are classified; are these tokens masked in the labels?"
+    """Where to look when no token of the data is selected."""
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        """The callable that selects the tokens.
+
+        Args:
+            context: the tokenizer; its `problems` take what this tokenizer cannot serve.
+            path: where the selector stands in the YAML.
+        """
+        raise AssertionError(self)  # `pack` is replaced while the config is parsed
+
+    def inside(self) -> Sequence[tuple[str, SelectorConfig]]:
+        """The selectors in this one, each with the end of its YAML path."""
+        return ()
 
 
 _Model = TypeVar("_Model", bound=SelectorConfig)
@@ -137,27 +172,80 @@ class TokenIdsSelector(SelectorConfig):
     """Tokens by id."""
 
     key = "token_ids"
+    text = "none"
     token_ids: tuple[TokenId, ...] = Field(min_length=1, description='Ids and ranges with both ends in, e.g. [11, "100-199"].')
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        size = context.table.size
+        ids: list[int] = []
+        for index, item in enumerate(self.token_ids):
+            first, _, last = str(item).partition("-")
+            if int(last or first) < size:
+                ids += range(int(first), int(last or first) + 1)
+            else:
+                allowed = f"0 to {size - 1:,}; the vocabulary has {size:,} ids"
+                message = "outside the tokenizer's vocabulary"
+                context.problems.append(Problem(f"{path}.token_ids[{index}]", message, item, allowed))
+        return context.look_up(ids)
 
 
 class TokensSelector(SelectorConfig):
     """Tokens by their string; each must be exactly one token of the tokenizer."""
 
     key = "tokens"
+    text = "token"
     tokens: tuple[Text, ...] = Field(min_length=1, description='Token strings, e.g. ["<|im_end|>"].')
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        table, tokenizer = context.table, context.tokenizer
+        vocabulary = tokenizer.get_vocab()
+        members: list[int] = []
+        for index, text in enumerate(self.tokens):
+            named = [vocabulary[name] for name in (text, as_bytes(text)) if name in vocabulary]
+            ids = table.ids_of(as_bytes(text)) or named
+            members += ids
+            if ids:
+                continue
+            parts = [as_text(table.spelling(token_id)) for token_id in tokenizer.encode(text, add_special_tokens=False)]
+            message = f"not one token of this tokenizer; it becomes {', '.join(map(repr, parts))}"
+            hint = "for a text of several tokens use `regex`, or `between`"
+            if table.ids_of(as_bytes(f" {text}")):
+                hint = f"did you mean {' ' + text!r}, with its space?"
+            context.problems.append(Problem(f"{path}.tokens[{index}]", message, text, hint=hint))
+        return context.look_up(members)
 
 
 class TokenRegexSelector(SelectorConfig):
     """Tokens whose own text matches a pattern in full."""
 
     key = "token_regex"
+    text = "token"
+    if_empty = "the pattern must match all of one token's text; for text over several tokens use `regex`."
     token_regex: Pattern = Field(description="Python `regex` pattern; must match the whole of one token's text.")
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        table, match, clock = context.table, regex.compile(self.token_regex).fullmatch, Clock()
+        message = hint = ""
+        found: list[bool] = []
+        try:
+            found = [match(text, timeout=clock.left(), concurrent=False) is not None for text in table.texts()]
+        except (TimeoutError, MemoryError):
+            message = f"too slow: the vocabulary takes more than {TIME_LIMIT_S:g} s, or more memory than there is"
+            hint = "the pattern backtracks: simplify it"
+        else:
+            if not context.may_be_empty and not any(found):
+                message = f"matches none of the {table.size:,} tokens"
+                hint = "the pattern must match all of a token's text, and a word's token often begins with a space"
+        if message:
+            context.problems.append(Problem(f"{path}.token_regex", message, self.token_regex, hint=hint))
+        return context.look_up(np.flatnonzero(found).tolist())
 
 
 class RegexSelector(SelectorConfig):
     """Tokens that overlap a match in the decoded text of a turn."""
 
     key = "regex"
+    if_empty = "a pattern sees the targets of one turn, without special tokens; `^` and `$` are its ends."
     regex: Pattern = Field(description="Python `regex` pattern over the decoded text, searched per turn.")
     group: int | str = Field(0, description="The group of the match that counts; 0 is the whole match.")
 
@@ -170,6 +258,9 @@ class RegexSelector(SelectorConfig):
             raise invalid(f"the pattern has {compiled.groups} group(s)", ", ".join(str(name) for name in sorted(known, key=str)))
         return group
 
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        return InText(f"{path}.regex", regex.compile(self.regex), self.group)
+
 
 class WordsSelector(SelectorConfig):
     """Tokens that overlap one of many keywords, as whole words, in the decoded text of a turn."""
@@ -178,13 +269,21 @@ class WordsSelector(SelectorConfig):
     words: tuple[Word, ...] = Field(min_length=1, description="Keywords, thousands if need be; found as whole words.")
     ignore_case: bool = Field(False, description="Compare letters without regard to case.")
 
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        return Words(frozenset(self.words), self.ignore_case)
+
 
 class BetweenSelector(SelectorConfig):
     """Tokens in the span from an opening to a closing delimiter; an unclosed span ends with the sample."""
 
     key = "between"
+    if_empty = "only targets between the delimiters count, and a chat template may drop what is between them."
     between: tuple[Text, Text] = Field(description='Opening and closing delimiter, e.g. ["<think>", "</think>"].')
     include_delimiters: bool = Field(True, description="Count the delimiters themselves as members.")
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        open_tag, close_tag = map(as_bytes, self.between)
+        return Between(open_tag, close_tag, self.include_delimiters)
 
 
 def _turn(value: object) -> object:
@@ -197,9 +296,13 @@ class TurnSelector(SelectorConfig):
     """Tokens of the n-th turn: a turn is a contiguous run of targets in a sample."""
 
     key = "turn"
+    text = "none"
     turn: Annotated[Literal["first", "last"] | int, BeforeValidator(_turn)] = Field(
         description="first, last, or a number: 1 is the first turn, 2 the second, -1 the last."
     )
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        return NthTurn(1 if self.turn == "first" else -1 if self.turn == "last" else self.turn)
 
 
 class TurnEnds(Strict):
@@ -219,14 +322,28 @@ class PositionSelector(SelectorConfig):
     """The first and last tokens of each turn: a turn is a contiguous run of targets in a sample."""
 
     key = "position"
+    text = "none"
     position: TurnEnds = Field(description="E.g. {last: 32}, or {first: 8, last: 8}.")
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        return AtTurnEnds(self.position.first or 0, self.position.last or 0)
 
 
 class RoleSelector(SelectorConfig):
     """Tokens of the messages of one role, by the headers of the tokenizer's chat template."""
 
     key = "role"
+    if_empty = "roles are known by the headers of the tokenizer's chat template; was the data made with another one?"
     role: Role = Field(description="user, assistant, tool or system.")
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        headers, why_not = role_headers(context.tokenizer, context.table)
+        if self.role in headers:
+            return OfRole(frozenset(headers.values()), headers[self.role])
+        message = f"cannot be known from this tokenizer's chat template: {why_not[self.role]}"
+        hint = "use `regex` or `between` with what stands around such messages"
+        context.problems.append(Problem(f"{path}.role", message, self.role, ", ".join(headers), hint))
+        return context.look_up([])
 
 
 def _yes(value: object) -> object:
@@ -239,14 +356,22 @@ class SpecialSelector(SelectorConfig):
     """Tokens that the tokenizer calls special."""
 
     key = "special"
+    text = "none"
     special: Annotated[Literal[True], BeforeValidator(_yes)] = Field(description="true.")
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        return context.look_up(special_ids(context.tokenizer))
 
 
 class AddedSelector(SelectorConfig):
     """Tokens that were added to the tokenizer's vocabulary, special or not."""
 
     key = "added"
+    text = "none"
     added: Annotated[Literal[True], BeforeValidator(_yes)] = Field(description="true.")
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        return context.look_up(added_ids(context.tokenizer))
 
 
 class PackSelector(SelectorConfig):
@@ -266,22 +391,43 @@ class AnySelector(SelectorConfig):
     """Tokens that at least one of the selectors selects."""
 
     key = "any"
+    text = "none"
     any: Annotated[tuple[NestedSelector, ...], BeforeValidator(_list)] = Field(min_length=1, description="Selectors.")
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        return any_of([selector.mask(context, path + at) for at, selector in self.inside()])
+
+    def inside(self) -> Sequence[tuple[str, SelectorConfig]]:
+        return [(f".any[{index}]", selector) for index, selector in enumerate(self.any)]
 
 
 class AllSelector(SelectorConfig):
     """Tokens that every one of the selectors selects."""
 
     key = "all"
+    text = "none"
     all: Annotated[tuple[NestedSelector, ...], BeforeValidator(_list)] = Field(min_length=1, description="Selectors.")
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        return all_of([selector.mask(context, path + at) for at, selector in self.inside()])
+
+    def inside(self) -> Sequence[tuple[str, SelectorConfig]]:
+        return [(f".all[{index}]", selector) for index, selector in enumerate(self.all)]
 
 
 class NotSelector(SelectorConfig):
     """Target tokens that the selector does not select."""
 
     key = "not"
+    text = "none"
     model_config = ConfigDict(populate_by_name=True)
     not_: NestedSelector = Field(alias="not", description="A selector.")
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        return negation(self.not_.mask(context, f"{path}.not"))
+
+    def inside(self) -> Sequence[tuple[str, SelectorConfig]]:
+        return [(".not", self.not_)]
 
     @model_serializer(mode="wrap")
     def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -318,13 +464,10 @@ if not TYPE_CHECKING:
 
 
 def walk(selector: SelectorConfig, path: str) -> Iterator[tuple[str, SelectorConfig]]:
-    """`selector` and every one inside it, each with its YAML path."""
+    """Yield `selector` and every one inside it, each with its YAML path."""
     yield path, selector
-    if isinstance(selector, NotSelector):
-        yield from walk(selector.not_, f"{path}.not")
-    elif isinstance(selector, (AnySelector, AllSelector)):
-        for index, item in enumerate(getattr(selector, selector.key)):
-            yield from walk(item, f"{path}.{selector.key}[{index}]")
+    for at, item in selector.inside():
+        yield from walk(item, path + at)
 
 
 def as_selector(config: SelectorConfig) -> SelectorConfig:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dwl_plugin.classes.labeller import Labeller, as_ints
-from dwl_plugin.classes.selectors import BetweenSelector, RegexSelector, RoleSelector, SelectorConfig, TokenRegexSelector
+from dwl_plugin.classes.selectors import SelectorConfig
 from dwl_plugin.errors import Problem
 from dwl_plugin.values import IGNORE_INDEX
 
@@ -84,30 +84,17 @@ def empty_class_problems(
         hint = "every label is -100; look at the dataset's type and at `train_on_inputs`"
         return [Problem("dwl.classes", message, hint=hint)]
     return [
-        Problem(f"dwl.classes.{name}", _emptiness(found, matches), hint=_where_to_look(config, matches))
+        _emptiness(f"dwl.classes.{name}", config, found, matches)
         for (name, config), tokens, matches in zip(classes.items(), found.tokens, found.matches, strict=False)
         if tokens == 0 and name not in may_be_empty
     ]
 
 
-def _emptiness(found: ClassSurvey, matches: int) -> str:
+def _emptiness(path: str, config: SelectorConfig, found: ClassSurvey, matches: int) -> Problem:
+    """Say why a class may have no token; `matches` are those that earlier classes take."""
     looked = f"looked at {found.targets:,} target tokens in {found.rows:,} rows"
     if matches:
-        return f"has no token: classes above it take all {matches:,} that it matches ({looked})"
-    return f"matches nothing ({looked})"
-
-
-def _where_to_look(config: SelectorConfig, matches: int) -> str:
-    if matches:
-        return "the first class that matches wins; move this class up, or write `allow_empty: true`"
-    if isinstance(config, BetweenSelector):
-        where = "only targets between the delimiters count, and a chat template may drop what is between them."
-    elif isinstance(config, RegexSelector):
-        where = "a pattern sees the targets of one turn, without special tokens; `^` and `$` are its ends."
-    elif isinstance(config, TokenRegexSelector):
-        where = "the pattern must match all of one token's text; for text over several tokens use `regex`."
-    elif isinstance(config, RoleSelector):
-        where = "roles are known by the headers of the tokenizer's chat template; was the data made with another one?"
-    else:
-        where = "only targets are classified; are these tokens masked in the labels?"
-    return f"{where} If the class may be empty, write `allow_empty: true`"
+        message = f"has no token: classes above it take all {matches:,} that it matches ({looked})"
+        return Problem(path, message, hint="the first class that matches wins; move this class up, or write `allow_empty: true`")
+    hint = f"{config.if_empty} If the class may be empty, write `allow_empty: true`"
+    return Problem(path, f"matches nothing ({looked})", hint=hint)

@@ -186,25 +186,17 @@ def host_schema() -> dict[str, Any]:
     """The JSON Schema of Axolotl's own keys."""
     with quiet():
         from axolotl.utils.schemas.config import AxolotlInputConfig
+        from pydantic import PydanticInvalidForJsonSchema
         from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
         from pydantic_core import PydanticSerializationError
 
         class Tolerant(GenerateJsonSchema):
             """A few of the host's fields are Python objects, which no YAML can write: anything goes there."""
 
-            def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> JsonSchemaValue:
-                return {}
-
-            def literal_schema(self, schema: Any) -> JsonSchemaValue:
+            def generate_inner(self, schema: Any) -> JsonSchemaValue:
                 try:
-                    return super().literal_schema(schema)
-                except PydanticSerializationError:
-                    return {}
-
-            def enum_schema(self, schema: Any) -> JsonSchemaValue:
-                try:
-                    return super().enum_schema(schema)
-                except PydanticSerializationError:
+                    return super().generate_inner(schema)
+                except (PydanticInvalidForJsonSchema, PydanticSerializationError):
                     return {}
 
         schema: dict[str, Any] = AxolotlInputConfig.model_json_schema(schema_generator=Tolerant)

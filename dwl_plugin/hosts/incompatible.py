@@ -21,28 +21,20 @@ def _set(value: Any, _: Config) -> bool:
     return value not in (None, False, 0, 0.0, "", [], {})
 
 
-def _plugin(name: str) -> Callable[[Any, Config], bool]:
-    return lambda plugins, _: isinstance(plugins, (list, tuple)) and any(name in str(plugin) for plugin in plugins)
-
-
 def _cuts_in_forward(block: Any, _: Config) -> bool:
     """The sequence is cut up in front of the model's forward, after the collator."""
     return isinstance(block, Mapping) and (block.get("shard_in_collator") is False or block.get("load_balance") == "distflash")
 
 
 def _classifies(value: Any, _: Config) -> bool:
-    return isinstance(value, str) and any(
-        kind in value for kind in ("SequenceClassification", "TokenClassification", "QuestionAnswering", "RewardModel")
-    )
+    kinds = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "RewardModel")
+    return isinstance(value, str) and any(kind in value for kind in kinds)
 
 
 def _in_pieces(cfg: Config) -> bool:
     block = cfg.get("context_parallel")
-    sizes = (
-        cfg.get("context_parallel_size"),
-        cfg.get("sequence_parallel_degree"),
-        block.get("size") if isinstance(block, Mapping) else None,
-    )
+    sizes = [cfg.get("context_parallel_size"), cfg.get("sequence_parallel_degree")]
+    sizes += [block.get("size")] if isinstance(block, Mapping) else []
     return any(isinstance(size, int) and size > 1 for size in sizes)
 
 
@@ -71,6 +63,20 @@ _OWN_LOADER = "its batches come from a data loader of its own, without class ids
 _LANGUAGE_MODEL = "write `AutoModelForCausalLM`, or delete this line"
 _CUT_LATE = "the sequence is cut up after the collator, and class ids are not cut with it"
 
+
+def _plugin(module: str, why: str, name: str) -> Refusal:
+    def is_used(plugins: Any, _: Config) -> bool:
+        return isinstance(plugins, (list, tuple)) and any(module in str(plugin) for plugin in plugins)
+
+    return Refusal("plugins", why, when=is_used, name=name)
+
+
+def _stream(key: str) -> Refusal:
+    instead = "add `accelerator_config: {dispatch_batches: false}`"
+    name = f"`{key}` with `context_parallel_size` and batches that are dispatched"
+    return Refusal(key, _CUT_LATE, instead, _streams_in_pieces, name)
+
+
 REFUSALS: tuple[Refusal, ...] = (
     Refusal("use_dft", "both weight every token by its probability", "delete `use_dft`; `loss: dft` is the same objective"),
     Refusal(
@@ -95,22 +101,10 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("ebft", "EBFT computes its own loss"),
     Refusal("hatchery", "hatchery trains on a remote machine with its own loss"),
     Refusal("llmcompressor", "llm_compressor replaces the trainer's loss"),
-    Refusal("plugins", "distillation computes its own loss", when=_plugin("integrations.kd."), name="the kd plugin"),
-    Refusal(
-        "plugins", "a diffusion model has no next-token loss", when=_plugin("integrations.diffusion"), name="the diffusion plugins"
-    ),
-    Refusal(
-        "plugins",
-        "hatchery trains on a remote machine with its own loss",
-        when=_plugin("integrations.hatchery"),
-        name="the hatchery plugin",
-    ),
-    Refusal(
-        "plugins",
-        "llm_compressor replaces the trainer's loss",
-        when=_plugin("integrations.llm_compressor"),
-        name="the llm_compressor plugin",
-    ),
+    _plugin("integrations.kd.", "distillation computes its own loss", "the kd plugin"),
+    _plugin("integrations.diffusion", "a diffusion model has no next-token loss", "the diffusion plugins"),
+    _plugin("integrations.hatchery", "hatchery trains on a remote machine with its own loss", "the hatchery plugin"),
+    _plugin("integrations.llm_compressor", "llm_compressor replaces the trainer's loss", "the llm_compressor plugin"),
     Refusal("do_bench_eval", _OWN_LOADER, "run the benchmark on the finished model"),
     Refusal(
         "deepspeed",
@@ -126,20 +120,8 @@ REFUSALS: tuple[Refusal, ...] = (
         when=_cuts_in_forward,
         name="`context_parallel` with `shard_in_collator: false` or `load_balance: distflash`",
     ),
-    Refusal(
-        "streaming",
-        _CUT_LATE,
-        "add `accelerator_config: {dispatch_batches: false}`",
-        when=_streams_in_pieces,
-        name="`streaming` with `context_parallel_size` and batches that are dispatched",
-    ),
-    Refusal(
-        "pretraining_dataset",
-        _CUT_LATE,
-        "add `accelerator_config: {dispatch_batches: false}`",
-        when=_streams_in_pieces,
-        name="`pretraining_dataset` with `context_parallel_size` and batches that are dispatched",
-    ),
+    _stream("streaming"),
+    _stream("pretraining_dataset"),
 )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -40,6 +41,8 @@ _STATE = "dwl"
 _PACKING = ("sample_packing", "batch_flattening", "packing", "padding_free")
 """Training arguments, Axolotl's and TRL's, that put several samples into one row."""
 
+Batch = dict[str, Any]
+Items = torch.Tensor | int | None
 OnTokens = Callable[[ForwardMetrics], None]
 
 
@@ -75,7 +78,7 @@ class TrainerMixin(Trainer):
     def _of_every_rank(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.gather(tensor) if self.args.world_size > 1 else tensor
 
-    def _averaged_over(self, num_items_in_batch: torch.Tensor | int | None) -> int:
+    def _averaged_over(self, num_items_in_batch: Items) -> int:
         """How many ranks' gradients the host averages without multiplying the loss before.
 
         The step's targets are counted over all ranks, so that a rank with few of them weighs as little as they do. (Axolotl's own
@@ -85,13 +88,7 @@ class TrainerMixin(Trainer):
         multiplies = multiplies and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
         return int(self.get_tp_size() if multiplies else self.accelerator.num_processes)
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Items = None) -> Any:
         session, training = self._dwl, model.training
         inputs = dict(inputs)
         denominator: torch.Tensor | int
@@ -111,16 +108,14 @@ class TrainerMixin(Trainer):
                     outputs["logits"] = outputs["logits"].materialise("compute_metrics").as_subclass(torch.Tensor)
             return result
 
-    def prediction_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> Any:
+    def prediction_step(self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         self._dwl.keeps_logits = not prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         finally:
             self._dwl.keeps_logits = False
 
-    def _without_repeated_rows(self, inputs: dict[str, Any], on_tokens: OnTokens) -> OnTokens:
+    def _without_repeated_rows(self, inputs: Batch, on_tokens: OnTokens) -> OnTokens:
         """The host repeats rows of the evaluation set to give every rank as many; they come last, and are not measured again."""
         state, labels = self.accelerator.gradient_state, inputs.get("labels")
         repeats = self.args.world_size > 1 and self.accelerator.even_batches and state.end_of_dataloader
@@ -176,13 +171,7 @@ class TrainerMixin(Trainer):
 class _CheckedMixin(TrainerMixin):
     """For a host with a `compute_loss` of its own: the loss it returns has to be the one that came from the model."""
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Items = None) -> Any:
         self._dwl.model_loss = None
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = result[0] if return_outputs else result
@@ -200,13 +189,7 @@ class BelowHost(Trainer):
 
     _dwl: Session
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Items = None) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._dwl.model_loss = loss
         self.measure(outputs, inputs)

@@ -35,27 +35,28 @@ class Pointwise:
     operand: Any = None
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.kind == "scale":
-            return torch.mul(logits, self.operand)
-        if self.kind == "divide":
-            return torch.div(logits, self.operand)
-        if self.kind == "shift":
-            return torch.add(logits, self.operand)
-        if self.kind == "tanh":
-            return torch.tanh(logits)
-        if self.kind == "cast":
-            return logits.to(self.operand)
-        if self.kind == "clamp":
-            return logits.clamp(*self.operand)
-        if self.kind == "fill":
-            ids, value = self.operand
-            logits = logits.clone()
-            logits[..., ids] = value
-            return logits
-        if self.kind == "log_softmax":
-            return logits.log_softmax(-1)
-        assert self.kind == "slice", self.kind
-        return logits[..., self.operand]
+        match self.kind:
+            case "scale":
+                return torch.mul(logits, self.operand)
+            case "divide":
+                return torch.div(logits, self.operand)
+            case "shift":
+                return torch.add(logits, self.operand)
+            case "tanh":
+                return torch.tanh(logits)
+            case "cast":
+                return logits.to(self.operand)
+            case "clamp":
+                return logits.clamp(*self.operand)
+            case "log_softmax":
+                return logits.log_softmax(-1)
+            case "slice":
+                return logits[..., self.operand]
+        assert self.kind == "fill", self.kind
+        ids, value = self.operand
+        logits = logits.clone()
+        logits[..., ids] = value
+        return logits
 
 
 @dataclass(frozen=True)
@@ -180,45 +181,30 @@ class DeferredLogits:
     def __mul__(self, other: Any) -> Any:
         return self._arithmetic("scale", other, "*")
 
-    __rmul__ = __mul__
-
-    def mul(self, other: Any) -> Any:
-        return self * other
-
     def __truediv__(self, other: Any) -> Any:
         return self._arithmetic("divide", other, "/")
-
-    def div(self, other: Any) -> Any:
-        return self / other
 
     def __add__(self, other: Any) -> Any:
         return self._arithmetic("shift", other, "+")
 
-    __radd__ = __add__
-
-    def add(self, other: Any) -> Any:
-        return self + other
-
-    def __neg__(self) -> DeferredLogits:
-        return self._then("scale", -1.0)
-
     def __sub__(self, other: Any) -> Any:
         return self + -other
 
-    def sub(self, other: Any) -> Any:
-        return self - other
+    mul = __rmul__ = __mul__
+    div = __truediv__
+    add = __radd__ = __add__
+    sub = __sub__
+
+    def __neg__(self) -> DeferredLogits:
+        return self._then("scale", -1.0)
 
     def tanh(self) -> DeferredLogits:
         return self._then("tanh")
 
     def clamp(self, min: Any = None, max: Any = None) -> Any:
-        if self._is_number_or_none(min) and self._is_number_or_none(max):
+        if all(bound is None or isinstance(bound, (int, float)) for bound in (min, max)):
             return self._then("clamp", (min, max))
         return self.materialise("clamp").clamp(min, max)
-
-    @staticmethod
-    def _is_number_or_none(value: Any) -> bool:
-        return value is None or isinstance(value, (int, float))
 
     def log_softmax(self, dim: int | None = None, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Any:
         if dim is None or dim % self.ndim != self.ndim - 1:
@@ -388,22 +374,9 @@ class DeferredLogits:
 
 # Functions of torch, by name, and the method that records them.
 _RECORDED = {
-    "add": "add",
-    "clamp": "clamp",
-    "clip": "clamp",
-    "div": "div",
-    "divide": "div",
-    "flatten": "flatten",
-    "log_softmax": "log_softmax",
-    "mul": "mul",
-    "multiply": "mul",
-    "reshape": "reshape",
-    "squeeze": "squeeze",
-    "sub": "sub",
-    "tanh": "tanh",
-    "transpose": "transpose",
-    "true_divide": "div",
-    "unsqueeze": "unsqueeze",
+    **{name: name for name in ("add", "clamp", "div", "flatten", "log_softmax", "mul", "reshape")},
+    **{name: name for name in ("squeeze", "sub", "tanh", "transpose", "unsqueeze")},
+    **{"clip": "clamp", "divide": "div", "multiply": "mul", "true_divide": "div"},
 }
 
 # Attributes of a tensor that tell nothing of its values.

@@ -20,20 +20,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from dwl_plugin.errors import LossNotTakenError
+from dwl_plugin.loss import heads
 from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.chunked import module_cross_entropy
 from dwl_plugin.loss.class_sums import ForwardMetrics
 from dwl_plugin.loss.deferred_logits import DeferredLogits, Folded, HeadFn
-from dwl_plugin.loss.heads import (
-    as_linear,
-    base_model,
-    gathered_by_hooks,
-    output_head,
-    uses_head,
-    vocab_size_of,
-    whole,
-    without_adapter,
-)
 from dwl_plugin.loss.linear_cross_entropy import LinearCrossEntropyOutput, fused_cross_entropy
 from dwl_plugin.loss.membership import Membership
 from dwl_plugin.loss.shift import IGNORE_INDEX, shift_left
@@ -62,10 +53,10 @@ class Seam:
     def __init__(
         self, model: nn.Module, log_line: Callable[[str], None], as_base: Callable[[], AbstractContextManager[Any]] | None = None
     ) -> None:
-        self.model = base_model(model)
+        self.model = heads.base_model(model)
         # Older PEFT calls the model inside it past its hooks, so both carry them.
         self.called = (model,) if model is self.model else (model, self.model)
-        self.head = output_head(self.model)
+        self.head = heads.output_head(self.model)
         older = getattr(self.head.__dict__.get("forward"), "__self__", None)
         if isinstance(older, Seam):  # a trainer that is built again over the same model
             older.detach()
@@ -74,17 +65,14 @@ class Seam:
         self._layout: int | None = None
         self._constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], torch.Tensor] = {}
         # A wrapper around this model, or a language model inside it, may be the one whose `loss_function` is called.
-        self._owners = [module for module in self.model.modules() if uses_head(module, self.head)]
+        self._owners = [module for module in self.model.modules() if heads.uses_head(module, self.head)]
         self._head_was: Any = self.head.__dict__.get("forward")
         self._head_forward: Callable[..., torch.Tensor] = self.head.forward
         self._losses_were: list[Any] = [owner.__dict__.get("_loss_function") for owner in self._owners]
         self._model_loss: Callable[..., Any] = self.model.loss_function  # type: ignore[assignment]
         self._as_base = as_base
-        self._hooks = (
-            []
-            if as_base is None
-            else [module.register_forward_pre_hook(self._run_base, with_kwargs=True) for module in self.called]
-        )
+        hooked = self.called if as_base is not None else ()
+        self._hooks = [module.register_forward_pre_hook(self._run_base, with_kwargs=True) for module in hooked]
         self.head.forward = self._forward
         for owner in self._owners:
             owner.loss_function = self._loss_function  # type: ignore[assignment]
@@ -160,7 +148,7 @@ class Seam:
         return DeferredLogits(
             hidden,
             self._logits,
-            vocab_size=vocab_size_of(self.head),
+            vocab_size=heads.vocab_size_of(self.head),
             dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype,
             on_materialise=self._materialised,
             on_cross_entropy=self._cross_entropy,
@@ -366,17 +354,17 @@ class Seam:
                 logit_scale=folded.logit_scale,
             )
 
-        return self._inside_head(of, logits.rows()) if gathered_by_hooks(self.head) else of(logits.rows())
+        return self._inside_head(of, logits.rows()) if heads.gathered_by_hooks(self.head) else of(logits.rows())
 
     def _linear(self, head: nn.Module) -> nn.Linear | None:
         """`head` as a matrix, if nothing else had patched its forward before."""
-        return None if head is self.head and self._head_was is not None else as_linear(head)
+        return None if head is self.head and self._head_was is not None else heads.as_linear(head)
 
     def _base_linear(self, base: DeferredLogits | torch.Tensor | None, folded: Folded | None) -> nn.Linear | None:
         """The base model's head, where it is a matrix under the very scale, cap and vocabulary of the trained one."""
         if not isinstance(base, DeferredLogits) or base.head != self._logits or base.folded() != folded:
             return None
-        return self._linear(without_adapter(self.head))
+        return self._linear(heads.without_adapter(self.head))
 
     def _base_logits(self, base: DeferredLogits | torch.Tensor | None) -> HeadFn:
         """From rows of what `_rows_like` gives to the base model's logits."""
@@ -384,12 +372,12 @@ class Seam:
             return _identity
         if base.head != self._logits:  # what was changed in place is computed already
             return base.compute
-        head = without_adapter(self.head)
+        head = heads.without_adapter(self.head)
         return replace(base, head=self._head_forward if head is self.head else head).compute
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the head would have returned."""
-        if not gathered_by_hooks(self.head):
+        if not heads.gathered_by_hooks(self.head):
             return self._head_forward(hidden)
         logits: torch.Tensor = self.head(hidden, _Inside(self._head_forward))
         return logits
@@ -443,5 +431,5 @@ def _put_back(module: nn.Module, name: str, was: Any) -> None:
 
 def _matrix(linear: nn.Linear, vocab: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight and bias, gathered if they are in pieces, of a slice of the vocabulary."""
-    weight_VH, bias_V = whole(linear.weight), None if linear.bias is None else whole(linear.bias)
+    weight_VH, bias_V = heads.whole(linear.weight), None if linear.bias is None else heads.whole(linear.bias)
     return (weight_VH, bias_V) if vocab == slice(None) else (weight_VH[vocab], None if bias_V is None else bias_V[vocab])

@@ -15,20 +15,20 @@ Shapes: R tokens, k the largest logits of each.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field, ValidatorFunctionWrapHandler, field_validator
-from pydantic_core import ValidationError
+from pydantic import BeforeValidator, Field
 
-from dwl_plugin.alpha.schedules import Schedule, ScheduleOptions, vectors
+from dwl_plugin.alpha.schedules import Schedule, vectors
 from dwl_plugin.errors import ConfigError, did_you_mean
 from dwl_plugin.extensions import class_of
-from dwl_plugin.values import Strict, Weight, invalid, line_error, line_errors
+from dwl_plugin.values import Strict, Weight, invalid, line_error
 
 if TYPE_CHECKING:
     import torch
+    from pydantic_core import InitErrorDetails
     from typing_extensions import Self
 
 __all__ = [
@@ -124,29 +124,21 @@ class DFTConfig(Strict):
         None, description="`exponent` and `min_weight` as functions of the optimizer step, e.g. from NLL to DFT."
     )
 
-    @field_validator("schedule", mode="wrap")
     @classmethod
-    def _moves_own_options(cls, written: Any, handler: ValidatorFunctionWrapHandler) -> ScheduleOptions | None:
-        """Both what is wrong with the schedule and what is wrong with the numbers it has here."""
-        wrong, names = [], ", ".join(SCHEDULED)
-        for path, numbers in vectors(written, ""):
-            at = tuple(path.split(".")[1:])
+    def cross_errors(cls, written: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+        """What is wrong with the numbers of the schedule here."""
+        names = ", ".join(SCHEDULED)
+        for path, numbers in vectors(written.get("schedule"), "schedule"):
+            at = path.split(".")
             if numbers == {}:
-                wrong.append(line_error(at, "names nothing that moves", numbers, names))
+                yield line_error(at, "names nothing that moves", numbers, names)
             for name, value in numbers.items() if isinstance(numbers, Mapping) else ():
                 if name not in SCHEDULED:
                     hint = did_you_mean(name, SCHEDULED)
-                    wrong.append(line_error((*at, str(name)), "not an option of dft that can move", value, names, hint))
+                    yield line_error([*at, str(name)], "not an option of dft that can move", value, names, hint)
                 elif isinstance(value, (int, float)) and not 0 <= value <= (1 if name == "min_weight" else value):
                     allowed = "numbers from 0 to 1" if name == "min_weight" else "numbers from 0 up"
-                    wrong.append(line_error((*at, name), "out of range", value, allowed))
-        try:
-            schedule: ScheduleOptions | None = handler(written)
-        except ValidationError as error:
-            wrong = [*line_errors(error), *wrong]
-        if wrong:
-            raise ValidationError.from_exception_data("schedule", wrong)
-        return schedule
+                    yield line_error([*at, name], "out of range", value, allowed)
 
 
 @dataclass(frozen=True)

@@ -33,16 +33,8 @@ __all__ = ["Session", "without_base_model"]
 class Session:
     """A run's settings, the seam in its model, and what changes from step to step.
 
-    Args:
-        model: what is trained, an adapter around it or not; the seam is put into it.
-        block: the validated settings.
-        labeller: of the classes, if there are any.
-        survey: what they found in the training data.
-        taken_over: fused losses of the host that were switched off.
-
-    Raises:
-        ConfigError: an anchor, and no adapter to switch off.
-        LossNotTakenError: the model has no output head.
+    `taken_over` names the fused losses of the host that were switched off. Raises `ConfigError` for an anchor without an adapter to
+    switch off, and as `Seam`.
     """
 
     def __init__(
