@@ -15,10 +15,11 @@ import numpy as np
 
 from dwl_plugin.cli.config_file import read_config
 from dwl_plugin.cli.trust import Danger, dangers
-from dwl_plugin.config import IGNORE_INDEX, REST, Block
+from dwl_plugin.config import Block
 from dwl_plugin.config.overrides import overridden, overrides_of
 from dwl_plugin.config.salvage import salvage
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
+from dwl_plugin.values import IGNORE_INDEX, REST
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

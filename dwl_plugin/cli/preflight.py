@@ -21,8 +21,8 @@ from rich.text import Text
 
 from dwl_plugin.cli.analysis import Findings, LookedAt, ValidatedConfig, analyse
 from dwl_plugin.cli.check import print_findings
-from dwl_plugin.config import IGNORE_INDEX
 from dwl_plugin.errors import ConfigError, DWLError
+from dwl_plugin.values import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

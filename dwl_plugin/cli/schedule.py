@@ -16,12 +16,13 @@ from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.cli.config_file import read_config
 from dwl_plugin.cli.trust import dangers
-from dwl_plugin.config import REST, Block, DFTConfig, parse
+from dwl_plugin.config import Block, parse
 from dwl_plugin.config.overrides import overridden, overrides_of
 from dwl_plugin.errors import ConfigError, DWLError
 from dwl_plugin.files import write_whole
-from dwl_plugin.loss.token_losses import SCHEDULED
+from dwl_plugin.loss.token_losses import SCHEDULED, DFTConfig
 from dwl_plugin.run.moving import alpha_of, end_hints, token_losses_of
+from dwl_plugin.values import REST
 
 __all__ = ["IMAGE_SUFFIXES", "schedule"]
 

@@ -9,28 +9,18 @@ from dwl_plugin.alpha.schedules import ScheduleOptions
 from dwl_plugin.config.block import Block, DWLConfig, LossName, Reduction
 from dwl_plugin.config.classes import ClassConfig
 from dwl_plugin.config.parse import parse, read_block
-from dwl_plugin.loss.token_losses import DFTConfig, EAFTConfig, FocalConfig, TokenLossConfig, TokenLossName
-from dwl_plugin.values import FIRST_TARGET, IGNORE_INDEX, REST, Overlap, Position, Weight
+from dwl_plugin.values import Position, Weight
 
 __all__ = [
-    "FIRST_TARGET",
-    "IGNORE_INDEX",
-    "REST",
     "Block",
     "ClassConfig",
     "ControllerOptions",
-    "DFTConfig",
     "DWLConfig",
-    "EAFTConfig",
-    "FocalConfig",
     "LossControllerOptions",
     "LossName",
-    "Overlap",
     "Position",
     "Reduction",
     "ScheduleOptions",
-    "TokenLossConfig",
-    "TokenLossName",
     "Weight",
     "parse",
     "read_block",

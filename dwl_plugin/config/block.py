@@ -14,7 +14,15 @@ from dwl_plugin.alpha.schedules import Schedule, ScheduleOptions
 from dwl_plugin.classes.selectors import Context
 from dwl_plugin.config.classes import ClassConfig, Classes
 from dwl_plugin.errors import Problem
-from dwl_plugin.loss.token_losses import TOKEN_LOSSES, DFTConfig, EAFTConfig, FocalConfig, TokenLossConfig, TokenLossName
+from dwl_plugin.loss.token_losses import (
+    TOKEN_LOSSES,
+    DFTConfig,
+    EAFTConfig,
+    FocalConfig,
+    TokenLossConfig,
+    TokenLossName,
+    TokenLossOptions,
+)
 from dwl_plugin.values import REST, Overlap, Reduction, Strict, Weight
 
 __all__ = ["Block", "BlockContext", "DWLConfig", "LossName", "Reduction"]
@@ -159,8 +167,10 @@ class Block(Strict):
         """λ of each class's KL to the base model, over `class_names`."""
         return tuple(getattr(token_loss, "anchor", 0.0) for token_loss in self.token_losses)
 
-    def _token_loss(self, name: TokenLossName, spec: ClassConfig | None) -> TokenLossConfig:
+    def _token_loss(self, name: str | TokenLossOptions, spec: ClassConfig | None) -> TokenLossConfig:
         """The options of a class's own block, of the whole block, or the defaults."""
+        if isinstance(name, TokenLossOptions):
+            return name
         if name == "nll":
             return DFTConfig.model_validate({"exponent": 0.0})
         whole = self.dft if name == "dft" else getattr(self.dwl, name)

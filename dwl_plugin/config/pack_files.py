@@ -1,6 +1,7 @@
 """Where a pack's text comes from, and how it is read: as data of a limited size, by nothing that could run.
 
-A pack is named by its name, by a file (`./my_pack.yml`), or by a file on the Hugging Face Hub at one commit
+A pack is named by its name, if it is of this package or of another that is installed (an entry point of `dwl_plugin.packs`, which
+loads to its YAML or to the `Path` of the file), by a file (`./my_pack.yml`), or by a file on the Hugging Face Hub at one commit
 (`hf://user/repo@<commit>/my_pack.yml`). A member is a dot and its name after any of these.
 """
 
@@ -12,14 +13,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import regex
 
 from dwl_plugin.errors import PREFIX, ConfigError, did_you_mean
+from dwl_plugin.extensions import installed, load
 
-__all__ = ["MAX_BYTES", "PackReference", "PackText", "read_pack", "shipped_packs"]
+__all__ = ["MAX_BYTES", "PackReference", "PackText", "known_packs", "read_pack", "shipped_packs"]
 
 MAX_BYTES = 128 * 1024
 """Size of a pack file; the largest of ours has a fifth of it."""
@@ -75,6 +78,12 @@ def shipped_packs() -> list[str]:
     return sorted(path.stem for path in _SHIPPED.glob("*.yml"))
 
 
+def known_packs() -> list[str]:
+    """The names of packs that can be used here: of this package, then of others that are installed."""
+    shipped = shipped_packs()
+    return [*shipped, *sorted(set(installed("pack")) - set(shipped))]
+
+
 def read_pack(reference: PackReference, folders: Sequence[Path] | None, path: str) -> PackText:
     """The text of a pack; raises `ConfigError` with the problem at `path` of the config.
 
@@ -83,9 +92,12 @@ def read_pack(reference: PackReference, folders: Sequence[Path] | None, path: st
         folders: where a relative path may lie; the first that has the file is taken. None: only packs of this package may be read.
         path: where the config names the pack.
     """
-    name, known = reference.pack, shipped_packs()
-    if name in known:
+    name = reference.pack
+    if name in shipped_packs():
         return PackText(name, (_SHIPPED / f"{name}.yml").read_text(encoding="utf-8"))
+    known = shipped_packs() if folders is None else known_packs()
+    if name in known:
+        return PackText(name, _limited(load("pack", name, path), name, path).decode("utf-8", "replace"))
     if reference.is_name:
         hint = did_you_mean(name, known) or "a pack of your own is `./its_file.yml`"
         raise ConfigError.at(path, "no such pack", name, ", ".join(known), hint)
@@ -101,9 +113,13 @@ def read_pack(reference: PackReference, folders: Sequence[Path] | None, path: st
     return PackText(name, _limited(file, name, path).decode("utf-8", "replace"))
 
 
-def _limited(file: Path, name: str, path: str) -> bytes:
-    with file.open("rb") as handle:
-        data = handle.read(MAX_BYTES + 1)
+def _limited(source: object, name: str, path: str) -> bytes:
+    """The bytes of a file, or of the text that another package has."""
+    try:
+        with source.open("rb") if isinstance(source, Path) else BytesIO(str(source).encode()) as handle:
+            data: bytes = handle.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError.at(path, f"{source} cannot be read: {error.strerror}", name) from None
     if len(data) > MAX_BYTES:
         raise ConfigError.at(path, f"a pack has at most {MAX_BYTES // 1024} KiB; this file is larger", name)
     return data

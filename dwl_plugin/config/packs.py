@@ -19,7 +19,7 @@ from dwl_plugin.classes.selectors import AllSelector, AnySelector, Context, Pack
 from dwl_plugin.config.alpha import alpha_problems
 from dwl_plugin.config.block import Reduction
 from dwl_plugin.config.classes import ClassConfig, Classes, as_class, name_problems
-from dwl_plugin.config.pack_files import PackReference, PackText, read_pack, shipped_packs
+from dwl_plugin.config.pack_files import PackReference, PackText, known_packs, read_pack
 from dwl_plugin.config.problems import unique, validate
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
 from dwl_plugin.values import REST, Strict, Weight, invalid
@@ -195,7 +195,7 @@ class PackLibrary:
             return beside
         reference = PackReference.of(name)
         if reference is None:
-            forms = f"{', '.join(shipped_packs())}, ./file.yml, hf://user/repo@<commit>/file.yml"
+            forms = f"{', '.join(known_packs())}, ./file.yml, hf://user/repo@<commit>/file.yml"
             raise ConfigError.at("dwl.pack", "not a pack", name, forms)
         if reference.member is not None:
             hint = f"for one class write it under `classes`: {{pack: {name}}}"

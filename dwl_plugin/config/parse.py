@@ -15,7 +15,7 @@ from dwl_plugin.config.classes import name_problems
 from dwl_plugin.config.packs import PackLibrary
 from dwl_plugin.config.problems import unique, validate
 from dwl_plugin.errors import ConfigError, Problem
-from dwl_plugin.loss.token_losses import TOKEN_LOSSES
+from dwl_plugin.loss.token_losses import TOKEN_LOSSES, TokenLossOptions
 from dwl_plugin.values import MOST_OVERLAPPING, REST
 from dwl_plugin.yaml_io import read_yaml
 
@@ -177,10 +177,10 @@ def _useless_keys(loss: object, dwl: Mapping[str, Any], classes: Mapping[str, An
 
 def _useless_options(block: Block) -> Iterator[Problem]:
     """Options of a token loss that nothing pays: the user believes in a loss that is not there."""
-    default = block.dwl.token_loss if block.loss == "dwl" and block.dwl is not None else block.loss
+    default = _name(block.dwl.token_loss if block.loss == "dwl" and block.dwl is not None else block.loss)
     used = {default}
     for name, spec in block.class_configs.items():
-        kind = default if spec.token_loss is None else spec.token_loss
+        kind = default if spec.token_loss is None else _name(spec.token_loss)
         used.add(kind)
         for option in TOKEN_LOSSES:
             if block.loss == "dwl" and getattr(spec, option) is not None and kind != option:
@@ -194,6 +194,10 @@ def _useless_options(block: Block) -> Iterator[Problem]:
         if block.loss == "dwl" and getattr(block.dwl, option, None) is not None and option not in used:
             hint = f"write `token_loss: {option}`, or delete `{option}`"
             yield Problem(f"dwl.{option}", f"no token pays {option}, so the options do nothing", hint=hint)
+
+
+def _name(token_loss: str | TokenLossOptions) -> str:
+    return token_loss if isinstance(token_loss, str) else token_loss.type
 
 
 def _too_many_classes(block: Block) -> Iterator[Problem]:

@@ -17,13 +17,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, SerializeAsAny
+from pydantic_core import CoreSchema, InitErrorDetails
 
 from dwl_plugin.alpha.schedules import Schedule, vectors
 from dwl_plugin.errors import ConfigError, did_you_mean
-from dwl_plugin.extensions import class_of
+from dwl_plugin.extensions import class_of, installed, load
 from dwl_plugin.values import Strict, Weight, invalid, line_error
 
 if TYPE_CHECKING:
@@ -221,20 +222,41 @@ TokenLossConfig = DFTConfig | FocalConfig | EAFTConfig | TokenLossOptions
 TOKEN_LOSSES: dict[str, type[TokenLoss]] = {"dft": Power, "focal": Focal, "eaft": EntropyGate}
 """By the name that a YAML has for it, which is also the key of its options. `nll` is dft with exponent 0."""
 
+_NAMES = ("nll", *TOKEN_LOSSES)
 _PART_OF_DFT = {"asft": "anchor: 0.05", "gft": "threshold: 0.7", "sft": "exponent: 0"}
+"""Names from papers that are `dft` with an option."""
 
 
-def _not_part_of_dft(value: object) -> object:
-    """Names from papers that are `dft` with an option."""
+def _chosen(value: object) -> object:
+    """A built-in token loss stays a name, with its options beside it; one of another package becomes its options."""
+    if isinstance(value, TokenLossOptions) or (isinstance(value, str) and value in _NAMES):
+        return value
     if isinstance(value, str) and value.lower() in _PART_OF_DFT:
         raise invalid(f"is `token_loss: dft` with `dft: {{{_PART_OF_DFT[value.lower()]}}}`")
-    return value
+    written = value if isinstance(value, Mapping) else {"type": value}
+    name, others = written.get("type"), sorted(set(installed("token_loss")) - set(_NAMES))
+    if not isinstance(name, str) or name not in others:
+        known = [*_NAMES, *others]
+        raise invalid("not a known value", ", ".join(known), did_you_mean(name, known))
+    try:
+        found = load("token_loss", name, "", TokenLossOptions)
+    except ConfigError as error:
+        raise invalid(error.problems[0].message, hint=error.problems[0].hint) from None
+    return found.Options.model_validate(written)
 
 
-if TYPE_CHECKING:
-    TokenLossName = str
-else:
-    TokenLossName = Annotated[Literal[("nll", *TOKEN_LOSSES)], BeforeValidator(_not_part_of_dft)]
+class _ByName:
+    """In the JSON Schema: the names there are here, and for those of other packages a mapping, whose keys they alone know."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        others = sorted(set(installed("token_loss")) - set(_NAMES))
+        names = {"enum": [*_NAMES, *others], "type": "string"}
+        mapping = {"type": "object", "properties": {"type": {"enum": others}}, "required": ["type"]}
+        return {"anyOf": [names, mapping]} if others else names
+
+
+TokenLossName = Annotated[str | SerializeAsAny[TokenLossOptions], BeforeValidator(_chosen), _ByName()]
+"""What stands behind `token_loss`."""
 
 
 def objective_of(options: TokenLossConfig, path: str = "dwl.token_loss") -> TokenLoss:

@@ -12,7 +12,7 @@ import torch
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.classes import ClassSurvey, Labeller
-from dwl_plugin.config import Block, DFTConfig, TokenLossConfig
+from dwl_plugin.config import Block
 from dwl_plugin.errors import ConfigError, LossNotTakenError, Problem
 from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics, widest
 from dwl_plugin.loss.membership import Membership, count_classes
@@ -20,7 +20,7 @@ from dwl_plugin.loss.reduction import class_weights
 from dwl_plugin.loss.seam import Seam
 from dwl_plugin.loss.shift import IGNORE_INDEX
 from dwl_plugin.loss.spec import LossSpec, PendingLoss
-from dwl_plugin.loss.token_losses import SCHEDULED, objective_of
+from dwl_plugin.loss.token_losses import SCHEDULED, DFTConfig, TokenLossConfig, objective_of
 from dwl_plugin.run.closed_loop import ClosedLoop
 from dwl_plugin.run.collate import CLASS_IDS
 from dwl_plugin.run.moving import alpha_of, token_losses_of

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedules import Curve
-from dwl_plugin.config import Block, ControllerOptions, DFTConfig, LossControllerOptions
+from dwl_plugin.config import Block, ControllerOptions, LossControllerOptions
 from dwl_plugin.errors import PREFIX, ConfigError, DWLError
 from dwl_plugin.files import write_whole
 from dwl_plugin.loss.reduction import class_weight_table
-from dwl_plugin.loss.token_losses import SCHEDULED
+from dwl_plugin.loss.token_losses import SCHEDULED, DFTConfig
 from dwl_plugin.run.moving import alpha_of, end_hints, token_losses_of
 
 __all__ = ["hints", "keep_config", "log_line", "other_length_lines", "other_options_lines", "startup_lines"]

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from dwl_plugin.alpha.run_length import RunLength
-from dwl_plugin.config import Block, DFTConfig, parse
+from dwl_plugin.config import Block, parse
 from dwl_plugin.errors import ConfigError
+from dwl_plugin.loss.token_losses import DFTConfig
 from dwl_plugin.run.moving import token_losses_of
 
 LENGTH = RunLength(100, 20.0)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from dwl_plugin.classes import Labeller, survey
-from dwl_plugin.config import FIRST_TARGET, parse
+from dwl_plugin.config import parse
 from dwl_plugin.errors import DWLError
 from dwl_plugin.run.dataset_check import labeller_of
+from dwl_plugin.values import FIRST_TARGET
 from tests.classes.little_tokenizers import END, byte_level, encode
 
 CLASSES = {"number": {"regex": r"\d+"}, "seven": {"token_regex": "7"}, "end": {"tokens": [END]}, "tail": {"regex": r"\w+$"}}

@@ -57,6 +57,31 @@ class Lost(Leader):
 
 class Bare:
     pass
+
+from dataclasses import dataclass
+from pathlib import Path
+from dwl_plugin.loss.token_losses import TokenLoss, TokenLossOptions
+
+class ClippedOptions(TokenLossOptions):
+    ceiling: Weight = 0.5
+
+@dataclass(frozen=True)
+class Clipped(TokenLoss):
+    Options = ClippedOptions
+    ceiling: float
+
+    def __call__(self, token):
+        return token.p.clamp(max=self.ceiling).detach() * token.nll
+
+class StrictOptions(TokenLossOptions):
+    floor: Weight
+
+class StrictLoss(Clipped):
+    Options = StrictOptions
+
+PACK = "description: d\\nclasses: {shout: {regex: '[A-Z]+'}}\\nalpha: {shout: 2, rest: 1}"
+PACK_FILE = Path(__file__).with_name("their_pack.yml")
+LARGE = "#" * 200_000
 '''
 
 POINTS = """
@@ -70,6 +95,17 @@ gone = little_extension.nowhere:Gone
 leader = little_extension:Leader
 lost = little_extension:Lost
 bounce_too = little_extension:Bounce
+
+[dwl_plugin.token_losses]
+clipped = little_extension:Clipped
+strict = little_extension:StrictLoss
+dft = little_extension:Clipped
+
+[dwl_plugin.packs]
+theirs = little_extension:PACK
+in_a_file = little_extension:PACK_FILE
+large = little_extension:LARGE
+numbers = little_extension:LARGE
 """
 
 
@@ -180,3 +216,51 @@ def test_numbers_that_are_no_weights_stop_the_run_and_name_who_gave_them() -> No
 
 def test_without_other_packages_there_are_only_ours() -> None:
     assert f"allowed: {', '.join(CONTROLLERS)}\n" in problem("controller", type="leadre") + "\n"
+
+
+@pytest.mark.usefixtures("site")
+def test_a_token_loss_of_another_package_is_written_by_its_name_or_with_its_options() -> None:
+    block = parsed("token_loss", type="clipped", ceiling=0.25)
+    assert block.dump()["dwl"]["token_loss"] == {"type": "clipped", "ceiling": 0.25}
+    by_name = parse({"loss": "dwl", "dwl": {"classes": {"a": {"regex": "a", "token_loss": "clipped"}}, "token_loss": "dft"}})
+    assert by_name is not None
+    assert [getattr(options, "ceiling", None) for options in by_name.token_losses] == [0.5, None]
+    for whole in (block, by_name):
+        assert parse(whole.dump()) == whole
+        assert Block.model_validate(whole.dump()) == whole
+    assert by_name.token_losses[1].model_dump()["exponent"] == 1.0, "a name of ours is always ours"
+
+
+@pytest.mark.usefixtures("site")
+def test_its_options_are_checked_too() -> None:
+    assert "did you mean `ceiling`" in problem("token_loss", type="clipped", cieling=1)
+    assert "allowed: nll, dft, focal, eaft, clipped, strict" in problem("token_loss", type="clippd")
+    with pytest.raises(ConfigError, match=r"dwl\.token_loss\.floor: is required"):
+        parse({"loss": "dwl", "dwl": {"token_loss": "strict"}})
+    assert "no token pays focal" in str(error_of({"token_loss": "clipped", "focal": {}}))
+
+
+def error_of(dwl: dict[str, Any]) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        parse({"loss": "dwl", "dwl": dwl})
+    return caught.value
+
+
+@pytest.mark.parametrize("name", ["theirs", "in_a_file"])
+def test_a_pack_of_another_package_is_used_by_its_name(site: Path, name: str) -> None:
+    (site / "their_pack.yml").write_text("description: d\nclasses: {shout: {regex: '[A-Z]+'}}\nalpha: {shout: 2, rest: 1}")
+    block = parse({"loss": "dwl", "dwl": {"pack": name}})
+    assert block is not None
+    assert (block.class_names, block.alpha) == (("shout", "rest"), (2 / 3, 1 / 3))
+    inside = parse({"loss": "dwl", "dwl": {"classes": {"calm": {"not": {"pack": f"{name}.shout"}}}}})
+    assert inside is not None
+    assert parse(inside.dump()) == inside
+
+
+def test_its_text_has_the_bounds_of_any_pack_and_ours_keep_their_names(site: Path) -> None:
+    assert "at most 128 KiB" in str(error_of({"pack": "large"}))
+    assert "cannot be read" in str(error_of({"pack": "in_a_file"}))
+    assert "did you mean `theirs`" in str(error_of({"classes": {"a": {"pack": "their"}}}))
+    assert parse({"loss": "dwl", "dwl": {"pack": "numbers"}}) is not None
+    install(site, "other-extension", "[dwl_plugin.packs]\ntheirs = elsewhere:PACK\n")
+    assert "little-extension 1.5 and other-extension 1.5 both offer" in str(error_of({"pack": "theirs"}))

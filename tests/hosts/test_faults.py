@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from dwl_plugin.config import Overlap
 from dwl_plugin.errors import ConfigError, NotFiniteError
 from dwl_plugin.hosts.checkpoints import choose_checkpoint, finished_checkpoints, unfinished
 from dwl_plugin.loss.class_sums import ForwardMetrics
 from dwl_plugin.loss.membership import Membership
 from dwl_plugin.run.nan_guard import FirstBadStep
+from dwl_plugin.values import Overlap
 from tests.hosts import harness, ranks
 from tests.hosts.harness import CLASSES
 

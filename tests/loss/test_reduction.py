@@ -10,9 +10,10 @@ from typing import get_args
 import pytest
 import torch
 
-from dwl_plugin.config import FIRST_TARGET, Overlap, Reduction
+from dwl_plugin.config import Reduction
 from dwl_plugin.loss.membership import Membership, count_classes
 from dwl_plugin.loss.reduction import class_weights
+from dwl_plugin.values import FIRST_TARGET, Overlap
 
 REDUCTIONS = get_args(Reduction)
 

@@ -12,7 +12,7 @@ from dwl_plugin.cli.plots import Line, draw_panels, draw_shares, look_of, need_m
 from dwl_plugin.cli.printable import printable
 from dwl_plugin.cli.report import tables
 from dwl_plugin.cli.report.run import Curve, Run
-from dwl_plugin.config import REST
+from dwl_plugin.values import REST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from dwl_plugin.config import REST, Block, parse
+from dwl_plugin.config import Block, parse
 from dwl_plugin.errors import DWLError
+from dwl_plugin.values import REST
 
 __all__ = ["Curve", "Run", "read_runs"]
 
