@@ -70,7 +70,6 @@ class Run:
     """What a run logged. `train` and `evals` are its log entries in the order of their steps, one a step."""
 
     name: str
-    folder: Path
     state: Path
     block: Block | None
     classes: tuple[str, ...]
@@ -122,7 +121,6 @@ def _read(folder: Path, name: str) -> Run:
     step, max_steps = state.get("global_step"), state.get("max_steps")
     return Run(
         name=name,
-        folder=folder,
         state=path,
         block=block,
         classes=_classes(block, (*train, *evals)),
@@ -154,15 +152,13 @@ def _newest_state(folder: Path, notes: list[str]) -> tuple[Path, Mapping[str, An
             state = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             notes.append(f"{path} cannot be read: {error.strerror}.")
-            continue
         except ValueError:
             notes.append(f"{path} is cut off or is not JSON, and was passed over.")
-            continue
-        if not isinstance(state, Mapping) or not isinstance(state.get("log_history"), list):
-            notes.append(f"{path} has no `log_history`; it is not a trainer's state.")
-            continue
-        if not found or _continues(state, found[-1][1]):
-            found.append((path, state))
+        else:
+            if not isinstance(state, Mapping) or not isinstance(state.get("log_history"), list):
+                notes.append(f"{path} has no `log_history`; it is not a trainer's state.")
+            elif not found or _continues(state, found[-1][1]):
+                found.append((path, state))
     if not found:
         raise DWLError("\n".join(["No state of the run can be read.", *notes]))
     return found[-1]
