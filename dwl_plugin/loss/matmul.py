@@ -3,7 +3,7 @@
 PyTorch multiplies fp32 on x86 with MKL, which keeps its AVX-512 kernels for Intel's processors. On others with AVX-512 the oneDNN
 inside PyTorch is about twice as fast, and with bf16 operands twice as fast again where the processor has instructions for them. But
 oneDNN makes a kernel for each shape it meets, a millisecond and half a megabyte that stays. So `tiling_for` asks for few
-shapes, and rows of zeros fill up those that a batch has too few of.
+shapes, and the rows that a batch has beyond them are multiplied by MKL or filled up with rows of zeros.
 
 Shapes: R rows, one for each token; the other sizes are the same in every batch.
 """
@@ -66,8 +66,8 @@ def tiling_for(operands: Operands, device: torch.device) -> Tiling:
 
 def product(a_RK: torch.Tensor, b_KX: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """a @ b with sums in `dtype`: in `out`, if there is one and the library can write there."""
-    if a_RK.dtype == dtype and _onednn_is_faster(a_RK.device, dtype):
-        return _onednn(_filled_up(a_RK), b_KX)[: len(a_RK)]
+    if a_RK.dtype == dtype and _rows_of_onednn(a_RK) == len(a_RK):
+        return _onednn(a_RK, b_KX)
     if out is None:
         out = torch.empty(a_RK.shape[0], b_KX.shape[1], dtype=dtype, device=a_RK.device)
     add_product(out, a_RK, b_KX, first=True)
@@ -76,10 +76,11 @@ def product(a_RK: torch.Tensor, b_KX: torch.Tensor, dtype: torch.dtype, *, out: 
 
 def add_product(out_RX: torch.Tensor, a_RK: torch.Tensor, b_KX: torch.Tensor, *, first: bool) -> None:
     """out = a @ b, or out += a @ b, with sums in the dtype of `out`."""
-    if _onednn_is_faster(a_RK.device, a_RK.dtype):
-        _add(out_RX, _onednn(_filled_up(a_RK), b_KX)[: len(a_RK)], first)
-    else:
-        _add_mm(out_RX, a_RK, b_KX, first)
+    even = _rows_of_onednn(a_RK)
+    if even:
+        _add(out_RX[:even], _onednn(a_RK[:even], b_KX), first)
+    if even < len(a_RK):
+        _add_mm(out_RX[even:], a_RK[even:], b_KX, first)
 
 
 def add_transposed_product(out_XY: torch.Tensor, a_RX: torch.Tensor, b_RY: torch.Tensor, *, first: bool) -> None:
@@ -109,15 +110,23 @@ def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _filled_up(a_RX: torch.Tensor) -> torch.Tensor:
-    """With rows of zeros up to a number that comes up often."""
+    """With rows of zeros: a product over rows would read and write all of `out` once more for the few that are left over."""
     missing = _round_up(len(a_RX)) - len(a_RX)
     return F.pad(a_RX, (0, 0, 0, missing)) if missing else a_RX
 
 
+def _rows_of_onednn(a_RK: torch.Tensor) -> int:
+    """How many of the rows oneDNN multiplies: a number that comes up often. MKL gets the rest, if need be all."""
+    return len(a_RK) - len(a_RK) % _step(len(a_RK)) if _onednn_is_faster(a_RK.device, a_RK.dtype) else 0
+
+
 def _round_up(rows: int) -> int:
-    """By at most an eighth, from 128 on."""
-    step: int = max(16, 2 ** max(0, (rows - 1).bit_length() - 4))
-    return rows + -rows % step
+    return rows + -rows % _step(rows)
+
+
+def _step(rows: int) -> int:
+    """What numbers of rows are a multiple of: at most an eighth of them, from 128 on."""
+    return int(max(16, 2 ** max(0, (rows - 1).bit_length() - 4)))
 
 
 def _onednn_is_faster(device: torch.device, dtype: torch.dtype) -> bool:
