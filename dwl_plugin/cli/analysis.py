@@ -63,7 +63,6 @@ class Findings:
 class ReadConfig:
     """The file, with what the environment sets over it; where there are problems, `block` is what is left of ours."""
 
-    path: Path
     raw: dict[str, Any]
     block: Block | None
 
@@ -187,7 +186,7 @@ def _read(path: Path, found: Findings, trust: bool) -> ReadConfig | None:
         close = [f"`{key}`: {hint}" for key in raw if (hint := did_you_mean(key, list(Block.model_fields)))]
         message = "this config has no `loss`, so dwl_plugin does nothing in it"
         found.problems.append(Problem("loss", message, allowed="nll, dft, dwl", hint="; ".join(close)))
-    return ReadConfig(path, raw, block)
+    return ReadConfig(raw, block)
 
 
 def _host_config(config: ReadConfig, found: Findings, to_run: bool) -> Any:
@@ -202,7 +201,7 @@ def _host_config(config: ReadConfig, found: Findings, to_run: bool) -> Any:
             given = {key: value for key, value in raw.items() if key not in left_out}
             given |= {key: value for key, value in _STAND_INS.items() if key in left_out}
             try:
-                cfg, notes = host.load_cfg(given, config.path, to_run=to_run)
+                cfg, notes = host.load_cfg(given, found.path, to_run=to_run)
                 found.notes.extend(notes)
             except ConfigError as error:
                 found.add(error)
@@ -271,7 +270,7 @@ def _rows(config: ReadConfig, validated: ValidatedConfig, found: Findings, sampl
         found.problems.extend(error.problems)
         return None
     except host.NotSeenError as error:
-        found.unseen.append(f"{error}{_beside_the_config(config)}")
+        found.unseen.append(f"{error}{_beside_the_config(config.raw, found.path)}")
         return None
     if rows.looked_at and not rows.samples:
         why = f"{rows.too_long:,} are too long or too short, {rows.masked:,} have no target"
@@ -346,11 +345,11 @@ def run_length(cfg: Any, rows: Rows) -> RunLength:
     return RunLength(total, per_epoch)
 
 
-def _beside_the_config(config: ReadConfig) -> str:
+def _beside_the_config(raw: Mapping[str, Any], config: Path) -> str:
     """Axolotl takes relative paths from where it is started, not from where the config lies."""
-    entries = config.raw.get("datasets")
+    entries = raw.get("datasets")
     for entry in entries if isinstance(entries, list) else ():
         path = entry.get("path") if isinstance(entry, Mapping) else None
-        if isinstance(path, str) and not Path(path).exists() and (config.path.parent / path).exists():
+        if isinstance(path, str) and not Path(path).exists() and (config.parent / path).exists():
             return f"; {path} lies beside the config, and Axolotl looks in the folder it is started from"
     return ""

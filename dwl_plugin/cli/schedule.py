@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -28,6 +28,7 @@ __all__ = ["IMAGE_SUFFIXES", "schedule"]
 
 IMAGE_SUFFIXES = (".png", ".svg", ".pdf")
 
+_ALPHA = "α"
 _BAR = 5
 _POINTS = 400
 
@@ -36,55 +37,58 @@ def schedule(
     console: Console, config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None, *, trust: bool = False
 ) -> None:
     """The whole command. Raises `DWLError` where the config is wrong, or a position needs a length that nobody gave."""
+
+    def say(line: object) -> None:
+        console.print(str(line), markup=False, soft_wrap=True)
+
     raw, overrides = _read(config, trust), overrides_of(os.environ)
     for override in overrides:
-        console.print(str(override), markup=False, soft_wrap=True)
+        say(override)
     block = parse(overridden(raw, overrides), folder=config.parent)
     length = _length(raw, steps, epoch_steps)
     try:
-        alpha_at = None if block is None or block.loss != "dwl" else alpha_of(block, length)
-        dft = None if block is None else _dft_curve(block, length)
+        tables = [] if block is None else list(_tables(block, length))
     except ConfigError as error:
         raise DWLError(f"{error}{_what_is_needed(length, config)}") from error
-    if block is None or (alpha_at is None and dft is None):
+    if block is None or not tables:
         raise DWLError(f"{config} has no α: `loss: {'…' if block is None else block.loss}` gives every class the same weight.")
     end = length.total_steps or _last_position(block)
+    drawn = [table for table in tables if table.what != _ALPHA or block.controller is None]
     if block.controller is not None:
-        kind = block.controller.type
-        if plot is not None and dft is None:
-            raise DWLError(f"There is no curve to draw before the run: the controller `{kind}` moves α by the losses it will see.")
-        console.print(
-            f"The controller `{kind}` moves α by the losses it will see, so only where α starts is known before the run. "
-            "`dwl report` shows where it went.",
-            markup=False,
-            soft_wrap=True,
-        )
-    elif alpha_at is not None and block.schedule is None:
-        console.print("α is constant: the config has no `schedule`.")
-    every = [round(end * k / 10) for k in range(11)]
-    if alpha_at is not None:
-        at = [0] if block.schedule is None else every
-        _print_tables(console, block.class_names, alpha_at, at, length.total_steps)
-    if dft is not None:
-        _print_tables(console, dft[0], dft[1], every, length.total_steps)
+        how = f"controller `{block.controller.type}` moves α by the losses it will see"
+        if plot is not None and not drawn:
+            raise DWLError(f"There is no curve to draw before the run: the {how}.")
+        say(f"The {how}, so only where α starts is known before the run. `dwl report` shows where it went.")
+    elif tables[0].what == _ALPHA and block.schedule is None:
+        say("α is constant: the config has no `schedule`.")
+    for table in tables:
+        still = table.what == _ALPHA and block.schedule is None
+        _print_tables(console, table, [0] if still else [round(end * k / 10) for k in range(11)], length.total_steps)
     for line in end_hints(block, length):
-        console.print(line, markup=False, soft_wrap=True)
+        say(line)
     if plot is not None:
-        drawn = [] if alpha_at is None or block.controller is not None else [("α", block.class_names, alpha_at)]
-        drawn += [] if dft is None else [("dft", *dft)]
         write_whole(plot, _image(drawn, end, plot.suffix.lower()))
-        console.print(f"Figure: {plot}", markup=False, soft_wrap=True)
+        say(f"Figure: {plot}")
 
 
-def _dft_curve(block: Block, length: RunLength) -> tuple[tuple[str, ...], Curve] | None:
-    """The numbers of dft that a schedule moves: their names, by class where there are several, and τ -> them."""
+class _Numbers(NamedTuple):
+    """Numbers that can move over the run: their names, and τ -> them."""
+
+    what: str
+    names: Sequence[str]
+    at: Curve
+
+
+def _tables(block: Block, length: RunLength) -> Iterator[_Numbers]:
+    """α, and the numbers of dft that a schedule moves, by class where there are several."""
+    if block.loss == "dwl":
+        yield _Numbers(_ALPHA, block.class_names, alpha_of(block, length))
     at = token_losses_of(block, length)
-    if at is None:
-        return None
-    moving = [c for c, loss in enumerate(block.token_losses) if isinstance(loss, DFTConfig) and loss.schedule is not None]
-    several = len(block.class_names) > 1
-    names = tuple(f"{option} {block.class_names[c]}" if several else option for c in moving for option in SCHEDULED)
-    return names, lambda tau: tuple(getattr(at(tau)[c], option) for c in moving for option in SCHEDULED)
+    if at is not None:
+        moving = [c for c, loss in enumerate(block.token_losses) if isinstance(loss, DFTConfig) and loss.schedule is not None]
+        several = len(block.class_names) > 1
+        names = [f"{option} {block.class_names[c]}" if several else option for c in moving for option in SCHEDULED]
+        yield _Numbers("dft", names, lambda tau: tuple(getattr(at(tau)[c], option) for c in moving for option in SCHEDULED))
 
 
 def _read(config: Path, trust: bool) -> Mapping[str, Any]:
@@ -132,10 +136,10 @@ def _last_position(block: Block) -> int:
     return 10 * math.ceil(0.12 * max([1, *steps]))
 
 
-def _print_tables(console: Console, names: Sequence[str], alpha_at: Curve, at: Sequence[int], total: int | None) -> None:
-    """A row a step, downwards in time; a column a class with α and a bar. As many tables as it takes for the width."""
-    alphas = [alpha_at(tau) for tau in at]
-    top = max(max(alpha) for alpha in alphas) or 1.0
+def _print_tables(console: Console, numbers: _Numbers, at: Sequence[int], total: int | None) -> None:
+    """A row a step, downwards in time; a column a name with its number and a bar. As many tables as it takes for the width."""
+    names, rows = numbers.names, [numbers.at(tau) for tau in at]
+    top = max(map(max, rows)) or 1.0
     for shown in _fitting(names, console.width):
         table = Table(box=SIMPLE_HEAD, show_edge=False)
         table.add_column("step", justify="right")
@@ -143,8 +147,8 @@ def _print_tables(console: Console, names: Sequence[str], alpha_at: Curve, at: S
             table.add_column("", justify="right")
         for c in shown:
             table.add_column(names[c], no_wrap=True)
-        for tau, alpha in zip(at, alphas, strict=True):
-            cells = [f"{alpha[c]:.2f} {_bar(alpha[c] / top)}" for c in shown]
+        for tau, row in zip(at, rows, strict=True):
+            cells = [f"{row[c]:.2f} {_bar(row[c] / top)}" for c in shown]
             table.add_row(str(tau), *([f"{round(100 * tau / total)} %"] if total else []), *cells)
         console.print(table)
 
@@ -168,7 +172,7 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-def _image(drawn: Sequence[tuple[str, Sequence[str], Curve]], end: int, suffix: str) -> bytes:
+def _image(drawn: Sequence[_Numbers], end: int, suffix: str) -> bytes:
     from dwl_plugin.cli import plots
 
     plots.need_matplotlib()
@@ -177,4 +181,4 @@ def _image(drawn: Sequence[tuple[str, Sequence[str], Curve]], end: int, suffix: 
     for _, names, curve in drawn:
         for name, values in zip(names, zip(*map(curve, steps), strict=True), strict=True):
             lines.append(plots.Line(name, steps, values, plots.look_of(len(lines), plain=name == REST)))
-    return plots.to_image(plots.draw_panels({"": lines}, ", ".join(what for what, _, _ in drawn)), suffix)
+    return plots.to_image(plots.draw_panels({"": lines}, ", ".join(numbers.what for numbers in drawn)), suffix)

@@ -26,7 +26,7 @@ from dwl_plugin.config.block import Block
 from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.yaml_io import load_yaml, read_yaml
 
-__all__ = ["SWEEP_FILE", "VARIABLE", "Override", "overridden", "overrides_of", "value_at"]
+__all__ = ["SWEEP_FILE", "VARIABLE", "Override", "overridden", "overrides_of", "plain", "value_at"]
 
 VARIABLE = "DWL_OVERRIDES"
 SWEEP_FILE = "WANDB_SWEEP_PARAM_PATH"
@@ -68,7 +68,7 @@ def overridden(raw: Mapping[str, Any], overrides: list[Override]) -> dict[str, A
 
     Whether the keys exist is for `parse` to say, as of any config.
     """
-    ours = {key: copy.deepcopy(_plain(raw[key])) for key in _OURS if raw.get(key) is not None}
+    ours = {key: copy.deepcopy(plain(raw[key])) for key in _OURS if raw.get(key) is not None}
     problems = []
     for override in overrides:
         *parents, last = override.path.split(".")
@@ -163,5 +163,6 @@ def _checked(overrides: list[Override], problems: list[Problem]) -> Iterator[Ove
             yield override
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A host's mapping as a `dict`; anything else as it is."""
     return value.to_dict() if hasattr(value, "to_dict") else value

@@ -195,7 +195,7 @@ def _useless_options(block: Block) -> Iterator[Problem]:
         kind = default if spec.token_loss is None else _name(spec.token_loss)
         used.add(kind)
         for option in TOKEN_LOSSES:
-            if block.loss == "dwl" and getattr(spec, option) is not None and kind != option:
+            if block.loss == "dwl" and getattr(spec, option, None) is not None and kind != option:
                 why = f"this class pays {kind}, so the options do nothing"
                 hint = f"add `token_loss: {option}` to the class, or delete `{option}`"
                 yield Problem(f"dwl.classes.{name}.{option}", why, hint=hint)

@@ -64,8 +64,8 @@ class DWLPlugin(BasePlugin):
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
         """Less nll is better. The host would take every metric that does not end in `loss` for one to maximise."""
-        ours = cfg.get("loss") is not None and less_is_better(cfg.get("metric_for_best_model"))
-        return {"greater_is_better": False} if ours and cfg.get("greater_is_better") is None else {}
+        minimised = cfg.get("loss") is not None and less_is_better(cfg.get("metric_for_best_model"))
+        return {"greater_is_better": False} if minimised and cfg.get("greater_is_better") is None else {}
 
     def load_datasets(self, cfg: Any, preprocess: bool = False) -> Any:
         """Load the host's own datasets, and check them and the checkpoint to go on from before a model is loaded."""
@@ -108,7 +108,7 @@ class DWLPlugin(BasePlugin):
         self._forget()
 
     def _survey_rows(self, dataset: Any, block: Block, seed: int | None) -> None:
-        """Label a seeded sample of the rows; a class that is nowhere in it is an error."""
+        """Label a seeded sample of the rows. Raises `ConfigError` for a class that is nowhere in it."""
         assert self._labeller is not None
         self._survey = check_dataset(block, self._labeller, _sample(dataset, seed or 0))
 
@@ -137,7 +137,7 @@ def _planned_length(cfg: Any, meta: Any) -> tuple[int | None, float | None]:
 
 
 def _loaded_elsewhere(plugin: BasePlugin) -> bool:
-    """Another plugin brings the datasets; then they are looked at when the trainer is there."""
+    """Whether another plugin loads the datasets; then they are checked when the trainer is built."""
     from axolotl.integrations.base import PluginManager
 
     others = (other for other in PluginManager.get_instance().plugins.values() if other is not plugin)

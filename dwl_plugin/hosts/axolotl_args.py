@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, Field, model_validator
 
 from dwl_plugin.config import Block, DWLConfig, LossName, parse
+from dwl_plugin.config.overrides import plain
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.hosts.incompatible import refused
 from dwl_plugin.loss.token_losses import DFTConfig
@@ -22,7 +23,7 @@ FUSED_LOSSES = (
     "chunked_cross_entropy",
     "flash_attn_cross_entropy",
 )
-"""Keys of the host that patch the very step we replace, for the whole process and before the model is loaded."""
+"""Keys of the host that patch the loss that is replaced, for the whole process and before the model is loaded."""
 
 
 class DWLPluginArgs(BaseModel):
@@ -35,7 +36,7 @@ class DWLPluginArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_loss_block(cls, data: Any) -> Any:
-        """Our errors, all at once and unwrapped, before the host's own."""
+        """Raise every `Problem` at once, in a `ConfigError` that pydantic does not wrap, before the host validates its own keys."""
         if not isinstance(data, dict):
             return data
         problems = []
@@ -73,15 +74,11 @@ def fused_losses_asked_for(cfg: Any) -> list[str]:
 
 
 def block_of(cfg: Any) -> Block | None:
-    """Our block of a validated Axolotl config."""
-    return parse({key: _plain(cfg.get(key)) for key in ("loss", "dft", "dwl")})
+    """The block of a validated Axolotl config; None without `loss`."""
+    return parse({key: plain(cfg.get(key)) for key in ("loss", "dft", "dwl")})
 
 
 def _folder(data: dict[str, Any]) -> Path | None:
     """Where the config lies; the host tells it for a config that it read from a file."""
     path = data.get("axolotl_config_path")
     return None if path is None else Path(path).parent
-
-
-def _plain(value: Any) -> Any:
-    return value.to_dict() if hasattr(value, "to_dict") else value

@@ -65,7 +65,7 @@ _MADE_WITH_A_BATCH = "the tokens and labels of this kind of data are made only w
 
 
 class NotSeenError(DWLError):
-    """Something of the run could not be looked at; the message says what and why."""
+    """A part of the run could not be loaded; the message names it and the reason."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_overrides() -> Iterator[None]:
-    """The caller has set in `raw` what the environment overrides; where our keys were left out, they stay out."""
+    """Without the variables of overrides: `raw` has their values already, and keys that it leaves out stay out."""
     kept = {name: os.environ.pop(name) for name in (VARIABLE, SWEEP_FILE) if name in os.environ}
     try:
         yield
@@ -127,7 +127,7 @@ def load_cfg(raw: Mapping[str, Any], path: Path, *, to_run: bool = False) -> tup
     """The validated config, and what was changed in it. `to_run`: it is about to run here, so a CPU gets a CPU's settings.
 
     Raises:
-        ConfigError: what Axolotl says against it, or we do.
+        ConfigError: everything that Axolotl or this package refuses.
         NotSeenError: the model's own config could not be read.
     """
     with quiet(), _without_overrides():
@@ -204,7 +204,7 @@ def host_schema() -> dict[str, Any]:
 
 
 def plugin_is_active(raw: Mapping[str, Any]) -> bool:
-    """Whether Axolotl would load our plugin for this config: by its `plugins:` line, or because it is installed."""
+    """Whether Axolotl would load this plugin for the config: by its `plugins:` line, or because it is installed."""
     with quiet():
         from axolotl.integrations import base
 

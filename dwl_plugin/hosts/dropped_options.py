@@ -16,7 +16,7 @@ _OURS = re.compile(r"--(?P<key>loss|(?:dft|dwl)(?:[._-].*?)?)(?:=(?P<value>.*))?
 
 
 def dropped_options(argv: Sequence[str], raw: Mapping[str, Any]) -> Iterator[Problem]:
-    """Options of `argv` for our keys that did not reach the config.
+    """One problem for each option of `argv` below `loss`, `dft` or `dwl` that did not reach the config.
 
     What the config has anyway is no problem: a W&B sweep hands every parameter over twice, on the command line and in a file.
     """

@@ -13,7 +13,7 @@ __all__ = ["keep_the_training_format"]
 
 
 def keep_the_training_format(cfg: Any) -> str | None:
-    """On a CPU, make bitsandbytes leave 4-bit layers as they are from now on. Returns what to say, if that changes anything."""
+    """On a CPU, make bitsandbytes leave 4-bit layers as they are from now on. Returns a line to print, if that changes anything."""
     if not cfg.get("load_in_4bit"):
         return None
     import torch

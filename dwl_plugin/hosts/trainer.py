@@ -1,4 +1,4 @@
-"""The loss in somebody else's `transformers.Trainer`: a few hooks, each handing over to the session.
+"""The loss in a `transformers.Trainer` or a subclass: a few hooks, each handing over to the session.
 
 One optimizer step, in order: the loader's batches carry class ids -> `get_batch_samples` counts them -> the callback moves α to
 τ -> `compute_loss` arms the model's seam -> the seam adds per-class sums -> the callback shows them to the controller -> `log`
@@ -344,7 +344,7 @@ def computes_loss(kind: type) -> type:
 
 
 def less_is_better(metric: str | None) -> bool:
-    """`metric` is a cross-entropy of ours. A host takes every metric that does not end in `loss` for one to maximise."""
+    """Whether `metric` is a cross-entropy of this package. A host maximises every metric that does not end in `loss`."""
     return metric is not None and (metric == "nll" or metric.endswith("_nll") or "dwl/nll/" in metric)
 
 

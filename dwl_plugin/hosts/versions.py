@@ -63,8 +63,11 @@ def transformers_problems() -> Iterator[Problem]:
 
 
 def divided_later(trainer: Any, num_items_in_batch: Any) -> int:
-    """What the trainer will divide a loss by after `compute_loss`: the micro-batches of the step, where it believes that nobody
-    has, and is too old to know `loss_is_scaled_for_ga`. (Axolotl 0.19 believes so of most models.)"""
+    """The micro-batches of the step, if the trainer divides a loss by them after `compute_loss`, else 1.
+
+    It does where it takes the loss for one that is not divided yet, as Axolotl 0.19 does with most models, and is too old to know
+    `loss_is_scaled_for_ga`.
+    """
     counted = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
     if counted or trainer.compute_loss_func is not None or hasattr(trainer._dwl_host, "loss_is_scaled_for_ga"):
         return 1

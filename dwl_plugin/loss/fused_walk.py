@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,11 +82,12 @@ class WalkResult:
 
 
 def forward_backward(
-    hidden_TH: torch.Tensor, tokens: Tokens, head: LinearHead, base: LinearHead | None, needs_grad: NeedsGrad
+    hidden: torch.Tensor, tokens: Tokens, head: LinearHead, base: LinearHead | None, needs_grad: NeedsGrad
 ) -> WalkResult:
     """Everything about Σ_t Σ_k w_tk·ℓ_k(t), plus the anchor of `tokens` to the model whose head is `base`."""
-    with torch.no_grad(), torch.autocast(hidden_TH.device.type, enabled=False):
-        N, (V, H), device = len(tokens), head.weight_VH.shape, hidden_TH.device
+    N, (V, H), device = len(tokens), head.weight_VH.shape, hidden.device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        hidden_TH = hidden.detach().reshape(-1, H)
 
         def new(*shape: int, zero: bool = False) -> torch.Tensor:
             return (torch.zeros if zero else torch.empty)(shape, dtype=head.summed, device=device)
@@ -214,11 +215,11 @@ class _Plan:
     width: int
     reuses_buffers: bool
 
-    def blocks(self) -> Iterator[slice]:
-        return (slice(start, min(start + self.rows, self.N)) for start in range(0, self.N, self.rows))
+    def blocks(self) -> list[slice]:
+        return [slice(start, min(start + self.rows, self.N)) for start in range(0, self.N, self.rows)]
 
-    def tiles(self) -> Iterator[slice]:
-        return (slice(start, min(start + self.width, self.V)) for start in range(0, self.V, self.width))
+    def tiles(self) -> list[slice]:
+        return [slice(start, min(start + self.width, self.V)) for start in range(0, self.V, self.width)]
 
 
 def _plan(N: int, V: int, H: int, head_trained: bool, softmaxes: int, operands: Operands, device: torch.device) -> _Plan:
@@ -251,7 +252,7 @@ class _Workspace:
         self._logits = self._slope = self._weight = None
         if plan.reuses_buffers:
             saves_all = saves_exp and self._in_place and operands.first == operands.saved
-            tiles = len(list(plan.tiles())) if saves_all else 1
+            tiles = len(plan.tiles()) if saves_all else 1
             self._logits = torch.empty(tiles, plan.rows, plan.width + _SPARE, dtype=head.summed, device=device)
         if head.softcap is not None and self._in_place:
             self._slope = torch.empty(plan.rows, plan.width, dtype=head.summed, device=device)

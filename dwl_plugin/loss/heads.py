@@ -1,4 +1,4 @@
-"""What can be known of an output head: as numbers, and as a module of somebody's model.
+"""What can be known of an output head: as numbers, and as a module of a model.
 
 Shapes: R rows, W tokens of a tile of the vocabulary, H hidden size, V vocabulary.
 """

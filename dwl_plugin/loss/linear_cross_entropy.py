@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from dwl_plugin.loss.fused_walk import Gradients, NeedsGrad, WalkResult, forward
 from dwl_plugin.loss.heads import LinearHead
 from dwl_plugin.loss.stable_nll import LinearCrossEntropyOutput, refuse_second_derivative, spread
 from dwl_plugin.loss.token_losses import Term
-from dwl_plugin.loss.tokens import Targets, Tokens, brief, require, require_number, select_tokens, terms_of
+from dwl_plugin.loss.tokens import Targets, brief, require, require_number, select_tokens, terms_of
 
 __all__ = ["LinearCrossEntropyOutput", "fused_cross_entropy", "linear_cross_entropy"]
 
@@ -117,13 +117,14 @@ def fused_cross_entropy(
         _multiplied_dtype(hidden, weight),
     )
     tokens = select_tokens(hidden, given, vocab_size=weight.shape[0], dtype=head.summed)
+    base = None if given.anchor is None else _base_head(given.anchor, head)
     learns = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     needs_grad = NeedsGrad(*(torch.is_grad_enabled() and learn for learn in learns))
-    call = _Call(tokens, head, None if given.anchor is None else _base_head(given.anchor, head), needs_grad)
+    run = partial(forward_backward, tokens=tokens, head=head, base=base, needs_grad=needs_grad)
     if needs_grad.hidden or needs_grad.head:
-        loss, nll_N, factors_KN, kl_N = _LinearCrossEntropy.apply(hidden, weight, bias, call)
+        loss, nll_N, factors_KN, kl_N = _LinearCrossEntropy.apply(hidden, weight, bias, run, tokens.rows_N)
     else:
-        result = call.run(hidden)
+        result = run(hidden)
         loss, nll_N, factors_KN, kl_N = result.loss, result.nll_N, result.factors_KN, result.kl_N
 
     def at_positions(values_N: torch.Tensor) -> torch.Tensor:
@@ -162,26 +163,19 @@ def _multiplied_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype
     return dtype
 
 
-@dataclass
-class _Call:
-    tokens: Tokens
-    head: LinearHead
-    base: LinearHead | None
-    needs_grad: NeedsGrad
-
-    def run(self, hidden: torch.Tensor) -> WalkResult:
-        hidden_TH = hidden.detach().reshape(-1, hidden.shape[-1])
-        return forward_backward(hidden_TH, self.tokens, self.head, self.base, self.needs_grad)
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, call: _Call
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        run: Callable[[torch.Tensor], WalkResult],
+        rows_N: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        result = call.run(hidden)
-        ctx.call, ctx.gradients = call, result.gradients
-        ctx.save_for_backward(hidden, weight, bias)
+        result = run(hidden)
+        ctx.run, ctx.gradients = run, result.gradients
+        ctx.save_for_backward(hidden, weight, bias, rows_N)
         detached = (result.nll_N, result.factors_KN, result.kl_N)
         ctx.mark_non_differentiable(*(tensor for tensor in detached if tensor is not None))
         return result.loss, *detached
@@ -189,23 +183,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         refuse_second_derivative()
-        hidden, weight, bias = ctx.saved_tensors
+        hidden, weight, bias, rows_N = ctx.saved_tensors
         # Handed out and forgotten, so that ∂W is scaled where it lies: a copy would be the largest tensor of all.
-        gradients: Gradients | None = ctx.gradients
+        gradients: Gradients = ctx.gradients or ctx.run(hidden).gradients
         ctx.gradients = None
-        if gradients is None:
-            gradients = ctx.call.run(hidden).gradients
         grad_hidden = None
         if gradients.hidden_NH is not None:
-            grad_NH, rows_N = _scaled(gradients.hidden_NH, grad_loss, hidden.dtype), ctx.call.tokens.rows_N
-            if rows_N is None:
-                grad_hidden = grad_NH.reshape(hidden.shape)
-            else:
-                grad_TH = grad_NH.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1])
-                grad_hidden = grad_TH.index_copy_(0, rows_N, grad_NH).reshape(hidden.shape)
+            grad_hidden = spread(_scaled(gradients.hidden_NH, grad_loss, hidden.dtype), rows_N, hidden.shape)
         grad_weight = None if gradients.weight_VH is None else _scaled(gradients.weight_VH, grad_loss, weight.dtype)
         grad_bias = None if gradients.bias_V is None else _scaled(gradients.bias_V, grad_loss, bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None
+        return grad_hidden, grad_weight, grad_bias, None, None
 
 
 def _scaled(gradient: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import platform
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -95,17 +95,12 @@ def _add(out: torch.Tensor, result: torch.Tensor, first: bool) -> None:
 
 
 def _add_mm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    widened: dict[str, Any] = {}
     if a.dtype == b.dtype != out.dtype and out.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
-        if first:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
-        else:
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        return
-    a, b = a.to(out.dtype), b.to(out.dtype)
-    if first:
-        torch.mm(a, b, out=out)
+        widened = {"out_dtype": out.dtype}
     else:
-        torch.addmm(out, a, b, out=out)
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    torch.mm(a, b, out=out, **widened) if first else torch.addmm(out, a, b, out=out, **widened)
 
 
 def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

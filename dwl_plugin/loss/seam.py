@@ -108,7 +108,7 @@ class Seam:
         self._pending = pending
 
     def disarm(self, completed: bool) -> None:
-        """Back to plain logits. Raises `LossNotTakenError` if the armed forward was completed with somebody else's loss."""
+        """Back to plain logits. Raises `LossNotTakenError` if the loss of the armed forward was computed elsewhere."""
         pending, self._pending = self._pending, None
         if completed and pending is not None and pending.taken == 0:
             raise LossNotTakenError(

@@ -39,10 +39,11 @@ def exact_nll(
 
 
 def spread(values_N: torch.Tensor, rows_N: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-    """Values of the target tokens back at their positions in `shape`, 0 everywhere else."""
-    if rows_N is None:
-        return values_N.reshape(shape)
-    return values_N.new_zeros(shape.numel()).index_copy_(0, rows_N, values_N).reshape(shape)
+    """Values of the target tokens, numbers or rows, back at their positions in `shape`, 0 everywhere else."""
+    if rows_N is not None:
+        positions = shape[: len(shape) + 1 - values_N.ndim].numel()
+        values_N = values_N.new_zeros(positions, *values_N.shape[1:]).index_copy_(0, rows_N, values_N)
+    return values_N.reshape(shape)
 
 
 def refuse_second_derivative() -> None:

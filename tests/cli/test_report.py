@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from dwl_plugin.cli import plots
 from dwl_plugin.cli.main import main
-from dwl_plugin.cli.report.run import Curve, read_runs
+from dwl_plugin.cli.report.run import LoggedCurve, read_runs
 from dwl_plugin.cli.report.tables import compared, rows_of
 from dwl_plugin.files import write_whole
 from tests.cli.little_runs import DWL, Entry, evaluation, step, write_run, write_state
@@ -369,7 +369,7 @@ def test_no_two_of_thirty_lines_look_alike() -> None:
 
 
 def test_a_long_curve_is_drawn_as_means_of_neighbours_and_keeps_its_gaps() -> None:
-    curve = Curve(tuple(range(1, 9)), (1.0, 3.0, math.nan, 5.0, math.nan, math.nan, 7.0, 9.0))
+    curve = LoggedCurve(tuple(range(1, 9)), (1.0, 3.0, math.nan, 5.0, math.nan, math.nan, 7.0, 9.0))
     thin = curve.thinned(4)
     assert thin.steps == (2, 4, 6, 8)
     assert (thin.values[0], thin.values[1], thin.values[3]) == (2.0, 5.0, 8.0)

@@ -227,8 +227,11 @@ def check_sharded(rank: int, world: int, port: int, modes: list[str]) -> None:
             shard(model, mode, mesh)
             mine = slice(rank * len(ids) // world, (rank + 1) * len(ids) // world)
             seam = Seam(model, print)
-            with seam.armed(PendingLoss(WEIGHTED, labels[mine], class_ids[mine], denominator=targets / world)):
+            seen: list[ForwardMetrics] = []
+            pending = PendingLoss(WEIGHTED, labels[mine], class_ids[mine], denominator=targets / world, on_tokens=seen.append)
+            with seam.armed(pending):
                 out = model(input_ids=ids[mine], labels=labels[mine])
+            assert len(seen[0].factors_KN) == len(WEIGHTED.terms)
             model.zero_grad()
             out.loss.backward()
             torch.distributed.all_reduce(mean := out.loss.detach() / world)

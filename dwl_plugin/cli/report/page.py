@@ -11,7 +11,7 @@ import yaml
 from dwl_plugin.cli.plots import Line, draw_panels, draw_shares, look_of, need_matplotlib, to_svg
 from dwl_plugin.cli.printable import printable
 from dwl_plugin.cli.report import tables
-from dwl_plugin.cli.report.run import Curve, Run
+from dwl_plugin.cli.report.run import LoggedCurve, Run
 from dwl_plugin.values import REST
 
 if TYPE_CHECKING:
@@ -117,6 +117,6 @@ def _titled(panels: Mapping[str, list[Line]]) -> dict[str, list[Line]]:
     return {printable(title): lines for title, lines in panels.items()}
 
 
-def _line(label: str, curve: Curve, look: Mapping[str, Any], dots: bool = False, limit: int = 80) -> Line:
+def _line(label: str, curve: LoggedCurve, look: Mapping[str, Any], dots: bool = False, limit: int = 80) -> Line:
     thin = curve.thinned(limit)
     return Line(printable(label), thin.steps, thin.values, look, dots)

@@ -16,7 +16,7 @@ from dwl_plugin.config import Block, parse
 from dwl_plugin.errors import DWLError
 from dwl_plugin.values import REST
 
-__all__ = ["Curve", "Run", "read_runs"]
+__all__ = ["LoggedCurve", "Run", "read_runs"]
 
 STATE = "trainer_state.json"
 CONFIG = "dwl_config.yaml"
@@ -25,7 +25,7 @@ Entry = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Curve:
+class LoggedCurve:
     """One number over the run; NaN where the step has none, such as a class that was absent from it."""
 
     steps: tuple[int, ...]
@@ -56,13 +56,13 @@ class Curve:
     def _known(self) -> list[float]:
         return [value for value in self.values if math.isfinite(value)]
 
-    def thinned(self, limit: int) -> Curve:
+    def thinned(self, limit: int) -> LoggedCurve:
         """At most `limit` points, each the mean of as many neighbours."""
         width = math.ceil(len(self.steps) / limit)
         if width <= 1:
             return self
-        parts = [Curve(self.steps[at : at + width], self.values[at : at + width]) for at in range(0, len(self.steps), width)]
-        return Curve(tuple(part.steps[-1] for part in parts), tuple(part.mean for part in parts))
+        parts = [LoggedCurve(self.steps[at : at + width], self.values[at : at + width]) for at in range(0, len(self.steps), width)]
+        return LoggedCurve(tuple(part.steps[-1] for part in parts), tuple(part.mean for part in parts))
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,6 @@ class Run:
     """What a run logged. `train` and `evals` are its log entries in the order of their steps, one a step."""
 
     name: str
-    folder: Path
     state: Path
     block: Block | None
     classes: tuple[str, ...]
@@ -80,11 +79,11 @@ class Run:
     max_steps: int
     notes: tuple[str, ...] = ()
 
-    def curve(self, key: str) -> Curve:
+    def curve(self, key: str) -> LoggedCurve:
         """A number of the training batches, e.g. ``dwl/nll/number``."""
         return _curve(self.train, key)
 
-    def eval_curve(self, key: str) -> Curve:
+    def eval_curve(self, key: str) -> LoggedCurve:
         """The same of the evaluation set."""
         return _curve(self.evals, f"eval_{key}")
 
@@ -122,7 +121,6 @@ def _read(folder: Path, name: str) -> Run:
     step, max_steps = state.get("global_step"), state.get("max_steps")
     return Run(
         name=name,
-        folder=folder,
         state=path,
         block=block,
         classes=_classes(block, (*train, *evals)),
@@ -154,15 +152,13 @@ def _newest_state(folder: Path, notes: list[str]) -> tuple[Path, Mapping[str, An
             state = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             notes.append(f"{path} cannot be read: {error.strerror}.")
-            continue
         except ValueError:
             notes.append(f"{path} is cut off or is not JSON, and was passed over.")
-            continue
-        if not isinstance(state, Mapping) or not isinstance(state.get("log_history"), list):
-            notes.append(f"{path} has no `log_history`; it is not a trainer's state.")
-            continue
-        if not found or _continues(state, found[-1][1]):
-            found.append((path, state))
+        else:
+            if not isinstance(state, Mapping) or not isinstance(state.get("log_history"), list):
+                notes.append(f"{path} has no `log_history`; it is not a trainer's state.")
+            elif not found or _continues(state, found[-1][1]):
+                found.append((path, state))
     if not found:
         raise DWLError("\n".join(["No state of the run can be read.", *notes]))
     return found[-1]
@@ -196,8 +192,8 @@ def _step(entry: Entry) -> int:
     return step if isinstance(step, int) else 0
 
 
-def _curve(entries: Sequence[Entry], key: str) -> Curve:
-    return Curve(tuple(map(_step, entries)), tuple(_number(entry.get(key)) for entry in entries))
+def _curve(entries: Sequence[Entry], key: str) -> LoggedCurve:
+    return LoggedCurve(tuple(map(_step, entries)), tuple(_number(entry.get(key)) for entry in entries))
 
 
 def _number(value: object) -> float:
