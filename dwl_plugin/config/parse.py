@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic import TypeAdapter, ValidationError
+
+from dwl_plugin.alpha.controllers import ControllerConfig, ControllerOptions, controller_problems
 from dwl_plugin.alpha.schedules import vectors
-from dwl_plugin.config.alpha import alpha_problems
-from dwl_plugin.config.block import Block, BlockContext, DWLConfig, LossName
+from dwl_plugin.classes.selectors import Context
+from dwl_plugin.config.block import Block, DWLConfig, LossName
 from dwl_plugin.config.classes import name_problems
 from dwl_plugin.config.packs import PackLibrary
-from dwl_plugin.config.problems import unique, validate
+from dwl_plugin.config.problems import alpha_problems, unique, validate
 from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.loss.token_losses import TOKEN_LOSSES, TokenLossOptions
 from dwl_plugin.values import MOST_OVERLAPPING, REST
@@ -24,6 +28,8 @@ __all__ = ["parse", "read_block"]
 _LOSSES = ", ".join(get_args(LossName))
 _OPTIONS = tuple(name for name in TOKEN_LOSSES if name in DWLConfig.model_fields)
 """Keys of `dwl` that are the options of a token loss; those of dft stand above it."""
+
+_CONTROLLER: TypeAdapter[ControllerOptions | None] = TypeAdapter(ControllerConfig | None)
 
 _KEYFRAMES = re.compile(r"(dwl|dft|dwl\.classes\.\w+\.dft)\.schedule\.at")
 """Where a key may be a number: a step. It becomes a string before the host sorts the keys of what it writes down."""
@@ -84,14 +90,13 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     dwl = ours["dwl"] if isinstance(ours.get("dwl"), Mapping) else {}
     classes = dwl["classes"] if isinstance(dwl.get("classes"), Mapping) else {}
     names = [*(str(name) for name in classes if name != REST), REST]
-    controlled = names if ours["loss"] == "dwl" and all_known else None
-    context = BlockContext(packs, names=controlled, alpha=dwl.get("alpha"))
-    block = validate(Block, ours, problems, context)
+    block = validate(Block, ours, problems, Context(packs))
     problems += packs.problems
     sound = None if problems else block
     problems += name_problems(classes)
     problems += _number_problems(dwl, names, all_known)
-    problems += context.problems
+    if ours["loss"] == "dwl" and all_known:
+        problems += controller_problems(_controller(dwl, block), "dwl.controller", dwl.get("alpha"), names)
     problems += _useless_keys(ours["loss"], dwl, classes)
     if ours["loss"] == "dwl" and "dwl" not in ours:
         hint = "name at least one class under `dwl.classes`"
@@ -145,6 +150,13 @@ def _odd_keys(ours: Mapping[str, Any]) -> Iterator[Problem]:
                     yield Problem(path, "a key has to be a string", key, hint=hint)
 
 
+def _controller(dwl: Mapping[str, Any], block: Block | None) -> ControllerOptions | None:
+    """The controller, which may be right in a block that is not."""
+    with suppress(ValidationError):
+        return block.controller if block is not None else _CONTROLLER.validate_python(dwl.get("controller"))
+    return None
+
+
 def _number_problems(dwl: Mapping[str, Any], names: Sequence[str], all_known: bool) -> Iterator[Problem]:
     """What is wrong with numbers by class, also where something else is wrong too.
 
@@ -183,7 +195,7 @@ def _useless_options(block: Block) -> Iterator[Problem]:
         kind = default if spec.token_loss is None else _name(spec.token_loss)
         used.add(kind)
         for option in TOKEN_LOSSES:
-            if block.loss == "dwl" and getattr(spec, option) is not None and kind != option:
+            if block.loss == "dwl" and getattr(spec, option, None) is not None and kind != option:
                 why = f"this class pays {kind}, so the options do nothing"
                 hint = f"add `token_loss: {option}` to the class, or delete `{option}`"
                 yield Problem(f"dwl.classes.{name}.{option}", why, hint=hint)

@@ -24,7 +24,7 @@ from pydantic_core import CoreSchema, InitErrorDetails
 
 from dwl_plugin.alpha.schedules import Schedule, vectors
 from dwl_plugin.errors import ConfigError, did_you_mean
-from dwl_plugin.extensions import class_of, installed, load
+from dwl_plugin.extensions import class_of, installed
 from dwl_plugin.values import Strict, Weight, invalid, line_error
 
 if TYPE_CHECKING:
@@ -219,38 +219,42 @@ class EntropyGate(TokenLoss):
 
 TokenLossConfig = DFTConfig | FocalConfig | EAFTConfig | TokenLossOptions
 
-TOKEN_LOSSES: dict[str, type[TokenLoss]] = {"dft": Power, "focal": Focal, "eaft": EntropyGate}
-"""By the name that a YAML has for it, which is also the key of its options. `nll` is dft with exponent 0."""
+TOKEN_LOSSES: dict[str, type[TokenLoss]] = {"dft": Power, "focal": Focal, "eaft": EntropyGate}  # a new one goes here
+"""By the name that a YAML has for it. The options of these stand under a key of their name; those of a token loss whose options
+derive from `TokenLossOptions` stand in `token_loss: {type: name, ...}`. `nll` is dft with exponent 0."""
 
-_NAMES = ("nll", *TOKEN_LOSSES)
+_WITH_A_KEY = ("nll", *(name for name, formula in TOKEN_LOSSES.items() if not issubclass(formula.Options, TokenLossOptions)))
 _PART_OF_DFT = {"asft": "anchor: 0.05", "gft": "threshold: 0.7", "sft": "exponent: 0"}
 """Names from papers that are `dft` with an option."""
 
 
+def _others() -> list[str]:
+    return sorted({*TOKEN_LOSSES, *installed("token_loss")} - set(_WITH_A_KEY))
+
+
 def _chosen(value: object) -> object:
-    """A built-in token loss stays a name, with its options beside it; one of another package becomes its options."""
-    if isinstance(value, TokenLossOptions) or (isinstance(value, str) and value in _NAMES):
+    """A token loss with a key for its options stays a name; any other becomes its options."""
+    if isinstance(value, TokenLossOptions) or (isinstance(value, str) and value in _WITH_A_KEY):
         return value
     if isinstance(value, str) and value.lower() in _PART_OF_DFT:
         raise invalid(f"is `token_loss: dft` with `dft: {{{_PART_OF_DFT[value.lower()]}}}`")
     written = value if isinstance(value, Mapping) else {"type": value}
-    name, others = written.get("type"), sorted(set(installed("token_loss")) - set(_NAMES))
-    if not isinstance(name, str) or name not in others:
-        known = [*_NAMES, *others]
+    name, known = written.get("type"), [*_WITH_A_KEY, *_others()]
+    if not isinstance(name, str) or name not in known or name in _WITH_A_KEY:
         raise invalid("not a known value", ", ".join(known), did_you_mean(name, known))
     try:
-        found = load("token_loss", name, "", TokenLossOptions)
+        found = class_of("token_loss", name, TOKEN_LOSSES, TokenLossOptions, "")
     except ConfigError as error:
         raise invalid(error.problems[0].message, hint=error.problems[0].hint) from None
     return found.Options.model_validate(written)
 
 
 class _ByName:
-    """In the JSON Schema: the names there are here, and for those of other packages a mapping, whose keys they alone know."""
+    """In the JSON Schema: names, and where there are token losses without a key a mapping, which is checked when it is parsed."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        others = sorted(set(installed("token_loss")) - set(_NAMES))
-        names = {"enum": [*_NAMES, *others], "type": "string"}
+        others = _others()
+        names = {"enum": [*_WITH_A_KEY, *others], "type": "string"}
         mapping = {"type": "object", "properties": {"type": {"enum": others}}, "required": ["type"]}
         return {"anyOf": [names, mapping]} if others else names
 
@@ -263,7 +267,7 @@ def objective_of(options: TokenLossConfig, path: str = "dwl.token_loss") -> Toke
     """The formula with these options. Raises `ConfigError` at `path` where another package's is none."""
     if not isinstance(options, TokenLossOptions):
         return next(formula for formula in TOKEN_LOSSES.values() if formula.Options is type(options)).of(options)
-    formula: type[TokenLoss] = class_of("token_loss", options.type, {}, TokenLossOptions, f"{path}.type")
+    formula: type[TokenLoss] = class_of("token_loss", options.type, TOKEN_LOSSES, TokenLossOptions, f"{path}.type")
     if not issubclass(formula, TokenLoss):
         raise ConfigError.at(f"{path}.type", f"`{formula.__name__}` is no token loss: it has to derive from `TokenLoss`")
     return formula.of(options)
