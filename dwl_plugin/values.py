@@ -9,12 +9,13 @@ from math import isfinite, prod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import regex
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ModelWrapValidatorHandler, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError
 
 from dwl_plugin.errors import did_you_mean
 
 if TYPE_CHECKING:
+    from pydantic import ModelWrapValidatorHandler
     from typing_extensions import Self
 
 __all__ = [

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
-from dwl_plugin.alpha.controllers import ControllerConfig, ControllerOptions, controller_problems
+from dwl_plugin.alpha.controllers import ControllerConfig, ControllerOptions
 from dwl_plugin.alpha.schedules import Schedule, ScheduleOptions
-from dwl_plugin.classes.selectors import Context
 from dwl_plugin.config.classes import ClassConfig, Classes
-from dwl_plugin.errors import Problem
 from dwl_plugin.loss.token_losses import (
     TOKEN_LOSSES,
     DFTConfig,
@@ -25,21 +22,9 @@ from dwl_plugin.loss.token_losses import (
 )
 from dwl_plugin.values import REST, Overlap, Reduction, Strict, Weight
 
-__all__ = ["Block", "BlockContext", "DWLConfig", "LossName", "Reduction"]
+__all__ = ["Block", "DWLConfig", "LossName", "Reduction"]
 
 LossName = Literal["nll", "dft", "dwl"]
-
-
-@dataclass(frozen=True)
-class BlockContext(Context):
-    """What a rule about several keys needs: the classes (None where they are not all known) and α as the YAML has it.
-
-    `problems` receives what is wrong at another place than the value that is validated.
-    """
-
-    names: Sequence[str] | None = None
-    alpha: object = None
-    problems: list[Problem] = field(default_factory=list)
 
 
 class DWLConfig(Strict):
@@ -66,14 +51,6 @@ class DWLConfig(Strict):
     )
     schedule: Schedule | None = Field(None, description="α as a function of the optimizer step.")
     controller: ControllerConfig | None = Field(None, description="α from what the classes cost.")
-
-    @field_validator("controller")
-    @classmethod
-    def _suits_the_classes(cls, controller: ControllerOptions | None, info: ValidationInfo) -> ControllerOptions | None:
-        context = info.context
-        if isinstance(context, BlockContext) and context.names is not None:
-            context.problems.extend(controller_problems(controller, "dwl.controller", context.alpha, context.names))
-        return controller
 
 
 class Block(Strict):

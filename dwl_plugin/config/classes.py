@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field, create_model
@@ -64,7 +64,7 @@ def may_be_empty(classes: Mapping[str, ClassConfig]) -> frozenset[str]:
     return frozenset(name for name, config in classes.items() if config.allow_empty)
 
 
-def name_problems(classes: Mapping[object, object], path: str = "dwl.classes") -> Iterator[Problem]:
+def name_problems(classes: Iterable[object], path: str = "dwl.classes") -> Iterator[Problem]:
     """Names that are taken or that no log could hold."""
     for name in classes:
         if name == REST:
