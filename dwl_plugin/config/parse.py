@@ -80,13 +80,11 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
         raise ConfigError.at(next(iter(ours)), f"{which} without `loss` would change nothing", allowed=_LOSSES, hint=hint)
     problems = list(_odd_keys(ours))
     packs = PackLibrary([*([] if folder is None else [folder]), Path()], with_losses=ours["loss"] == "dwl")
-    all_known = True
     if isinstance(ours.get("dwl"), Mapping):
         try:
             ours["dwl"] = packs.with_pack(ours["dwl"])
         except ConfigError as error:
             problems += error.problems
-            ours["dwl"], all_known = {key: value for key, value in ours["dwl"].items() if key != "pack"}, False
     dwl = ours["dwl"] if isinstance(ours.get("dwl"), Mapping) else {}
     classes = dwl["classes"] if isinstance(dwl.get("classes"), Mapping) else {}
     names = [*(str(name) for name in classes if name != REST), REST]
@@ -94,8 +92,8 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     problems += packs.problems
     sound = None if problems else block
     problems += name_problems(classes)
-    problems += _number_problems(dwl, names, all_known)
-    if ours["loss"] == "dwl" and all_known:
+    problems += _number_problems(dwl, names)
+    if ours["loss"] == "dwl" and "pack" not in dwl:
         problems += controller_problems(_controller(dwl, block), "dwl.controller", dwl.get("alpha"), names)
     problems += _useless_keys(ours["loss"], dwl, classes)
     if ours["loss"] == "dwl" and "dwl" not in ours:
@@ -157,13 +155,10 @@ def _controller(dwl: Mapping[str, Any], block: Block | None) -> ControllerOption
     return None
 
 
-def _number_problems(dwl: Mapping[str, Any], names: Sequence[str], all_known: bool) -> Iterator[Problem]:
-    """What is wrong with numbers by class, also where something else is wrong too.
-
-    `all_known`: where the classes of a pack are not, a name may be one of its own.
-    """
+def _number_problems(dwl: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:
+    """What is wrong with numbers by class. Beside a pack that could not be used, a name may be one of its classes."""
     for path, numbers in [("dwl.alpha", dwl.get("alpha")), *vectors(dwl.get("schedule"), "dwl.schedule")]:
-        also = [] if all_known or not isinstance(numbers, Mapping) else numbers
+        also = numbers if "pack" in dwl and isinstance(numbers, Mapping) else ()
         yield from alpha_problems(path, numbers, list(dict.fromkeys([*names, *also])))
     if dwl.get("schedule") is not None and dwl.get("controller") is not None:
         hint = "delete `dwl.controller` or `dwl.schedule`"
