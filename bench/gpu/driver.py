@@ -45,7 +45,7 @@ class Stage:
 STAGES = (
     Stage("versions", 40, 7),
     Stage("tests", 80, 8, "pytest", ("-n", "0", "-q", "-p", "no:cacheprovider", "tests/gpu")),
-    Stage("fake", 40, 14, "bench.gpu.fake_cuda"),
+    Stage("fake", 25, 14, "bench.gpu.fake_cuda"),
     Stage("errors", 50, 12),
     Stage("waits", 75, 19),
     Stage("kernels", 45, 16),
