@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from dwl_plugin.alpha.controllers import ControllerConfig, ControllerOptions
 from dwl_plugin.alpha.schedules import Schedule, ScheduleOptions
-from dwl_plugin.config.classes import ClassConfig, Classes
-from dwl_plugin.loss.token_losses import (
-    TOKEN_LOSSES,
-    DFTConfig,
-    EAFTConfig,
-    FocalConfig,
-    TokenLossConfig,
-    TokenLossName,
-    TokenLossOptions,
-)
+from dwl_plugin.config.classes import ClassConfig, Classes, with_token_losses
+from dwl_plugin.loss.token_losses import TOKEN_LOSSES, DFTConfig, TokenLossConfig, TokenLossName, TokenLossOptions
 from dwl_plugin.values import REST, Overlap, Reduction, Strict, Weight
 
 __all__ = ["Block", "DWLConfig", "LossName", "Reduction"]
@@ -36,8 +28,6 @@ class DWLConfig(Strict):
         "the config is parsed.",
     )
     token_loss: TokenLossName = Field("nll", description="What a token pays in every class that names none of its own.")
-    focal: FocalConfig | None = Field(None, description="Options of the focal token loss.")
-    eaft: EAFTConfig | None = Field(None, description="Options of the eaft token loss.")
     classes: Classes = Field(
         default_factory=dict, description="name -> selector; the order is the priority, the first class that matches wins."
     )
@@ -51,6 +41,10 @@ class DWLConfig(Strict):
     )
     schedule: Schedule | None = Field(None, description="α as a function of the optimizer step.")
     controller: ControllerConfig | None = Field(None, description="α from what the classes cost.")
+
+
+if not TYPE_CHECKING:
+    DWLConfig = with_token_losses(DWLConfig, "Options of the {} token loss.")
 
 
 class Block(Strict):
