@@ -77,6 +77,12 @@ class ConfigError(DWLError):
         """An error of one `Problem`."""
         return cls([Problem(path, message, value, allowed, hint)])
 
+    @classmethod
+    def raise_any(cls, problems: Iterable[Problem]) -> None:
+        """Raise all of `problems` at once, if there is one."""
+        if found := list(problems):
+            raise cls(found)
+
     def __reduce__(self) -> tuple[Any, ...]:  # raised in loader workers, so it has to survive pickling
         return (type(self), (self.problems,))
 

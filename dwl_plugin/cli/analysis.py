@@ -214,8 +214,7 @@ def _host_config(config: ReadConfig, found: Findings, to_run: bool) -> Any:
     except ImportError as error:
         found.unseen.append(f"everything that Axolotl does: it cannot be imported here ({error})")
         return None
-    for key in host.unknown_keys(raw):
-        close = did_you_mean(key, host.known_keys())
+    for key, close in host.unknown_keys(raw).items():
         found.hints.append(f"Axolotl does not know the key `{key}` and drops it{'; ' + close if close else ''}")
     return cfg
 

@@ -58,8 +58,7 @@ def overrides_of(environ: Mapping[str, str]) -> list[Override]:
         if earlier.value != override.value:
             said = f"{earlier.value!r} in {earlier.source}"
             problems.append(Problem(override.path, f"{override.source} contradicts {said}", override.value))
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_any(problems)
     return list(first.values())
 
 
@@ -83,8 +82,7 @@ def overridden(raw: Mapping[str, Any], overrides: list[Override]) -> dict[str, A
                 break
         else:
             node[last] = copy.deepcopy(override.value)
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_any(problems)
     return ours
 
 
