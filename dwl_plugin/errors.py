@@ -70,7 +70,7 @@ class ConfigError(DWLError):
         self.problems = tuple(problems)
         count = len(self.problems)
         head = f"{PREFIX} {count} problem{'s' if count != 1 else ''} in the config; nothing was trained."
-        super().__init__("\n".join([head, *(f"  {_indent(str(p))}" for p in self.problems)]))
+        super().__init__("\n".join([head, *map(str, self.problems)]).replace("\n", "\n  "))
 
     @classmethod
     def at(cls, path: str, message: str, value: Any = _ABSENT, allowed: str = "", hint: str = "") -> ConfigError:
@@ -107,7 +107,3 @@ def shortened(value: Any, limit: int = 120) -> str:
     """`value` as Python writes it, cut to `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _indent(text: str) -> str:
-    return text.replace("\n", "\n  ")

@@ -14,6 +14,7 @@ from dwl_plugin.classes.token_bytes import Bools
 __all__ = ["Words"]
 
 _WORD = regex.compile(r"\w+")
+_INSIDE_WORD = regex.compile(r"(?<=\w)\w")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Words:
             begin, end = match.span()
             for keyword in by_first_word.get(folded[begin:end], ()):
                 stop = begin + len(keyword)
-                if stop == end or (stop > end and folded.startswith(keyword, begin) and not _inside_word(text, stop)):
+                if stop == end or (stop > end and folded.startswith(keyword, begin) and not _INSIDE_WORD.match(text, stop)):
                     yield begin, stop
 
     @cached_property
@@ -62,8 +63,3 @@ class Words:
         if len(folded) == len(text):
             return folded
         return "".join(char if len(char.casefold()) > 1 else char.casefold() for char in text)
-
-
-def _inside_word(text: str, at: int) -> bool:
-    """True if the characters on both sides of `at` are of one word."""
-    return at < len(text) and _WORD.fullmatch(text, at - 1, at + 1) is not None

@@ -12,10 +12,10 @@ from __future__ import annotations
 import re
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import regex
@@ -25,23 +25,7 @@ from dwl_plugin.classes.samples import Samples
 from dwl_plugin.classes.token_bytes import Bools, TokenTable
 from dwl_plugin.errors import PREFIX, ConfigError, Problem
 
-__all__ = [
-    "TIME_LIMIT_S",
-    "AtTurnEnds",
-    "Between",
-    "Clock",
-    "InText",
-    "InVocabulary",
-    "Mask",
-    "MaskContext",
-    "NthTurn",
-    "OfRole",
-    "PatternTooSlowError",
-    "all_of",
-    "any_of",
-    "covers",
-    "negation",
-]
+__all__ = ["TIME_LIMIT_S", "Clock", "InVocabulary", "Mask", "MaskContext", "PatternTooSlowError", "covers"]
 
 TIME_LIMIT_S = 4.0
 """How long one pattern may search one sample, or the vocabulary, in seconds of CPU time; most patterns need milliseconds."""
@@ -56,10 +40,8 @@ class PatternTooSlowError(ConfigError):
             Exception.__init__(self, "\n".join(f"{PREFIX} {problem}" for problem in self.problems))
 
 
-class Mask(Protocol):
-    """Samples -> (T,) True where a token is selected."""
-
-    def __call__(self, samples: Samples) -> Bools: ...
+Mask = Callable[[Samples], Bools]
+"""Samples -> (T,) True where a token is selected."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,23 +241,33 @@ class OfRole:
 
 
 @dataclass(frozen=True)
-class AnyOf:
+class _Joined:
+    masks: tuple[Mask, ...]
+    join: ClassVar[np.ufunc]
+
+    def __call__(self, samples: Samples) -> Bools:
+        joined: Bools = reduce(self.join, [mask(samples) for mask in self.masks])
+        return joined
+
+    @classmethod
+    def of(cls, masks: Sequence[Mask]) -> Mask:
+        """Look-ups among the masks are folded into one."""
+        lookups = [mask.member_V for mask in masks if isinstance(mask, InVocabulary)]
+        parts: list[Mask] = [InVocabulary(reduce(cls.join, lookups))] if lookups else []
+        parts += [mask for mask in masks if not isinstance(mask, InVocabulary)]
+        return cls(tuple(parts)) if len(parts) > 1 else parts[0]
+
+
+class AnyOf(_Joined):
     """`any`."""
 
-    masks: tuple[Mask, ...]
-
-    def __call__(self, samples: Samples) -> Bools:
-        return reduce(np.bitwise_or, [mask(samples) for mask in self.masks])
+    join = np.bitwise_or
 
 
-@dataclass(frozen=True)
-class AllOf:
+class AllOf(_Joined):
     """`all`."""
 
-    masks: tuple[Mask, ...]
-
-    def __call__(self, samples: Samples) -> Bools:
-        return reduce(np.bitwise_and, [mask(samples) for mask in self.masks])
+    join = np.bitwise_and
 
 
 @dataclass(frozen=True)
@@ -286,28 +278,6 @@ class Not:
 
     def __call__(self, samples: Samples) -> Bools:
         return ~self.mask(samples)
-
-
-def any_of(masks: Sequence[Mask]) -> Mask:
-    """The union of masks; look-ups among them are folded into one."""
-    return _folded(masks, np.bitwise_or, AnyOf)
-
-
-def all_of(masks: Sequence[Mask]) -> Mask:
-    """The intersection of masks; look-ups among them are folded into one."""
-    return _folded(masks, np.bitwise_and, AllOf)
-
-
-def negation(mask: Mask) -> Mask:
-    """The complement of a mask; that of a look-up is a look-up."""
-    return InVocabulary(~mask.member_V) if isinstance(mask, InVocabulary) else Not(mask)
-
-
-def _folded(masks: Sequence[Mask], join: np.ufunc, combine: type[AnyOf | AllOf]) -> Mask:
-    lookups = [mask.member_V for mask in masks if isinstance(mask, InVocabulary)]
-    folded = [InVocabulary(reduce(join, lookups))] if lookups else []
-    others = [mask for mask in masks if not isinstance(mask, InVocabulary)]
-    return combine((*folded, *others)) if len(folded) + len(others) > 1 else [*folded, *others][0]
 
 
 def covers(wider: Mask, narrower: Mask) -> bool:

@@ -6,7 +6,7 @@ A selector is a class when options stand beside it (`dwl_plugin/config/classes.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import or_
@@ -14,62 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, T
 
 import numpy as np
 import regex
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    SerializerFunctionWrapHandler,
-    ValidationInfo,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
-from pydantic_core import CoreSchema, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_serializer, model_validator
+from pydantic_core import ValidationError
 
+from dwl_plugin.classes import masks
 from dwl_plugin.classes.keywords import Words
-from dwl_plugin.classes.masks import (
-    TIME_LIMIT_S,
-    AtTurnEnds,
-    Between,
-    Clock,
-    InText,
-    Mask,
-    MaskContext,
-    NthTurn,
-    OfRole,
-    all_of,
-    any_of,
-    negation,
-)
+from dwl_plugin.classes.masks import Mask, MaskContext
 from dwl_plugin.classes.role_headers import Role, role_headers
 from dwl_plugin.classes.token_bytes import added_ids, as_bytes, as_text, special_ids
 from dwl_plugin.errors import Problem, did_you_mean
 from dwl_plugin.values import Pattern, Strict, Text, TokenId, Word, invalid, line_error
 
-__all__ = [
-    "SELECTORS",
-    "AddedSelector",
-    "AllSelector",
-    "AnySelector",
-    "BetweenSelector",
-    "Context",
-    "NotSelector",
-    "PackSelector",
-    "PositionSelector",
-    "RegexSelector",
-    "RoleSelector",
-    "SelectorConfig",
-    "SpecialSelector",
-    "TokenIdsSelector",
-    "TokenRegexSelector",
-    "TokensSelector",
-    "TurnSelector",
-    "WordsSelector",
-    "as_selector",
-    "one_of",
-    "walk",
-]
+__all__ = ["SELECTORS", "AllSelector", "AnySelector", "Context", "PackSelector", "SelectorConfig", "as_selector", "one_of", "walk"]
 
 MAX_DEPTH = 16
 """How deep selectors may stand in each other; people need two or three."""
@@ -122,7 +78,7 @@ class Context:
     depth: int = 0
 
 
-def choose(models: Mapping[str, type[_Model]], noun: str, value: object, info: ValidationInfo) -> _Model:
+def _choose(models: Mapping[str, type[_Model]], noun: str, value: object, info: ValidationInfo) -> _Model:
     """The model of a mapping, by its one selector key, before its options are looked at: a typo gives one error."""
     if isinstance(value, SelectorConfig):
         return value  # type: ignore[return-value]
@@ -149,16 +105,15 @@ def choose(models: Mapping[str, type[_Model]], noun: str, value: object, info: V
     return config
 
 
-class _OneOf:
-    """In the JSON Schema a choice between models is a choice of one: each has a key of its own, and none allows another's."""
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"oneOf": handler(schema)["anyOf"]}
+def _exclusive(schema: dict[str, Any]) -> None:
+    """Each model has a key of its own, and none allows another's."""
+    schema["oneOf"] = schema.pop("anyOf")
 
 
 def one_of(models: Mapping[str, type[_Model]], noun: str) -> Any:
     """The annotation of a field that holds one of `models`."""
-    return Annotated[reduce(or_, models.values()), BeforeValidator(partial(choose, models, noun)), _OneOf()]
+    choice = BeforeValidator(partial(_choose, models, noun))
+    return Annotated[reduce(or_, models.values()), choice, Field(json_schema_extra=_exclusive)]
 
 
 if TYPE_CHECKING:
@@ -221,13 +176,13 @@ class TokenRegexSelector(SelectorConfig):
     token_regex: Pattern = Field(description="Python `regex` pattern; must match the whole of one token's text.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
-        table, match, clock = context.table, regex.compile(self.token_regex).fullmatch, Clock()
+        table, match, clock = context.table, regex.compile(self.token_regex).fullmatch, masks.Clock()
         message = hint = ""
         found: list[bool] = []
         try:
             found = [match(text, timeout=clock.left(), concurrent=False) is not None for text in table.texts()]
         except (TimeoutError, MemoryError):
-            message = f"too slow: the vocabulary takes more than {TIME_LIMIT_S:g} s, or more memory than there is"
+            message = f"too slow: the vocabulary takes more than {masks.TIME_LIMIT_S:g} s, or more memory than there is"
             hint = "the pattern backtracks: simplify it"
         else:
             if not context.may_be_empty and not any(found):
@@ -256,7 +211,7 @@ class RegexSelector(SelectorConfig):
         return group
 
     def mask(self, context: MaskContext, path: str) -> Mask:
-        return InText(f"{path}.regex", regex.compile(self.regex), self.group)
+        return masks.InText(f"{path}.regex", regex.compile(self.regex), self.group)
 
 
 class WordsSelector(SelectorConfig):
@@ -280,7 +235,7 @@ class BetweenSelector(SelectorConfig):
 
     def mask(self, context: MaskContext, path: str) -> Mask:
         open_tag, close_tag = map(as_bytes, self.between)
-        return Between(open_tag, close_tag, self.include_delimiters)
+        return masks.Between(open_tag, close_tag, self.include_delimiters)
 
 
 def _turn(value: object) -> object:
@@ -299,7 +254,7 @@ class TurnSelector(SelectorConfig):
     )
 
     def mask(self, context: MaskContext, path: str) -> Mask:
-        return NthTurn(1 if self.turn == "first" else -1 if self.turn == "last" else self.turn)
+        return masks.NthTurn(1 if self.turn == "first" else -1 if self.turn == "last" else self.turn)
 
 
 class TurnEnds(Strict):
@@ -323,7 +278,7 @@ class PositionSelector(SelectorConfig):
     position: TurnEnds = Field(description="E.g. {last: 32}, or {first: 8, last: 8}.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
-        return AtTurnEnds(self.position.first or 0, self.position.last or 0)
+        return masks.AtTurnEnds(self.position.first or 0, self.position.last or 0)
 
 
 class RoleSelector(SelectorConfig):
@@ -336,7 +291,7 @@ class RoleSelector(SelectorConfig):
     def mask(self, context: MaskContext, path: str) -> Mask:
         headers, why_not = role_headers(context.tokenizer, context.table)
         if self.role in headers:
-            return OfRole(frozenset(headers.values()), headers[self.role])
+            return masks.OfRole(frozenset(headers.values()), headers[self.role])
         message = f"cannot be known from this tokenizer's chat template: {why_not[self.role]}"
         hint = "use `regex` or `between` with what stands around such messages"
         context.problems.append(Problem(f"{path}.role", message, self.role, ", ".join(headers), hint))
@@ -384,32 +339,31 @@ class PackSelector(SelectorConfig):
         return pack if packs is None else packs.checked(pack)
 
 
-class AnySelector(SelectorConfig):
+class _SeveralSelectors(SelectorConfig):
+    text = "none"
+    joined: ClassVar[type[masks.AnyOf | masks.AllOf]]
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        return self.joined.of([selector.mask(context, path + at) for at, selector in self.inside()])
+
+    def inside(self) -> Sequence[tuple[str, SelectorConfig]]:
+        return [(f".{self.key}[{index}]", selector) for index, selector in enumerate(getattr(self, self.key))]
+
+
+class AnySelector(_SeveralSelectors):
     """Tokens that at least one of the selectors selects."""
 
     key = "any"
-    text = "none"
+    joined = masks.AnyOf
     any: tuple[NestedSelector, ...] = Field(min_length=1, description="Selectors.")
 
-    def mask(self, context: MaskContext, path: str) -> Mask:
-        return any_of([selector.mask(context, path + at) for at, selector in self.inside()])
 
-    def inside(self) -> Sequence[tuple[str, SelectorConfig]]:
-        return [(f".any[{index}]", selector) for index, selector in enumerate(self.any)]
-
-
-class AllSelector(SelectorConfig):
+class AllSelector(_SeveralSelectors):
     """Tokens that every one of the selectors selects."""
 
     key = "all"
-    text = "none"
+    joined = masks.AllOf
     all: tuple[NestedSelector, ...] = Field(min_length=1, description="Selectors.")
-
-    def mask(self, context: MaskContext, path: str) -> Mask:
-        return all_of([selector.mask(context, path + at) for at, selector in self.inside()])
-
-    def inside(self) -> Sequence[tuple[str, SelectorConfig]]:
-        return [(f".all[{index}]", selector) for index, selector in enumerate(self.all)]
 
 
 class NotSelector(SelectorConfig):
@@ -421,13 +375,14 @@ class NotSelector(SelectorConfig):
     not_: NestedSelector = Field(alias="not", description="A selector.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
-        return negation(self.not_.mask(context, f"{path}.not"))
+        mask = self.not_.mask(context, f"{path}.not")
+        return masks.InVocabulary(~mask.member_V) if isinstance(mask, masks.InVocabulary) else masks.Not(mask)
 
     def inside(self) -> Sequence[tuple[str, SelectorConfig]]:
         return [(".not", self.not_)]
 
     @model_serializer(mode="wrap")
-    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _as_written(self, handler: Callable[[NotSelector], dict[str, Any]]) -> dict[str, Any]:
         """`not`, also where a host dumps by field name."""
         return {"not" if name == "not_" else name: value for name, value in handler(self).items()}
 

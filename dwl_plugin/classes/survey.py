@@ -83,18 +83,15 @@ def empty_class_problems(
         message = f"there is nothing to classify: no target token in the {found.rows:,} rows looked at"
         hint = "every label is -100; look at the dataset's type and at `train_on_inputs`"
         return [Problem("dwl.classes", message, hint=hint)]
-    return [
-        _emptiness(f"dwl.classes.{name}", config, found, matches)
-        for (name, config), tokens, matches in zip(classes.items(), found.tokens, found.matches, strict=False)
-        if tokens == 0 and name not in may_be_empty
-    ]
-
-
-def _emptiness(path: str, config: SelectorConfig, found: ClassSurvey, matches: int) -> Problem:
-    """Say why a class may have no token; `matches` are those that earlier classes take."""
     looked = f"looked at {found.targets:,} target tokens in {found.rows:,} rows"
-    if matches:
-        message = f"has no token: classes above it take all {matches:,} that it matches ({looked})"
-        return Problem(path, message, hint="the first class that matches wins; move this class up, or write `allow_empty: true`")
-    hint = f"{config.if_empty} If the class may be empty, write `allow_empty: true`"
-    return Problem(path, f"matches nothing ({looked})", hint=hint)
+    problems: list[Problem] = []
+    for (name, config), tokens, matches in zip(classes.items(), found.tokens, found.matches, strict=False):
+        if tokens or name in may_be_empty:
+            continue
+        message = f"matches nothing ({looked})"
+        hint = f"{config.if_empty} If the class may be empty, write `allow_empty: true`"
+        if matches:
+            message = f"has no token: classes above it take all {matches:,} that it matches ({looked})"
+            hint = "the first class that matches wins; move this class up, or write `allow_empty: true`"
+        problems.append(Problem(f"dwl.classes.{name}", message, hint=hint))
+    return problems

@@ -152,8 +152,10 @@ def _spellings(tokenizer: Any) -> Iterator[tuple[int, Spelling]]:
         mistral = getattr(mistral, attribute, None)
     spell: Callable[[int, str], Spelling]
     if hasattr(mistral, "id_to_byte_piece"):  # mistral-common's Tekken; get_vocab() lacks pieces that are not UTF-8
-        names = dict.fromkeys(range(mistral.n_words), "")
-        spell = _tekken(mistral)
+        from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+
+        names = {token_id: mistral.id_to_byte_piece(token_id, SpecialTokenPolicy.KEEP) for token_id in range(mistral.n_words)}
+        spell = _literal
     elif any(isinstance(name, bytes) for name in names.values()):  # tiktoken's own vocabulary
         spell = _literal
     elif "ByteLevel" in decoders or hasattr(tokenizer, "byte_decoder"):
@@ -190,12 +192,6 @@ def _types(step: Any) -> Iterator[str]:
 
 def _literal(token_id: int, name: str) -> Spelling:
     return (as_bytes(name),) * 2
-
-
-def _tekken(mistral: Any) -> Callable[[int, str], Spelling]:
-    from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
-
-    return lambda token_id, _: (mistral.id_to_byte_piece(token_id, SpecialTokenPolicy.KEEP),) * 2
 
 
 def _byte_alphabet() -> dict[str, int]:
