@@ -69,11 +69,7 @@ class MaskContext:
 
 @dataclass(frozen=True, eq=False)
 class InVocabulary:
-    """`token_ids`, `tokens`, `token_regex`, `special`, `added`: a look-up by token id.
-
-    Args:
-        member_V: (V + 1,) True for the ids that are selected.
-    """
+    """`token_ids`, `tokens`, `token_regex`, `special`, `added`: (V + 1,) True for the ids that are selected."""
 
     member_V: Bools
 
@@ -83,11 +79,7 @@ class InVocabulary:
 
 @dataclass(frozen=True)
 class InText:
-    """`regex`: tokens that overlap a group of a match; an empty match selects nothing.
-
-    Raises:
-        PatternTooSlowError: a sample took longer than `TIME_LIMIT_S`, or more memory than there is.
-    """
+    """`regex`: tokens that overlap a group of a match; an empty match selects nothing."""
 
     path: str = field(compare=False)
     pattern: regex.Pattern[str]
@@ -105,20 +97,13 @@ class InText:
                 # concurrent (to give the GIL back and forth costs as much), timeout.
                 matches = search(text, None, None, False, False, False, clock.left())
                 spans_P.append([match.span(group) for match in matches])
-            except TimeoutError:
-                raise self._too_slow(text, f"one sample may take {TIME_LIMIT_S:g} s") from None
-            except MemoryError:  # of the engine's own stack
-                raise self._too_slow(text, "it takes more memory than there is") from None
+            except (TimeoutError, MemoryError) as error:  # or out of the engine's own stack
+                limit = f"one sample may take {TIME_LIMIT_S:g} s"
+                why = limit if isinstance(error, TimeoutError) else "it takes more memory than there is"
+                message = f"too slow: stopped in a text of {len(text):,} characters; {why}"
+                hint = "the pattern backtracks: avoid a repetition of a repetition, as in (a+)+, or make it atomic, (?>a+)"
+                raise PatternTooSlowError([Problem(self.path, message, self.pattern.pattern, hint=hint)]) from None
         return samples.in_text(spans_P)
-
-    def _too_slow(self, text: str, why: str) -> PatternTooSlowError:
-        problem = Problem(
-            self.path,
-            f"too slow: stopped in a text of {len(text):,} characters; {why}",
-            self.pattern.pattern,
-            hint="the pattern backtracks: avoid a repetition of a repetition, as in (a+)+, or make it atomic, (?>a+)",
-        )
-        return PatternTooSlowError([problem])
 
 
 class Clock:
@@ -215,12 +200,7 @@ class AtTurnEnds:
 
 @dataclass(frozen=True)
 class OfRole:
-    """`role`: the messages of one role. A message begins with its header and ends where the next one begins.
-
-    Args:
-        headers: what stands before a message, of every role.
-        own: the header of this role.
-    """
+    """`role`: the messages whose header is `own`. A message ends where the next of any of the `headers` begins."""
 
     headers: frozenset[bytes]
     own: bytes

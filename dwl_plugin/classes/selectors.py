@@ -37,7 +37,7 @@ class SelectorConfig(Strict):
     key: ClassVar[str]
     """The key of a mapping that chooses this selector."""
 
-    text: ClassVar[Literal["none", "token", "sample"]] = "sample"
+    text: ClassVar[Literal["none", "token", "sample"]] = "none"
     """The text it looks at: none, that of one token, or that of a sample."""
 
     if_empty: ClassVar[str] = "only targets are classified; are these tokens masked in the labels?"
@@ -124,7 +124,6 @@ class TokenIdsSelector(SelectorConfig):
     """Tokens by id."""
 
     key = "token_ids"
-    text = "none"
     token_ids: tuple[TokenId, ...] = Field(min_length=1, description='Ids and ranges with both ends in, e.g. [11, "100-199"].')
 
     def mask(self, context: MaskContext, path: str) -> Mask:
@@ -197,6 +196,7 @@ class RegexSelector(SelectorConfig):
     """Tokens that overlap a match in the decoded text of a turn."""
 
     key = "regex"
+    text = "sample"
     if_empty = "a pattern sees the targets of one turn, without special tokens; `^` and `$` are its ends."
     regex: Pattern = Field(description="Python `regex` pattern over the decoded text, searched per turn.")
     group: int | str = Field(0, description="The group of the match that counts; 0 is the whole match.")
@@ -218,6 +218,7 @@ class WordsSelector(SelectorConfig):
     """Tokens that overlap one of many keywords, as whole words, in the decoded text of a turn."""
 
     key = "words"
+    text = "sample"
     words: tuple[Word, ...] = Field(min_length=1, description="Keywords, thousands if need be; found as whole words.")
     ignore_case: bool = Field(False, description="Compare letters without regard to case.")
 
@@ -229,6 +230,7 @@ class BetweenSelector(SelectorConfig):
     """Tokens in the span from an opening to a closing delimiter; an unclosed span ends with the sample."""
 
     key = "between"
+    text = "sample"
     if_empty = "only targets between the delimiters count, and a chat template may drop what is between them."
     between: tuple[Text, Text] = Field(description='Opening and closing delimiter, e.g. ["<think>", "</think>"].')
     include_delimiters: bool = Field(True, description="Count the delimiters themselves as members.")
@@ -248,7 +250,6 @@ class TurnSelector(SelectorConfig):
     """Tokens of the n-th turn: a turn is a contiguous run of targets in a sample."""
 
     key = "turn"
-    text = "none"
     turn: Annotated[Literal["first", "last"] | int, BeforeValidator(_turn)] = Field(
         description="first, last, or a number: 1 is the first turn, 2 the second, -1 the last."
     )
@@ -274,7 +275,6 @@ class PositionSelector(SelectorConfig):
     """The first and last tokens of each turn: a turn is a contiguous run of targets in a sample."""
 
     key = "position"
-    text = "none"
     position: TurnEnds = Field(description="E.g. {last: 32}, or {first: 8, last: 8}.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
@@ -285,6 +285,7 @@ class RoleSelector(SelectorConfig):
     """Tokens of the messages of one role, by the headers of the tokenizer's chat template."""
 
     key = "role"
+    text = "sample"
     if_empty = "roles are known by the headers of the tokenizer's chat template; was the data made with another one?"
     role: Role = Field(description="user, assistant, tool or system.")
 
@@ -308,7 +309,6 @@ class SpecialSelector(SelectorConfig):
     """Tokens that the tokenizer calls special."""
 
     key = "special"
-    text = "none"
     special: Annotated[Literal[True], BeforeValidator(_yes)] = Field(description="true.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
@@ -319,7 +319,6 @@ class AddedSelector(SelectorConfig):
     """Tokens that were added to the tokenizer's vocabulary, special or not."""
 
     key = "added"
-    text = "none"
     added: Annotated[Literal[True], BeforeValidator(_yes)] = Field(description="true.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
@@ -340,7 +339,6 @@ class PackSelector(SelectorConfig):
 
 
 class _SeveralSelectors(SelectorConfig):
-    text = "none"
     joined: ClassVar[type[masks.AnyOf | masks.AllOf]]
 
     def mask(self, context: MaskContext, path: str) -> Mask:
@@ -370,7 +368,6 @@ class NotSelector(SelectorConfig):
     """Target tokens that the selector does not select."""
 
     key = "not"
-    text = "none"
     model_config = ConfigDict(populate_by_name=True)
     not_: NestedSelector = Field(alias="not", description="A selector.")
 

@@ -64,15 +64,8 @@ def survey(labeller: Labeller, samples: Iterable[Mapping[str, Any]]) -> ClassSur
         targets += in_sample
         rows += 1
         rows_with_targets += in_sample > 0
-    return ClassSurvey(
-        names=labeller.names,
-        tokens=tuple(tokens_C.tolist()),
-        matches=tuple(matches_C.tolist()),
-        rows_without=tuple(without_C.tolist()),
-        rows=rows,
-        rows_with_targets=rows_with_targets,
-        targets=targets,
-    )
+    tokens, matches, without = (tuple(count_C.tolist()) for count_C in (tokens_C, matches_C, without_C))
+    return ClassSurvey(labeller.names, tokens, matches, without, rows, rows_with_targets, targets)
 
 
 def empty_class_problems(

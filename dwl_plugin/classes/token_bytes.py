@@ -59,11 +59,7 @@ class TokenTable:
 
     @classmethod
     def of(cls, tokenizer: Any) -> TokenTable:
-        """Read a tokenizer, fast or slow.
-
-        Raises:
-            DWLError: the bytes of its tokens cannot be known.
-        """
+        """Read a tokenizer, fast or slow. Raises `DWLError` where the bytes of its tokens cannot be known."""
         spelled = dict(_spellings(tokenizer))
         size = vocabulary_size(tokenizer)
         rows = [spelled.get(token_id, (b"", b""))[0] for token_id in range(size)] + [b""]
@@ -74,13 +70,8 @@ class TokenTable:
                 rows.append(first)
         special = np.zeros(size + 1, np.bool_)
         special[list(special_ids(tokenizer))] = True
-        return cls(
-            size=size,
-            flat=np.frombuffer(b"".join(rows), np.uint8),
-            row_offsets=np.cumsum([0, *map(len, rows)]),
-            first_in_sample_row=first_in_sample_row,
-            special=special,
-        )
+        flat, row_offsets = np.frombuffer(b"".join(rows), np.uint8), np.cumsum([0, *map(len, rows)])
+        return cls(size, flat, row_offsets, first_in_sample_row, special)
 
     @classmethod
     def blank(cls, size: int) -> TokenTable:
