@@ -84,7 +84,7 @@ class ChosenByType:
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         models = core_schema.union_schema([handler.generate_schema(one.Options) for one in self.built_in.values()])
-        as_its_own_model = core_schema.simple_ser_schema("any")
+        as_its_own_model = core_schema.wrap_serializer_function_ser_schema(lambda v, dump: dump(v), schema=core_schema.any_schema())
         return core_schema.with_info_wrap_validator_function(self._validated, models, serialization=as_its_own_model)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:

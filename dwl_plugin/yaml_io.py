@@ -50,7 +50,7 @@ def load_yaml(text: str, name: str, twice: list[Twice] | None = None) -> Any:
     except yaml.YAMLError as error:
         mark, why = getattr(error, "problem_mark", None), getattr(error, "problem", None) or " ".join(str(error).split())
         where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
-        raise ConfigError.at(name, f"not YAML: {why}{where}", hint=_trap(why)) from None
+        raise ConfigError.at(name, f"is not YAML: {why}{where}", hint=_trap(why)) from None
 
 
 def load_plain_yaml(text: str, name: str) -> Any:

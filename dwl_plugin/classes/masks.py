@@ -27,8 +27,6 @@ from dwl_plugin.errors import PREFIX, ConfigError, Problem
 
 __all__ = [
     "TIME_LIMIT_S",
-    "AllOf",
-    "AnyOf",
     "AtTurnEnds",
     "Between",
     "Clock",
@@ -36,7 +34,6 @@ __all__ = [
     "InVocabulary",
     "Mask",
     "MaskContext",
-    "Not",
     "NthTurn",
     "OfRole",
     "PatternTooSlowError",

@@ -25,7 +25,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, ValidationError
 
 from dwl_plugin.classes.keywords import Words
 from dwl_plugin.classes.masks import (
@@ -45,7 +45,7 @@ from dwl_plugin.classes.masks import (
 from dwl_plugin.classes.role_headers import Role, role_headers
 from dwl_plugin.classes.token_bytes import added_ids, as_bytes, as_text, special_ids
 from dwl_plugin.errors import Problem, did_you_mean
-from dwl_plugin.values import Pattern, Strict, Text, TokenId, Word, invalid
+from dwl_plugin.values import Pattern, Strict, Text, TokenId, Word, invalid, line_error
 
 __all__ = [
     "SELECTORS",
@@ -140,16 +140,13 @@ def choose(models: Mapping[str, type[_Model]], noun: str, value: object, info: V
     context = info.context or Context()
     if context.depth >= MAX_DEPTH:
         raise invalid(f"selectors are nested more than {MAX_DEPTH} deep")
-    config = models[found[0]].model_validate(value, context=replace(context, depth=context.depth + 1))
+    (key,) = found
+    if key in ("any", "all") and not isinstance(value[key], (list, tuple)):
+        raise ValidationError.from_exception_data(key, [line_error([key], "is a list of selectors", value[key])])
+    config = models[key].model_validate(value, context=replace(context, depth=context.depth + 1))
     if context.packs is not None and isinstance(config, PackSelector):
         return context.packs.expanded(config)  # type: ignore[return-value]
     return config
-
-
-def _list(value: object) -> object:
-    if not isinstance(value, (list, tuple)):
-        raise invalid("is a list of selectors")
-    return value
 
 
 class _OneOf:
@@ -392,7 +389,7 @@ class AnySelector(SelectorConfig):
 
     key = "any"
     text = "none"
-    any: Annotated[tuple[NestedSelector, ...], BeforeValidator(_list)] = Field(min_length=1, description="Selectors.")
+    any: tuple[NestedSelector, ...] = Field(min_length=1, description="Selectors.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
         return any_of([selector.mask(context, path + at) for at, selector in self.inside()])
@@ -406,7 +403,7 @@ class AllSelector(SelectorConfig):
 
     key = "all"
     text = "none"
-    all: Annotated[tuple[NestedSelector, ...], BeforeValidator(_list)] = Field(min_length=1, description="Selectors.")
+    all: tuple[NestedSelector, ...] = Field(min_length=1, description="Selectors.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
         return all_of([selector.mask(context, path + at) for at, selector in self.inside()])

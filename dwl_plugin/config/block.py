@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
-from dwl_plugin.alpha.controllers import ControllerConfig, ControllerOptions, controller_problems
+from dwl_plugin.alpha.controllers import ControllerConfig, ControllerOptions
 from dwl_plugin.alpha.schedules import Schedule, ScheduleOptions
-from dwl_plugin.classes.selectors import Context
-from dwl_plugin.config.classes import ClassConfig, Classes
-from dwl_plugin.errors import Problem
-from dwl_plugin.loss.token_losses import (
-    TOKEN_LOSSES,
-    DFTConfig,
-    EAFTConfig,
-    FocalConfig,
-    TokenLossConfig,
-    TokenLossName,
-    TokenLossOptions,
-)
+from dwl_plugin.config.classes import ClassConfig, Classes, with_token_losses
+from dwl_plugin.loss.token_losses import TOKEN_LOSSES, DFTConfig, TokenLossConfig, TokenLossName, TokenLossOptions
 from dwl_plugin.values import REST, Overlap, Reduction, Strict, Weight
 
-__all__ = ["Block", "BlockContext", "DWLConfig", "LossName", "Reduction"]
+__all__ = ["Block", "DWLConfig", "LossName", "Reduction"]
 
 LossName = Literal["nll", "dft", "dwl"]
-
-
-@dataclass(frozen=True)
-class BlockContext(Context):
-    """What a rule about several keys needs: the classes (None where they are not all known) and α as the YAML has it.
-
-    `problems` receives what is wrong at another place than the value that is validated.
-    """
-
-    names: Sequence[str] | None = None
-    alpha: object = None
-    problems: list[Problem] = field(default_factory=list)
 
 
 class DWLConfig(Strict):
@@ -51,8 +28,6 @@ class DWLConfig(Strict):
         "the config is parsed.",
     )
     token_loss: TokenLossName = Field("nll", description="What a token pays in every class that names none of its own.")
-    focal: FocalConfig | None = Field(None, description="Options of the focal token loss.")
-    eaft: EAFTConfig | None = Field(None, description="Options of the eaft token loss.")
     classes: Classes = Field(
         default_factory=dict, description="name -> selector; the order is the priority, the first class that matches wins."
     )
@@ -67,13 +42,9 @@ class DWLConfig(Strict):
     schedule: Schedule | None = Field(None, description="α as a function of the optimizer step.")
     controller: ControllerConfig | None = Field(None, description="α from what the classes cost.")
 
-    @field_validator("controller")
-    @classmethod
-    def _suits_the_classes(cls, controller: ControllerOptions | None, info: ValidationInfo) -> ControllerOptions | None:
-        context = info.context
-        if isinstance(context, BlockContext) and context.names is not None:
-            context.problems.extend(controller_problems(controller, "dwl.controller", context.alpha, context.names))
-        return controller
+
+if not TYPE_CHECKING:
+    DWLConfig = with_token_losses(DWLConfig, "Options of the {} token loss.")
 
 
 class Block(Strict):

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, Field, create_model
+from pydantic import BaseModel, BeforeValidator, Field, create_model
 
 from dwl_plugin.classes.selectors import SELECTORS, SelectorConfig, one_of
 from dwl_plugin.errors import Problem
-from dwl_plugin.loss.token_losses import DFTConfig, EAFTConfig, FocalConfig, TokenLossName
+from dwl_plugin.loss.token_losses import TOKEN_LOSSES, DFTConfig, TokenLossName
 from dwl_plugin.values import REST
 
-__all__ = ["CLASSES", "ClassConfig", "Classes", "as_class", "may_be_empty", "name_problems"]
+__all__ = ["CLASSES", "ClassConfig", "Classes", "as_class", "may_be_empty", "name_problems", "with_token_losses"]
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def with_token_losses(model: type[_Model], description: str) -> type[_Model]:
+    """`model` with the options of each token loss, but those of dft, whose place is another."""
+    others = {name: loss.Options for name, loss in TOKEN_LOSSES.items() if name != "dft"}
+    fields: dict[str, Any] = {
+        name: (options | None, Field(None, description=description.format(name))) for name, options in others.items()
+    }
+    return create_model(model.__name__, __base__=model, __doc__=model.__doc__, __module__=model.__module__, **fields)
 
 
 class ClassConfig(SelectorConfig):
@@ -25,9 +36,11 @@ class ClassConfig(SelectorConfig):
         None, description="What a token of this class pays: nll, dft, focal or eaft. Default: dwl.token_loss."
     )
     dft: DFTConfig | None = Field(None, description="Options of this class's dft token loss. Default: the top-level `dft`.")
-    focal: FocalConfig | None = Field(None, description="Options of this class's focal token loss. Default: `dwl.focal`.")
-    eaft: EAFTConfig | None = Field(None, description="Options of this class's eaft token loss. Default: `dwl.eaft`.")
     allow_empty: bool = Field(False, description="Do not stop when the class matches nothing in a sample of the data.")
+
+
+if not TYPE_CHECKING:
+    ClassConfig = with_token_losses(ClassConfig, "Options of this class's {0} token loss. Default: `dwl.{0}`.")
 
 
 def _with_options(selector: type[SelectorConfig]) -> type[ClassConfig]:
@@ -64,7 +77,7 @@ def may_be_empty(classes: Mapping[str, ClassConfig]) -> frozenset[str]:
     return frozenset(name for name, config in classes.items() if config.allow_empty)
 
 
-def name_problems(classes: Mapping[object, object], path: str = "dwl.classes") -> Iterator[Problem]:
+def name_problems(classes: Iterable[object], path: str = "dwl.classes") -> Iterator[Problem]:
     """Names that are taken or that no log could hold."""
     for name in classes:
         if name == REST:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,60 +98,12 @@ def value_at(raw: Mapping[str, Any], path: str) -> Any:
 
 def _from_variable(text: str, problems: list[Problem]) -> Iterator[Override]:
     text = text.strip()
-    if text.startswith("@"):
-        yield from _checked(_from_file(Path(text[1:]).expanduser(), VARIABLE, problems), problems)
-        return
     try:
-        words = shlex.split(text)
-    except ValueError as error:
-        problems.append(Problem(VARIABLE, f"cannot be split into words: {error}", text))
-        return
-    for word in words:
-        path, equals, value = word.partition("=")
-        if not equals:
-            problems.append(Problem(VARIABLE, "not an override", word, allowed="dwl.alpha.number=0.5, or @FILE"))
-            continue
-        try:
-            yield from _checked([Override(path.strip(), load_yaml(value, path), VARIABLE)], problems)
-        except ConfigError as error:
-            problems += error.problems
-
-
-def _from_sweep(text: str, problems: list[Problem]) -> Iterator[Override]:
-    if text:
-        found = _from_file(Path(text), "W&B sweep", problems)
-        yield from (override for override in found if override.path.split(".")[0] in _OURS)
-
-
-def _from_file(path: Path, source: str, problems: list[Problem]) -> list[Override]:
-    try:
-        content = read_yaml(path)
+        found = _from_file(Path(text[1:]).expanduser(), VARIABLE) if text.startswith("@") else _from_words(text, problems)
     except ConfigError as error:
-        problems += [replace(problem, path=source, message=f"{path} {problem.message}") for problem in error.problems]
-        return []
-    if not isinstance(content, Mapping):
-        problems.append(Problem(source, f"{path} has to be a mapping, such as `dwl.alpha.number: 0.5`", content))
-        return []
-    if "wandb_version" in content:  # W&B's own form: {name: {desc: …, value: …}}
-        content = {key: item["value"] for key, item in content.items() if isinstance(item, Mapping) and "value" in item}
-    return [override for key, value in content.items() for override in _leaves(str(key), value, source)]
-
-
-def _leaves(path: str, value: Any, source: str) -> Iterator[Override]:
-    """Below a plain key a mapping is walked down, and what it does not name stays; a dotted key replaces what is there."""
-
-    def walk(path: str, value: Any) -> Iterator[Override]:
-        if isinstance(value, Mapping) and value:
-            for key, inner in value.items():
-                yield from walk(f"{path}.{key}", inner)
-        else:
-            yield Override(path, value, source)
-
-    yield from walk(path, value) if "." not in path else [Override(path, value, source)]
-
-
-def _checked(overrides: list[Override], problems: list[Problem]) -> Iterator[Override]:
-    for override in overrides:
+        problems += error.problems
+        return
+    for override in found:
         parts = override.path.split(".")
         if parts[0] not in _OURS:
             message = f"{VARIABLE} sets nothing but {', '.join(_OURS)} and what is below them"
@@ -161,6 +113,53 @@ def _checked(overrides: list[Override], problems: list[Problem]) -> Iterator[Ove
             problems.append(Problem(override.path, f"{VARIABLE}: a name is missing between two dots", override.value))
         else:
             yield override
+
+
+def _from_words(text: str, problems: list[Problem]) -> list[Override]:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError.at(VARIABLE, f"cannot be split into words: {error}", text) from None
+    found = []
+    for word in words:
+        path, equals, value = word.partition("=")
+        try:
+            if not equals:
+                raise ConfigError.at(VARIABLE, "not an override", word, allowed="dwl.alpha.number=0.5, or @FILE")
+            found.append(Override(path.strip(), load_yaml(value, path), VARIABLE))
+        except ConfigError as error:
+            problems += error.problems
+    return found
+
+
+def _from_sweep(text: str, problems: list[Problem]) -> Iterator[Override]:
+    try:
+        found = _from_file(Path(text), "W&B sweep") if text else []
+    except ConfigError as error:
+        problems += error.problems
+        return
+    yield from (override for override in found if override.path.split(".")[0] in _OURS)
+
+
+def _from_file(path: Path, source: str) -> list[Override]:
+    try:
+        content = read_yaml(path)
+    except ConfigError as error:
+        raise ConfigError.at(source, f"{path}: {error.problems[0].message}") from None
+    if not isinstance(content, Mapping):
+        raise ConfigError.at(source, f"{path} has to be a mapping, such as `dwl.alpha.number: 0.5`", content)
+    if "wandb_version" in content:  # W&B's own form: {name: {desc: …, value: …}}
+        content = {key: item["value"] for key, item in content.items() if isinstance(item, Mapping) and "value" in item}
+    return [override for key, value in content.items() for override in _leaves(str(key), value, source, whole="." in str(key))]
+
+
+def _leaves(path: str, value: Any, source: str, whole: bool) -> Iterator[Override]:
+    """Below a plain key a mapping is walked down, and what it does not name stays; a dotted key replaces what is there."""
+    if whole or not isinstance(value, Mapping) or not value:
+        yield Override(path, value, source)
+        return
+    for key, inner in value.items():
+        yield from _leaves(f"{path}.{key}", inner, source, whole=False)
 
 
 def plain(value: Any) -> Any:

@@ -16,11 +16,10 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from dwl_plugin.classes.selectors import AllSelector, AnySelector, Context, PackSelector, SelectorConfig, as_selector, walk
-from dwl_plugin.config.alpha import alpha_problems
 from dwl_plugin.config.block import Reduction
 from dwl_plugin.config.classes import ClassConfig, Classes, as_class, name_problems
 from dwl_plugin.config.pack_files import PackReference, PackText, known_packs, read_pack
-from dwl_plugin.config.problems import unique, validate
+from dwl_plugin.config.problems import alpha_problems, unique, validate
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
 from dwl_plugin.values import REST, Strict, Weight, invalid
 from dwl_plugin.yaml_io import load_plain_yaml
@@ -121,12 +120,14 @@ def parse_pack(source: PackText) -> Pack:
         raise ConfigError.at(source.name, "a pack is a mapping", raw, allowed=", ".join(Pack.model_fields))
     problems = list(_too_long(raw.get("classes"), "classes"))
     problems += [Problem(str(name), "a key has to be a string", name) for name in raw if not isinstance(name, str)]
-    pack = None if problems else validate(Pack, raw, problems, Context(PackLibrary(None)))
-    if isinstance(classes := raw.get("classes"), Mapping):
-        names = [*map(str, classes), REST]
-        problems += name_problems(classes, "classes")
-        problems += alpha_problems("alpha", raw.get("alpha"), names)
-        problems += _unknown_in_cases(raw.get("tests"), names)
+    pack = None
+    if not problems:
+        pack = validate(Pack, raw, problems, Context(PackLibrary(None)))
+        if isinstance(classes := raw.get("classes"), Mapping):
+            names = [*map(str, classes), REST]
+            problems += name_problems(classes, "classes")
+            problems += alpha_problems("alpha", raw.get("alpha"), names)
+            problems += _unknown_in_cases(raw.get("tests"), names)
     if problems or pack is None:
         raise ConfigError(replace(problem, path=f"{source.name}: {problem.path}") for problem in unique(problems))
     return pack

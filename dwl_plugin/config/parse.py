@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic import TypeAdapter, ValidationError
+
+from dwl_plugin.alpha.controllers import ControllerConfig, ControllerOptions, controller_problems
 from dwl_plugin.alpha.schedules import vectors
-from dwl_plugin.config.alpha import alpha_problems
-from dwl_plugin.config.block import Block, BlockContext, DWLConfig, LossName
+from dwl_plugin.classes.selectors import Context
+from dwl_plugin.config.block import Block, DWLConfig, LossName
 from dwl_plugin.config.classes import name_problems
 from dwl_plugin.config.packs import PackLibrary
-from dwl_plugin.config.problems import unique, validate
+from dwl_plugin.config.problems import alpha_problems, unique, validate
 from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.loss.token_losses import TOKEN_LOSSES, TokenLossOptions
 from dwl_plugin.values import MOST_OVERLAPPING, REST
@@ -24,6 +28,8 @@ __all__ = ["parse", "read_block"]
 _LOSSES = ", ".join(get_args(LossName))
 _OPTIONS = tuple(name for name in TOKEN_LOSSES if name in DWLConfig.model_fields)
 """Keys of `dwl` that are the options of a token loss; those of dft stand above it."""
+
+_CONTROLLER: TypeAdapter[ControllerOptions | None] = TypeAdapter(ControllerConfig | None)
 
 _KEYFRAMES = re.compile(r"(dwl|dft|dwl\.classes\.\w+\.dft)\.schedule\.at")
 """Where a key may be a number: a step. It becomes a string before the host sorts the keys of what it writes down."""
@@ -74,24 +80,21 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
         raise ConfigError.at(next(iter(ours)), f"{which} without `loss` would change nothing", allowed=_LOSSES, hint=hint)
     problems = list(_odd_keys(ours))
     packs = PackLibrary([*([] if folder is None else [folder]), Path()], with_losses=ours["loss"] == "dwl")
-    all_known = True
     if isinstance(ours.get("dwl"), Mapping):
         try:
             ours["dwl"] = packs.with_pack(ours["dwl"])
         except ConfigError as error:
             problems += error.problems
-            ours["dwl"], all_known = {key: value for key, value in ours["dwl"].items() if key != "pack"}, False
     dwl = ours["dwl"] if isinstance(ours.get("dwl"), Mapping) else {}
     classes = dwl["classes"] if isinstance(dwl.get("classes"), Mapping) else {}
     names = [*(str(name) for name in classes if name != REST), REST]
-    controlled = names if ours["loss"] == "dwl" and all_known else None
-    context = BlockContext(packs, names=controlled, alpha=dwl.get("alpha"))
-    block = validate(Block, ours, problems, context)
+    block = validate(Block, ours, problems, Context(packs))
     problems += packs.problems
     sound = None if problems else block
     problems += name_problems(classes)
-    problems += _number_problems(dwl, names, all_known)
-    problems += context.problems
+    problems += _number_problems(dwl, names)
+    if ours["loss"] == "dwl" and "pack" not in dwl:
+        problems += controller_problems(_controller(dwl, block), "dwl.controller", dwl.get("alpha"), names)
     problems += _useless_keys(ours["loss"], dwl, classes)
     if ours["loss"] == "dwl" and "dwl" not in ours:
         hint = "name at least one class under `dwl.classes`"
@@ -145,13 +148,17 @@ def _odd_keys(ours: Mapping[str, Any]) -> Iterator[Problem]:
                     yield Problem(path, "a key has to be a string", key, hint=hint)
 
 
-def _number_problems(dwl: Mapping[str, Any], names: Sequence[str], all_known: bool) -> Iterator[Problem]:
-    """What is wrong with numbers by class, also where something else is wrong too.
+def _controller(dwl: Mapping[str, Any], block: Block | None) -> ControllerOptions | None:
+    """The controller, which may be right in a block that is not."""
+    with suppress(ValidationError):
+        return block.controller if block is not None else _CONTROLLER.validate_python(dwl.get("controller"))
+    return None
 
-    `all_known`: where the classes of a pack are not, a name may be one of its own.
-    """
+
+def _number_problems(dwl: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:
+    """What is wrong with numbers by class. Beside a pack that could not be used, a name may be one of its classes."""
     for path, numbers in [("dwl.alpha", dwl.get("alpha")), *vectors(dwl.get("schedule"), "dwl.schedule")]:
-        also = [] if all_known or not isinstance(numbers, Mapping) else numbers
+        also = numbers if "pack" in dwl and isinstance(numbers, Mapping) else ()
         yield from alpha_problems(path, numbers, list(dict.fromkeys([*names, *also])))
     if dwl.get("schedule") is not None and dwl.get("controller") is not None:
         hint = "delete `dwl.controller` or `dwl.schedule`"

@@ -48,29 +48,22 @@ def salvage(
 
 
 def _without(ours: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
-    """Drop the keys and the classes that the paths lead to; with a class goes what names all classes."""
-    lead_to = [path.replace("[", ".").split(".") for path in paths]
-    gone = {at[0] for at in lead_to} - {"dwl"}
-    dwl, loss = ours.get("dwl"), ours.get("loss")
+    """Drop what the paths lead to; with a class goes what names all classes."""
+    parts = [path.replace("[", ".").split(".") for path in paths]
+    left = {key: value for key, value in ours.items() if key != "dwl" and key not in (part[0] for part in parts)}
+    dwl = ours.get("dwl")
     if isinstance(dwl, Mapping):
-        bad, classes = {at[1] for at in lead_to if at[0] == "dwl" and len(at) > 1}, dwl.get("classes")
-        if isinstance(classes, Mapping):
-            bad_names = {at[2] for at in lead_to if at[:2] == ["dwl", "classes"] and len(at) > 2}
-            good = {name: spec for name, spec in classes.items() if isinstance(name, str) and _is_good(name, bad_names)}
-            if len(good) < len(classes):
-                bad, gone = bad | {"alpha", "schedule", "controller", *TOKEN_LOSSES}, gone | {"dft"}
-            dwl = {**dwl, "classes": good}
-            bad.discard("classes")
-        dwl = {key: value for key, value in dwl.items() if key not in bad}
-        if not dwl.get("classes") and "pack" not in dwl:
-            dwl = None
-    left = {"loss": loss, "dft": ours.get("dft"), "dwl": dwl}
-    if loss is None or "loss" in gone:
-        left["loss"] = "dft" if dwl is None else "dwl"
-    elif dwl is None and loss == "dwl":
+        gone = {part[1] for part in parts if part[0] == "dwl" and len(part) > 1} - {"classes"}
+        if isinstance(classes := dwl.get("classes"), Mapping):
+            bad = {part[2] for part in parts if part[:2] == ["dwl", "classes"] and len(part) > 2}
+            bad |= {name for name in classes if not isinstance(name, str) or list(name_problems([name]))}
+            if bad & classes.keys():
+                gone |= {"alpha", "schedule", "controller", *TOKEN_LOSSES}
+                left.pop("dft", None)
+            dwl = {**dwl, "classes": {name: spec for name, spec in classes.items() if name not in bad}}
+        dwl = {key: value for key, value in dwl.items() if key not in gone}
+        if dwl.get("classes") or "pack" in dwl:
+            left["dwl"] = dwl
+    if left.get("loss") == "dwl" and "dwl" not in left:
         return {}
-    return {key: value for key, value in left.items() if value is not None and (key == "loss" or key not in gone)}
-
-
-def _is_good(name: str, bad: set[str]) -> bool:
-    return name not in bad and not list(name_problems({name: None}))
+    return {"loss": "dwl" if "dwl" in left else "dft", **left}

@@ -34,6 +34,8 @@ from dwl_plugin.loss.tokens import Targets
 
 __all__ = ["Seam"]
 
+Logits = DeferredLogits | torch.Tensor
+
 _LABELS = ("labels", "shift_labels", "num_items_in_batch")
 
 
@@ -183,7 +185,7 @@ class Seam:
 
     def _causal_loss(
         self,
-        logits: DeferredLogits | torch.Tensor,
+        logits: Logits,
         labels_BT: torch.Tensor | None,
         targets_BT: torch.Tensor | None,
         ignore_index: int,
@@ -204,7 +206,7 @@ class Seam:
 
     def _cross_entropy(
         self,
-        logits: DeferredLogits | torch.Tensor,
+        logits: Logits,
         targets: torch.Tensor,
         weight: torch.Tensor | None = None,
         size_average: Any = None,
@@ -218,7 +220,7 @@ class Seam:
         if isinstance(logits, DeferredLogits) and logits.ndim != 2:
             logits = logits.materialise("cross_entropy").as_subclass(torch.Tensor)
         plain = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
-        # A model that divides the sum itself divides by what it counts, not by the denominator of the pending.
+        # A model that divides the sum itself divides by what it counts, not by the denominator of the step.
         known = reduction == "mean" or (reduction == "sum" and pending is not None and pending.denominator is None)
         if pending is None or not plain or not known or targets.is_floating_point():
             true = logits.materialise("cross_entropy") if isinstance(logits, DeferredLogits) else logits
@@ -266,7 +268,7 @@ class Seam:
 
     def _reduce(
         self,
-        logits: DeferredLogits | torch.Tensor,
+        logits: Logits,
         targets: torch.Tensor,
         class_ids: torch.Tensor | None,
         ignore_index: int,
@@ -317,9 +319,7 @@ class Seam:
             self._constants[values, kind, device] = torch.tensor(values, dtype=kind, device=device)
         return self._constants[values, kind, device]
 
-    def _token_losses(
-        self, logits: DeferredLogits | torch.Tensor, given: Targets, base: DeferredLogits | torch.Tensor | None
-    ) -> LinearCrossEntropyOutput:
+    def _token_losses(self, logits: Logits, given: Targets, base: Logits | None) -> LinearCrossEntropyOutput:
         """What the tokens pay, on whichever path the head allows. The anchor comes without a head: that is decided here."""
         anchor = given.anchor
 
@@ -360,13 +360,13 @@ class Seam:
         """`head` as a matrix, if nothing else had patched its forward before."""
         return None if head is self.head and self._head_was is not None else heads.as_linear(head)
 
-    def _base_linear(self, base: DeferredLogits | torch.Tensor | None, folded: Folded | None) -> nn.Linear | None:
+    def _base_linear(self, base: Logits | None, folded: Folded | None) -> nn.Linear | None:
         """The base model's head, where it is a matrix under the very scale, cap and vocabulary of the trained one."""
         if not isinstance(base, DeferredLogits) or base.head != self._logits or base.folded() != folded:
             return None
         return self._linear(heads.without_adapter(self.head))
 
-    def _base_logits(self, base: DeferredLogits | torch.Tensor | None) -> HeadFn:
+    def _base_logits(self, base: Logits | None) -> HeadFn:
         """From rows of what `_rows_like` gives to the base model's logits."""
         if not isinstance(base, DeferredLogits):
             return _identity
@@ -402,9 +402,7 @@ class Seam:
             self._log_line(line)
 
 
-def _rows_like(
-    base: DeferredLogits | torch.Tensor | None, logits: DeferredLogits | torch.Tensor, unmatched: Callable[[], Exception]
-) -> torch.Tensor:
+def _rows_like(base: Logits | None, logits: Logits, unmatched: Callable[[], Exception]) -> torch.Tensor:
     """The base model's hidden states, or logits, at the rows of `logits`: all positions, or all but the last of each row."""
     rows = logits.numel() // logits.shape[-1]
     values = base.hidden if isinstance(base, DeferredLogits) else base

@@ -1,0 +1,121 @@
+"""Forward and backward of the head and its loss: ours, Liger, Apple's CCE, full logits. Time, memory, error of ∂hidden.
+
+`random` logits are flat: CCE's filter finds nothing to leave out. `peaked` ones are like a trained model's, most of the mass on a
+few tokens: there CCE may leave out blocks, and its gradients are approximate; the last column says by how much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from bench.gpu.common import CUDA, DEVICE, TOY, Table, milliseconds, peak_mib
+from dwl_plugin import linear_cross_entropy
+
+Shape = tuple[int, int, int, float | None]
+SHAPES: list[Shape] = (
+    [(40, 32, 1009, None)]
+    if TOY
+    else [(8192, 4096, 151936, None), (4096, 2048, 151936, None), (2048, 1536, 151936, None), (2048, 2304, 256000, 30.0)]
+)
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+CHECKED = 256
+"""Rows whose gradient is compared with fp32's."""
+
+
+def data(N: int, H: int, V: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    weight = torch.randn(V, H, device=DEVICE).mul_(0.05 if kind == "random" else H**-0.5).bfloat16()
+    targets = torch.randint(0, V, (N,), device=DEVICE)
+    hidden = torch.randn(N, H, device=DEVICE)
+    if kind == "peaked":  # the target's logit is 4 to 24 above the rest, whose spread is 1.5
+        hidden = weight[targets].float() * torch.linspace(4, 24, N, device=DEVICE)[:, None] + hidden * 1.5
+    return hidden.bfloat16().requires_grad_(), weight, targets
+
+
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def losses(N: int, softcap: float | None) -> dict[str, Loss]:
+    weight, exponent = torch.linspace(0.5, 1.5, N, device=DEVICE), torch.linspace(0.0, 1.0, N, device=DEVICE)
+    weighted: dict[str, Any] = {"token_weight": weight, "exponent": exponent, "min_weight": 0.01}
+
+    def ours(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, **more: Any) -> torch.Tensor:
+        return linear_cross_entropy(h, w, t, softcap=softcap, **more).loss
+
+    def liger(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        loss: torch.Tensor = liger_fused_linear_cross_entropy(h, w, t, softcap=softcap, reduction="sum")
+        return loss
+
+    def cce(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, **more: Any) -> torch.Tensor:
+        from cut_cross_entropy import linear_cross_entropy as cut
+
+        options = {"impl": "cce", **more} if CUDA else {"impl": "torch_compile"}
+        loss: torch.Tensor = cut(h, w, t, softcap=softcap, reduction="sum", **options)
+        return loss
+
+    def full(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(capped(F.linear(h, w), softcap).float(), t, reduction="sum")
+
+    found: dict[str, Loss] = {
+        "ours, nll": ours,
+        "ours, weights, exponents, floor": partial(ours, **weighted),
+        "Liger": liger,
+        "CCE": cce,
+        "CCE, unfiltered": partial(cce, filter_eps=None),
+        "full logits": full,
+        "full logits, compiled": torch.compile(full, dynamic=True),
+    }
+    if TOY:  # the others want a GPU, or would do nothing but compile
+        found = {name: loss for name, loss in found.items() if name.startswith(("ours", "full logits")) and "compiled" not in name}
+    return found
+
+
+def measured(loss: Loss, h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, exact: torch.Tensor | None) -> tuple[float, float, str]:
+    def call() -> None:
+        h.grad = w.grad = None
+        loss(h, w, t).backward()
+
+    taken, memory = milliseconds(call, 120), peak_mib(call)
+    assert h.grad is not None
+    error = "" if exact is None else f"{float((h.grad[: len(exact)].float() - exact).norm() / exact.norm()):.1e}"
+    return taken, memory, error
+
+
+def exact_gradient(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    wide = h.detach()[:CHECKED].float().requires_grad_()
+    F.cross_entropy(capped(F.linear(wide, w.detach().float()), softcap), t[:CHECKED], reduction="sum").backward()
+    assert wide.grad is not None
+    return wide.grad
+
+
+def main() -> None:
+    table = Table("forward and backward", "loss", "ms", "MiB more at the peak", "error of ∂hidden")
+    for index, (N, H, V, softcap) in enumerate(SHAPES):
+        for trained in (False, True):
+            for kind in ("random", "peaked") if index < 2 else ("peaked",):
+                h, w, t = data(N, H, V, kind)
+                w.requires_grad_(trained)
+                matmuls = 3 if trained else 2
+                case = f"{N}x{H}x{V}{', softcap' if softcap else ''}, {'trained' if trained else 'frozen'}, {kind}"
+                table.add(f"{case}: {matmuls} matmuls are {matmuls * 2 * N * H * V / 1e12:.1f} TFLOP", "", "", "")
+                exact = exact_gradient(h, w, t, softcap)
+                for name, loss in losses(N, softcap).items():
+                    if "compiled" in name and (index != 1 or kind == "random"):
+                        continue
+                    table.measure(f"  {name}", partial(measured, loss, h, w, t, None if "weights" in name else exact))
+                    h.grad = w.grad = None
+                del h, w, t, exact
+                if CUDA:
+                    torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
