@@ -89,9 +89,9 @@ def builders(case: Case, device: str) -> dict[str, Callable[[], Loss]]:
 
     def paying(*names: str) -> Loss:
         """Objectives side by side, each on its share of the tokens."""
-        from dwl_plugin.loss.token_losses import EntropyGate, Focal, Objective, Power, Term
+        from dwl_plugin.loss.token_losses import EntropyGate, Focal, Power, Term, TokenLoss
 
-        every: dict[str, Objective] = {
+        every: dict[str, TokenLoss] = {
             "nll": Power(),
             "threshold": Power(1.0, 0.0, 0.7),
             "focal": Focal(2.0),

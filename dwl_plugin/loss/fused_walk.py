@@ -42,8 +42,6 @@ _MIB = 2**20
 _TILE_BYTES = {"cpu": 4 * _MIB, "cuda": 128 * _MIB}
 _LEAST_WIDTH = 256
 _ROWS = {"cpu": 1024, "cuda": 8192}
-# A trained head saves a block's exponentials for ∂W, and each block reads and writes ∂W: this much, or a quarter of ∂W.
-_SAVED_BYTES = 64 * _MIB
 # A row's running maximum is left behind by this much before it follows: e^20 is far from overflow, and rescaling costs.
 _LAG = 20.0
 # Columns beside a tile, so that row strides avoid powers of two.
@@ -228,11 +226,12 @@ def _plan(N: int, V: int, H: int, head_trained: bool, softmaxes: int, operands: 
     tiling = tiling_for(operands, device)
     most_rows = _ROWS[kind]
     if head_trained:
-        in_budget = max(1, max(_SAVED_BYTES, V * H) // (softmaxes * V * operands.saved.itemsize))
+        # Each block reads and writes ∂W, so its exponentials may be a quarter of that.
+        in_budget = max(1, max(tiling.saved_bytes, V * H) // (softmaxes * V * operands.saved.itemsize))
         if 3 * in_budget < N:
             in_budget = min(N // 2, tiling.stretch * in_budget)
         most_rows = min(most_rows, in_budget)
-    rows = tiling.rows(max(1, math.ceil(N / max(1, math.ceil(N / most_rows)))))
+    rows = tiling.round_up(max(1, math.ceil(N / max(1, math.ceil(N / most_rows)))))
     even_width = math.ceil(V / math.ceil(V / max(_LEAST_WIDTH, _TILE_BYTES[kind] // (4 * rows))))
     return _Plan(N, V, rows, even_width if tiling.any_shape else min(V, tiling.width), reuses_buffers=tiling.any_shape)
 

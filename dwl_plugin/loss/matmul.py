@@ -3,7 +3,7 @@
 PyTorch multiplies fp32 on x86 with MKL, which keeps its AVX-512 kernels for Intel's processors. On others with AVX-512 the oneDNN
 inside PyTorch is about twice as fast, and with bf16 operands twice as fast again where the processor has instructions for them. But
 oneDNN makes a kernel for each shape it meets, a millisecond and half a megabyte that stays. So `tiling_for` asks for few
-shapes, and the rows that a batch has beyond them are multiplied by MKL.
+shapes, and the rows that a batch has beyond them are multiplied by MKL or filled up with rows of zeros.
 
 Shapes: R rows, one for each token; the other sizes are the same in every batch.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from dwl_plugin.loss.heads import LinearHead
 
@@ -49,17 +50,18 @@ class Tiling(NamedTuple):
     any_shape: bool
     """Whether no size is better than another. If not, all tiles have `width` tokens, and a product is best left a new tensor."""
     width: int
+    saved_bytes: int
+    """What may be saved for ∂W of a block of rows, or `stretch` times as much where that makes few blocks of many."""
     stretch: int
-    """Blocks of few rows multiply slowly: more rows are worth so many times the memory."""
 
-    def rows(self, most: int) -> int:
-        """Rows of a block, `most` or some more."""
-        return most if self.any_shape else most + -most % _step(most)
+    def round_up(self, rows: int) -> int:
+        return rows if self.any_shape else _round_up(rows)
 
 
 def tiling_for(operands: Operands, device: torch.device) -> Tiling:
-    any_shape = not any(_onednn_is_faster(device, dtype) for dtype in operands)
-    return Tiling(any_shape, _WIDTH, 4 if any_shape and device.type == "cpu" else 1)
+    if any(_onednn_is_faster(device, dtype) for dtype in operands):  # blocks of few rows multiply as fast as others
+        return Tiling(False, _WIDTH, 32 * 2**20, 1)
+    return Tiling(True, _WIDTH, 64 * 2**20, 4 if device.type == "cpu" else 1)
 
 
 def product(a_RK: torch.Tensor, b_KX: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -83,11 +85,10 @@ def add_product(out_RX: torch.Tensor, a_RK: torch.Tensor, b_KX: torch.Tensor, *,
 
 def add_transposed_product(out_XY: torch.Tensor, a_RX: torch.Tensor, b_RY: torch.Tensor, *, first: bool) -> None:
     """out = aᵀ @ b, or out += aᵀ @ b, with sums in the dtype of `out`; but a CPU rounds a product of bf16 before it is added."""
-    even = _rows_of_onednn(a_RX)
-    if even:
-        _add(out_XY, _onednn(a_RX[:even].t(), b_RY[:even]), first)
-    if even < len(a_RX):
-        _add_mm(out_XY, a_RX[even:].t(), b_RY[even:], first and not even)
+    if _onednn_is_faster(a_RX.device, a_RX.dtype):
+        _add(out_XY, _onednn(_filled_up(a_RX).t(), _filled_up(b_RY)), first)
+    else:
+        _add_mm(out_XY, a_RX.t(), b_RY, first)
 
 
 def _add(out: torch.Tensor, result: torch.Tensor, first: bool) -> None:
@@ -108,9 +109,19 @@ def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def _filled_up(a_RX: torch.Tensor) -> torch.Tensor:
+    """With rows of zeros: a product over rows would read and write all of `out` once more for the few that are left over."""
+    missing = _round_up(len(a_RX)) - len(a_RX)
+    return F.pad(a_RX, (0, 0, 0, missing)) if missing else a_RX
+
+
 def _rows_of_onednn(a_RK: torch.Tensor) -> int:
     """How many of the rows oneDNN multiplies: a number that comes up often. MKL gets the rest, if need be all."""
     return len(a_RK) - len(a_RK) % _step(len(a_RK)) if _onednn_is_faster(a_RK.device, a_RK.dtype) else 0
+
+
+def _round_up(rows: int) -> int:
+    return rows + -rows % _step(rows)
 
 
 def _step(rows: int) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from dwl_plugin.loss.class_sums import ForwardMetrics
 from dwl_plugin.loss.deferred_logits import DeferredLogits
-from dwl_plugin.loss.token_losses import Objective, Power
+from dwl_plugin.loss.token_losses import Power, TokenLoss
 from dwl_plugin.values import Overlap
 
 __all__ = ["LossSpec", "PendingLoss"]
@@ -26,7 +26,7 @@ class LossSpec:
     """
 
     weight: tuple[float, ...] = (1.0,)
-    objective: tuple[Objective, ...] = (Power(),)
+    objective: tuple[TokenLoss, ...] = (Power(),)
     overlap: Overlap = "first"
     classes_pay: bool = True
     anchor: tuple[float, ...] = ()
@@ -43,7 +43,7 @@ class LossSpec:
         return cls(objective=(Power(1.0 if loss == "dft" else 0.0),))
 
     @property
-    def terms(self) -> tuple[Objective, ...]:
+    def terms(self) -> tuple[TokenLoss, ...]:
         """The different objectives: classes that pay alike are one term of the loss."""
         return tuple(dict.fromkeys(self.objective))
 

@@ -219,7 +219,11 @@ class EntropyGate(TokenLoss):
 
 TokenLossConfig = DFTConfig | FocalConfig | EAFTConfig | TokenLossOptions
 
-TOKEN_LOSSES: dict[str, type[TokenLoss]] = {"dft": Power, "focal": Focal, "eaft": EntropyGate}  # a new one goes here
+TOKEN_LOSSES: dict[str, type[TokenLoss]] = {  # a new one goes here
+    "dft": Power,
+    "focal": Focal,
+    "eaft": EntropyGate,
+}
 """By the name that a YAML has for it. The options of these stand under a key of their name; those of a token loss whose options
 derive from `TokenLossOptions` stand in `token_loss: {type: name, ...}`. `nll` is dft with exponent 0."""
 
@@ -271,9 +275,6 @@ def objective_of(options: TokenLossConfig, path: str = "dwl.token_loss") -> Toke
     if not issubclass(formula, TokenLoss):
         raise ConfigError.at(f"{path}.type", f"`{formula.__name__}` is no token loss: it has to derive from `TokenLoss`")
     return formula.of(options)
-
-
-Objective = TokenLoss
 
 
 @dataclass(frozen=True)

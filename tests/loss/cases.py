@@ -14,7 +14,7 @@ from dwl_plugin.loss import matmul
 from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.chunked import module_cross_entropy
 from dwl_plugin.loss.linear_cross_entropy import LinearCrossEntropyOutput
-from dwl_plugin.loss.token_losses import EntropyGate, Focal, Objective, Power, Term
+from dwl_plugin.loss.token_losses import EntropyGate, Focal, Power, Term, TokenLoss
 from dwl_plugin.loss.tokens import Targets, terms_of
 from tests.loss.oracle import Case, per_token, relative
 
@@ -56,7 +56,7 @@ def full_case(*shape: int, seed: int = 0, **options: Any) -> Case:
     )
 
 
-OBJECTIVES: dict[str, Objective] = {
+OBJECTIVES: dict[str, TokenLoss] = {
     "nll": Power(),
     "exponent": Power(0.4),
     "exponent and floor": Power(1.0, 0.1),
@@ -71,7 +71,7 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def terms_case(*shape: int, seed: int = 0, objectives: tuple[Objective, ...] = (), **options: Any) -> Case:
+def terms_case(*shape: int, seed: int = 0, objectives: tuple[TokenLoss, ...] = (), **options: Any) -> Case:
     """Several terms with weights of their own: a token may pay in one of them, in several, or in none."""
     case = full_case(*shape, seed=seed, **options)
     g = torch.Generator().manual_seed(seed + 2)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.stable_nll import LinearCrossEntropyOutput
-from dwl_plugin.loss.token_losses import EntropyGate, Focal, Objective, Term
+from dwl_plugin.loss.token_losses import EntropyGate, Focal, Term, TokenLoss
 
 MISTAKES = (
     "1 - p",
@@ -169,7 +169,7 @@ def _several(terms: Sequence[Term], logits: torch.Tensor, asked: torch.Tensor, n
     return total
 
 
-def _pays(objective: Objective, logits: torch.Tensor, asked: torch.Tensor, nll: torch.Tensor, mistake: str) -> torch.Tensor:
+def _pays(objective: TokenLoss, logits: torch.Tensor, asked: torch.Tensor, nll: torch.Tensor, mistake: str) -> torch.Tensor:
     p = torch.exp(-nll)
     if isinstance(objective, Focal):
         gamma = 1.0 if mistake == "gamma ignored" else objective.gamma

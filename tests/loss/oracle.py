@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dwl_plugin.loss.anchor import Anchor
-from dwl_plugin.loss.token_losses import EntropyGate, Focal, Objective, Term
+from dwl_plugin.loss.token_losses import EntropyGate, Focal, Term, TokenLoss
 
 
 @dataclass
@@ -109,7 +109,7 @@ def base_logits(case: Case, anchor: Anchor, t: int) -> torch.Tensor:
     return logits if case.softcap is None else case.softcap * torch.tanh(logits / case.softcap)
 
 
-def token_loss(objective: Objective, nll: float, odds: float, logits: torch.Tensor) -> tuple[float, float]:
+def token_loss(objective: TokenLoss, nll: float, odds: float, logits: torch.Tensor) -> tuple[float, float]:
     """ℓ and dℓ/dnll = −p·dℓ/dp, from the formulas of the papers in p. `odds` is log((1 − p)/p)."""
     p, miss = math.exp(-nll), 1 / (1 + math.exp(-odds)) if odds > -700 else 0.0
     if isinstance(objective, Focal):  # ℓ = −(1 − p)^γ·log p

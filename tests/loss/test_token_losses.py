@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.loss.linear_cross_entropy import linear_cross_entropy
-from dwl_plugin.loss.token_losses import EntropyGate, Focal, Objective, Power, Term, TokenLossOptions, objective_of
+from dwl_plugin.loss.token_losses import EntropyGate, Focal, Power, Term, TokenLoss, TokenLossOptions, objective_of
 from tests.loss.cases import FP32, OBJECTIVES, as_module, errors, random_case, run, terms_case
 from tests.loss.mutants import TERM_MISTAKES, mutant, naive
 from tests.loss.oracle import per_token
@@ -61,7 +61,7 @@ def test_an_entropy_beside_tokens_masked_out_of_the_vocabulary_is_finite(body: s
 
 @pytest.mark.parametrize("objective", [Focal(0.5), Focal(2.0), EntropyGate(1.0, 20)])
 @pytest.mark.parametrize("nats", [9.0, 16.0])
-def test_a_certain_token_keeps_its_digits_under_other_objectives(objective: Objective, nats: float) -> None:
+def test_a_certain_token_keeps_its_digits_under_other_objectives(objective: TokenLoss, nats: float) -> None:
     case = random_case(6, vocab=5, width=5, ignored=0.0)
     hidden = torch.zeros(6, 5)
     hidden[torch.arange(6), case.targets] = nats + torch.arange(6) / 4
