@@ -41,13 +41,10 @@ class Problem:
         return self.value is not _ABSENT
 
     def __str__(self) -> str:
-        received = "" if not self.has_value else f" (got {shortened(self.value)})"
-        lines = [f"{self.path}: {self.message}{received}"]
-        if self.allowed:
-            lines.append(f"    allowed: {self.allowed}")
-        if self.hint:
-            lines.append(f"    hint: {self.hint}")
-        return "\n".join(lines)
+        received = f" (got {shortened(self.value)})" if self.has_value else ""
+        allowed = f"\n    allowed: {self.allowed}" if self.allowed else ""
+        hint = f"\n    hint: {self.hint}" if self.hint else ""
+        return f"{self.path}: {self.message}{received}{allowed}{hint}"
 
 
 class DWLError(Exception):

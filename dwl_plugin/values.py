@@ -26,7 +26,6 @@ __all__ = [
     "Overlap",
     "Pattern",
     "Position",
-    "PositionKey",
     "Reduction",
     "Strict",
     "Text",
@@ -139,8 +138,6 @@ _POSITION_SCHEMA = {
 }
 
 Position = Annotated[int | str, BeforeValidator(position), WithJsonSchema(_POSITION_SCHEMA)]
-PositionKey = Annotated[str, BeforeValidator(lambda value: str(position(value)))]
-"""A position that names an entry of a mapping: always a string, since the host sorts the keys of a config it writes down."""
 
 
 def _number(value: object) -> object:

@@ -16,18 +16,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.errors import ConfigError, RunError
 from dwl_plugin.extensions import ChosenByType, class_of
-from dwl_plugin.values import Position, PositionKey, Strict, Weight, invalid, line_error, position
+from dwl_plugin.values import Position, Strict, Weight, invalid, line_error, position
 
 __all__ = ["SCHEDULES", "Curve", "Schedule", "ScheduleContext", "ScheduleOptions", "Vector", "curve_of", "vectors"]
 
 _ZEROS = (0, "0%", "0ep")
 
+PositionKey = Annotated[str, BeforeValidator(lambda value: str(position(value)))]
+"""A position that names an entry of a mapping: always a string, since the host sorts the keys of a config it writes down."""
 NamedNumbers = dict[str, Weight]
 Vector = tuple[float, ...]
 Curve = Callable[[int], Vector]

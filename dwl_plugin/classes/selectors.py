@@ -18,7 +18,6 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_v
 from pydantic_core import ValidationError
 
 from dwl_plugin.classes import masks
-from dwl_plugin.classes.keywords import Words
 from dwl_plugin.classes.masks import Mask, MaskContext
 from dwl_plugin.classes.role_headers import Role, role_headers
 from dwl_plugin.classes.token_bytes import added_ids, as_bytes, as_text, special_ids
@@ -223,7 +222,7 @@ class WordsSelector(SelectorConfig):
     ignore_case: bool = Field(False, description="Compare letters without regard to case.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
-        return Words(frozenset(self.words), self.ignore_case)
+        return masks.Words(frozenset(self.words), self.ignore_case)
 
 
 class BetweenSelector(SelectorConfig):
