@@ -206,26 +206,26 @@ CONTROLLERS: dict[str, type[Any]] = {
 ControllerConfig = Annotated[ControllerOptions, ChosenByType("controller", CONTROLLERS, ControllerOptions)]
 
 
-def controller_problems(options: ControllerOptions | None, path: str, alpha: object, names: Sequence[str]) -> Iterator[Problem]:
+def controller_problems(options: ControllerOptions | None, alpha: object, names: Sequence[str]) -> Iterator[Problem]:
     """What no single option can see; `alpha` is the one of the YAML, as it was written, and `names` all classes."""
     if options is None:
         return
     if isinstance(options, LossControllerOptions):
-        yield from _reference_problems(options, f"{path}.reference", names)
+        yield from _reference_problems(options, f"{PATH}.reference", names)
     floor = options.min_alpha
     if floor * len(names) > 1:
         why = f"{len(names)} classes cannot all have at least this much of 1"
-        yield Problem(f"{path}.min_alpha", why, floor, allowed=f"at most {1 / len(names):.4g}")
+        yield Problem(f"{PATH}.min_alpha", why, floor, allowed=f"at most {1 / len(names):.4g}")
         return
     if not isinstance(alpha, Mapping) or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in alpha.values()):
         return  # reported elsewhere, or uniform
     total = sum(alpha.values())
     for name, value in alpha.items():
         if value == 0:
-            why = f"the controller multiplies weights, so 0 stays 0 and {path} does nothing here"
+            why = f"the controller multiplies weights, so 0 stays 0 and {PATH} does nothing here"
             yield Problem(f"dwl.alpha.{name}", why, value, hint="give the class a small number")
         elif total > 0 and value > 0 and value / total < floor * (1 - 1e-9):
-            why = f"its share, {value / total:.4g}, is below `{path}.min_alpha`, {floor:g}"
+            why = f"its share, {value / total:.4g}, is below `{PATH}.min_alpha`, {floor:g}"
             yield Problem(f"dwl.alpha.{name}", why, value, hint="raise this number, or lower `min_alpha`")
 
 

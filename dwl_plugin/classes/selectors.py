@@ -175,17 +175,13 @@ class TokenRegexSelector(SelectorConfig):
 
     def mask(self, context: MaskContext, path: str) -> Mask:
         table, match, clock = context.table, regex.compile(self.token_regex).fullmatch, masks.Clock()
-        message = hint = ""
-        found: list[bool] = []
         try:
             found = [match(text, timeout=clock.left(), concurrent=False) is not None for text in table.texts()]
+            message = "" if context.may_be_empty or any(found) else f"matches none of the {table.size:,} tokens"
+            hint = "the pattern must match all of a token's text, and a word's token often begins with a space"
         except (TimeoutError, MemoryError):
+            found, hint = [], "the pattern backtracks: simplify it"
             message = f"too slow: the vocabulary takes more than {masks.TIME_LIMIT_S:g} s, or more memory than there is"
-            hint = "the pattern backtracks: simplify it"
-        else:
-            if not context.may_be_empty and not any(found):
-                message = f"matches none of the {table.size:,} tokens"
-                hint = "the pattern must match all of a token's text, and a word's token often begins with a space"
         if message:
             context.problems.append(Problem(f"{path}.token_regex", message, self.token_regex, hint=hint))
         return context.look_up(np.flatnonzero(found).tolist())

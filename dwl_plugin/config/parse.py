@@ -94,7 +94,7 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     problems += name_problems(classes)
     problems += _number_problems(dwl, names)
     if ours["loss"] == "dwl" and "pack" not in dwl:
-        problems += controller_problems(_controller(dwl, block), "dwl.controller", dwl.get("alpha"), names)
+        problems += controller_problems(_controller(dwl, block), dwl.get("alpha"), names)
     problems += _useless_keys(ours["loss"], dwl, classes)
     if ours["loss"] == "dwl" and "dwl" not in ours:
         hint = "name at least one class under `dwl.classes`"
