@@ -38,7 +38,6 @@ def schedule(
     console: Console, config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None, trust: bool = False
 ) -> None:
     """The whole command. Raises `DWLError` where the config is wrong, or a position needs a length that nobody gave."""
-
     raw, overrides = _read(config, trust), overrides_of(os.environ)
     for override in overrides:
         say(console, override)
