@@ -9,7 +9,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import regex
-from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, WithJsonSchema, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError
 
 from dwl_plugin.errors import did_you_mean
@@ -90,8 +90,9 @@ class Strict(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _all_errors(cls, written: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        wrong = list(cls.cross_errors(written)) if isinstance(written, Mapping) else []
+    def _all_errors(cls, written: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        cross = isinstance(written, Mapping) and getattr(info.context, "cross_checks", True)
+        wrong = list(cls.cross_errors(written)) if cross else []
         try:
             model = handler(written)
         except ValidationError as error:

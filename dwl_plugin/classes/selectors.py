@@ -75,6 +75,8 @@ class Context:
 
     packs: PackSource | None = None
     depth: int = 0
+    cross_checks: bool = True
+    """False where only single fields are checked, see `Strict.cross_errors`."""
 
 
 def _choose(models: Mapping[str, type[_Model]], noun: str, value: object, info: ValidationInfo) -> _Model:
