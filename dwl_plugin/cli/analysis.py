@@ -6,30 +6,35 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
 
+from dwl_plugin.alpha.run_length import RunLength
+from dwl_plugin.classes import ClassSurvey, Labeller, empty_class_problems, survey
 from dwl_plugin.cli.config_file import read_config
 from dwl_plugin.cli.trust import Danger, dangers
 from dwl_plugin.config import Block
+from dwl_plugin.config.classes import may_be_empty
 from dwl_plugin.config.overrides import overridden, overrides_of
 from dwl_plugin.config.salvage import salvage
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
+from dwl_plugin.hosts import axolotl_preview as host
+from dwl_plugin.hosts.axolotl_preview import Rows
+from dwl_plugin.hosts.incompatible import refused
+from dwl_plugin.run.dataset_check import SURVEY_ROWS, labeller_of
 from dwl_plugin.values import IGNORE_INDEX, REST
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from dwl_plugin.alpha.run_length import RunLength
-    from dwl_plugin.classes import ClassSurvey, Labeller
-    from dwl_plugin.hosts.axolotl_preview import Rows
     from dwl_plugin.loss.reduction import ClassWeight
 
-__all__ = ["ClassFigures", "Findings", "LookedAt", "ValidatedConfig", "analyse"]
+__all__ = ["ClassFigures", "Findings", "LookedAt", "analyse"]
 
 _ENVIRONMENT = {"AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 """Before the host is imported: it is to report to nobody and to write no log of its own."""
@@ -59,22 +64,30 @@ class Findings:
         self.problems.extend(problem for problem in error.problems if problem not in self.problems)
 
 
+class ClassFigures(NamedTuple):
+    """A class in the rows looked at. `weight` and `alpha_end`: under `loss: dwl` without problems."""
+
+    name: str
+    tokens: int
+    token_share: float
+    rows_without: int
+    weight: ClassWeight | None
+    alpha_end: float
+
+
 @dataclass(frozen=True)
-class ReadConfig:
-    """The file, with what the environment sets over it; where there are problems, `block` is what is left of ours."""
-
-    raw: dict[str, Any]
-    block: Block | None
-
-
-@dataclass(frozen=True)
-class ValidatedConfig:
-    """What Axolotl makes of it; `block` and `labeller` are of the classes that the tokenizer can serve."""
+class LookedAt:
+    """A config as Axolotl would train it, and rows of its data; `block` and `labeller` are of the classes that the tokenizer can
+    serve, `survey` and `figures` of these in the rows, if there are any to look for."""
 
     cfg: Any
     tokenizer: Any
     block: Block | None
     labeller: Labeller | None
+    rows: Rows
+    length: RunLength
+    survey: ClassSurvey | None = None
+    figures: tuple[ClassFigures, ...] = ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -93,46 +106,8 @@ class ValidatedConfig:
         return np.concatenate([found_KT, rest_1T])
 
 
-class ClassFigures(NamedTuple):
-    """A class in the rows looked at. `weight` and `alpha_end`: under `loss: dwl` without problems."""
-
-    name: str
-    tokens: int
-    token_share: float
-    rows_without: int
-    weight: ClassWeight | None
-    alpha_end: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """For machines."""
-        known: dict[str, Any] = {key: getattr(self, key) for key in ("name", "tokens", "token_share", "rows_without")}
-        if self.weight is not None:
-            known |= {"alpha": self.weight.alpha, "alpha_end": self.alpha_end}
-            known |= {"one_token_vs_sft": self.weight.one_token, "weight_share": self.weight.weight_share}
-        return known
-
-
-@dataclass(frozen=True)
-class LookedAt:
-    """The rows; `survey` and `figures` are of the classes, if there are any to look for."""
-
-    config: ValidatedConfig
-    rows: Rows
-    length: RunLength
-    survey: ClassSurvey | None = None
-    figures: tuple[ClassFigures, ...] = ()
-
-
-def analyse(
-    path: Path,
-    samples: int,
-    *,
-    trust: bool,
-    to_run: bool = False,
-    spread: bool = False,
-    say: Callable[[str], None] = lambda _: None,
-) -> tuple[Findings, LookedAt | None]:
-    """Go through the stages as far as it goes; `say` is told each that takes time.
+def analyse(path: Path, samples: int, trust: bool, to_run: bool = False, spread: bool = False) -> tuple[Findings, LookedAt | None]:
+    """Go through the stages as far as it goes.
 
     Args:
         path: the YAML.
@@ -141,41 +116,43 @@ def analyse(
         to_run: the model is about to be loaded here.
         spread: take the rows from all over the data, as a run does that looks at it before its first step; else from its head.
     """
-    found = Findings(path)
-    config = _read(path, found, trust)
-    if config is None or found.dangers:
-        return found, None
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    say("Axolotl reads the config …")
-    cfg = _host_config(config, found, to_run)
-    if cfg is None:
-        return found, None
-    say("The tokenizer …")
-    validated = _with_tokenizer(config, cfg, found)
-    if validated is None:
-        return found, None
-    say(f"{samples} rows …")
-    rows = _rows(config, validated, found, samples, spread)
-    return found, None if rows is None else _look_at(validated, rows, found)
+    found, lost = Findings(path), "; without it there is no tokenizer and no data"
+    with Console(stderr=True).status("") as status:
+        try:
+            raw, block = _read(path, found, trust)
+            if found.dangers:
+                return found, None
+            for name, value in _ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+            status.update("Axolotl reads the config …")
+            cfg = _host_config(raw, found, to_run)
+            status.update("The tokenizer …")
+            lost = "; without it there is no data either"
+            tokenizer = host.load_tokenizer(cfg)
+            block, labeller = _labeller(block, tokenizer, found)
+            status.update(f"{samples} rows …")
+            lost = _beside_the_config(raw, path)
+            rows = host.load_rows(cfg, tokenizer, samples, spread=spread)
+            return found, _look_at(LookedAt(cfg, tokenizer, block, labeller, rows, run_length(cfg, rows)), found)
+        except ConfigError as error:
+            found.add(error)
+        except host.NotSeenError as error:
+            found.unseen.append(f"{error}{lost}")
+        except ImportError as error:
+            found.unseen.append(f"everything that Axolotl does: it cannot be imported here ({error})")
+    return found, None
 
 
-def _read(path: Path, found: Findings, trust: bool) -> ReadConfig | None:
-    """The file with `loss`, `dft`, `dwl`, and what cannot stand beside them."""
-    from dwl_plugin.hosts.incompatible import refused
-
-    try:
-        raw, odd = read_config(path)
-    except ConfigError as error:
-        found.add(error)
-        return None
+def _read(path: Path, found: Findings, trust: bool) -> tuple[dict[str, Any], Block | None]:
+    """The file, with what the environment sets over it; where there are problems, the block is what is left of ours."""
+    raw, odd = read_config(path)
     found.problems.extend(odd)
     try:
         overrides = overrides_of(os.environ)
         raw |= overridden(raw, overrides) if overrides else {}
         found.notes.extend(map(str, overrides))
     except ConfigError as error:
-        found.problems.extend(error.problems)
+        found.add(error)
     found.dangers.extend([] if trust else dangers(raw))
     block, problems = salvage(raw, [danger.path for danger in found.dangers], folder=path.parent)
     found.problems.extend(problems)
@@ -186,37 +163,30 @@ def _read(path: Path, found: Findings, trust: bool) -> ReadConfig | None:
         close = [f"`{key}`: {hint}" for key in raw if (hint := did_you_mean(key, list(Block.model_fields)))]
         message = "this config has no `loss`, so dwl_plugin does nothing in it"
         found.problems.append(Problem("loss", message, allowed="nll, dft, dwl", hint="; ".join(close)))
-    return ReadConfig(raw, block)
+    return raw, block
 
 
-def _host_config(config: ReadConfig, found: Findings, to_run: bool) -> Any:
+def _host_config(raw: Mapping[str, Any], found: Findings, to_run: bool) -> Any:
     """What Axolotl says. Our keys go with it only if they are right: a host's validator stops at the first error."""
-    from dwl_plugin.hosts import axolotl_preview as host
-
-    raw, cfg = config.raw, None
+    _plugin_line(raw, found, host.plugin_is_active(raw))
+    left_out = set(Block.model_fields) if found.problems else set()
     try:
-        _plugin_line(raw, found, host.plugin_is_active(raw))
-        left_out = set(Block.model_fields) if found.problems else set()
-        while cfg is None:
+        while True:
             given = {key: value for key, value in raw.items() if key not in left_out}
             given |= {key: value for key, value in _STAND_INS.items() if key in left_out}
             try:
                 cfg, notes = host.load_cfg(given, found.path, to_run=to_run)
                 found.notes.extend(notes)
+                return cfg
             except ConfigError as error:
                 found.add(error)
                 wrong = {re.split(r"[.\[]", problem.path)[0] for problem in error.problems} & given.keys()
                 if not wrong or "base_model" in wrong:  # nothing to leave out and go on without
-                    break
+                    raise
                 left_out |= wrong | set(Block.model_fields)
-    except host.NotSeenError as error:
-        found.unseen.append(f"{error}; without it there is no tokenizer and no data")
-    except ImportError as error:
-        found.unseen.append(f"everything that Axolotl does: it cannot be imported here ({error})")
-        return None
-    for key, close in host.unknown_keys(raw).items():
-        found.hints.append(f"Axolotl does not know the key `{key}` and drops it{'; ' + close if close else ''}")
-    return cfg
+    finally:
+        for key, close in host.unknown_keys(raw).items():
+            found.hints.append(f"Axolotl does not know the key `{key}` and drops it{'; ' + close if close else ''}")
 
 
 def _plugin_line(raw: Mapping[str, Any], found: Findings, active: bool) -> None:
@@ -234,104 +204,69 @@ def _plugin_line(raw: Mapping[str, Any], found: Findings, active: bool) -> None:
         )
 
 
-def _with_tokenizer(config: ReadConfig, cfg: Any, found: Findings) -> ValidatedConfig | None:
-    """The tokenizer, and the labeller of the classes that it can serve."""
-    from dwl_plugin.hosts import axolotl_preview as host
-    from dwl_plugin.run.dataset_check import labeller_of
-
-    try:
-        tokenizer = host.load_tokenizer(cfg)
-    except ConfigError as error:
-        found.problems.extend(error.problems)
-        return None
-    except host.NotSeenError as error:
-        found.unseen.append(f"{error}; without it there is no data either")
-        return None
-    block = config.block
+def _labeller(block: Block | None, tokenizer: Any, found: Findings) -> tuple[Block | None, Labeller | None]:
+    """The labeller of the classes that the tokenizer can serve, and their block."""
     while block is not None and block.class_configs:
         try:
-            return ValidatedConfig(cfg, tokenizer, block, labeller_of(block, tokenizer))
+            return block, labeller_of(block, tokenizer)
         except ConfigError as error:
-            found.problems.extend(error.problems)
+            found.add(error)
             left, _ = salvage(block.dump(), leave_out=[problem.path for problem in error.problems])
             if left is None or len(left.class_configs) >= len(block.class_configs):
                 break
             block = left
-    return ValidatedConfig(cfg, tokenizer, block, None)
+    return block, None
 
 
-def _rows(config: ReadConfig, validated: ValidatedConfig, found: Findings, samples: int, spread: bool) -> Rows | None:
-    from dwl_plugin.hosts import axolotl_preview as host
-
-    try:
-        rows = host.load_rows(validated.cfg, validated.tokenizer, samples, spread=spread)
-    except ConfigError as error:
-        found.problems.extend(error.problems)
-        return None
-    except host.NotSeenError as error:
-        found.unseen.append(f"{error}{_beside_the_config(config.raw, found.path)}")
-        return None
-    if rows.looked_at and not rows.samples:
-        why = f"{rows.too_long:,} are too long or too short, {rows.masked:,} have no target"
-        found.problems.append(Problem("datasets", f"none of the {rows.looked_at:,} rows looked at is left: {why}"))
-    return rows
-
-
-def _look_at(config: ValidatedConfig, rows: Rows, found: Findings) -> LookedAt:
+def _look_at(seen: LookedAt, found: Findings) -> LookedAt:
     """Find the classes in the rows, and what a run would hint at its start."""
-    from dwl_plugin.classes import survey
+    from dwl_plugin.loss.reduction import class_weight_table
     from dwl_plugin.run.moving import alpha_of
     from dwl_plugin.run.startup import hints
 
-    block, length = config.block, run_length(config.cfg, rows)
-    if block is None or (rows.looked_at and not rows.samples):
-        return LookedAt(config, rows, length)
-    classes = None
+    block, rows, length, classes = seen.block, seen.rows, seen.length, None
+    if rows.looked_at and not rows.samples:
+        why = f"{rows.too_long:,} are too long or too short, {rows.masked:,} have no target"
+        found.problems.append(Problem("datasets", f"none of the {rows.looked_at:,} rows looked at is left: {why}"))
+        return seen
+    if block is None:
+        return seen
     try:
-        if config.labeller is not None:
-            classes = survey(config.labeller, rows.samples)
+        if seen.labeller is not None:
+            classes = survey(seen.labeller, rows.samples)
             _empty_classes(classes, block, rows, found)
     except ConfigError as error:  # a pattern that backtracks
-        found.problems.extend(error.problems)
-    picks = (config.cfg.metric_for_best_model or "loss") if config.cfg.load_best_model_at_end else None
-    ends = block.alpha, block.alpha
+        found.add(error)
+    picks = (seen.cfg.metric_for_best_model or "loss") if seen.cfg.load_best_model_at_end else None
+    start = end = block.alpha
     try:
         alpha_at = alpha_of(block, length)
-        ends = alpha_at(0), alpha_at(length.total_steps or 0)
+        start, end = alpha_at(0), alpha_at(length.total_steps or 0)
         lines = hints(block, None if classes is None else classes.counts, alpha_at, length, picks)
         found.hints.extend(line.removeprefix("hint: ") for line in lines)
     except ConfigError as error:
         found.add(error)
-    figures = () if classes is None else _figures(block, classes, *ends, weighed=block.loss == "dwl" and not found.problems)
-    return LookedAt(config, rows, length, classes, tuple(figures))
+    if classes is None:
+        return seen
+    weighed = block.loss == "dwl" and not found.problems
+    weights = class_weight_table(block.reduction, block.class_names, start, classes.counts)
+    figures = tuple(
+        ClassFigures(weight.name, tokens, weight.token_share, without, weight if weighed else None, alpha_end)
+        for weight, alpha_end, tokens, without in zip(weights, end, classes.tokens, classes.rows_without, strict=True)
+    )
+    return replace(seen, survey=classes, figures=figures)
 
 
-def _empty_classes(found_classes: ClassSurvey, block: Block, rows: Rows, found: Findings) -> None:
-    from dwl_plugin.classes import empty_class_problems
-    from dwl_plugin.config.classes import may_be_empty
-    from dwl_plugin.run.dataset_check import SURVEY_ROWS
-
-    empty = empty_class_problems(found_classes, block.class_configs, may_be_empty(block.class_configs))
-    if not found_classes.targets or rows.looked_at >= min(SURVEY_ROWS, rows.total or SURVEY_ROWS):
+def _empty_classes(classes: ClassSurvey, block: Block, rows: Rows, found: Findings) -> None:
+    empty = empty_class_problems(classes, block.class_configs, may_be_empty(block.class_configs))
+    if not classes.targets or rows.looked_at >= min(SURVEY_ROWS, rows.total or SURVEY_ROWS):
         found.problems.extend(empty)
     else:  # the run looks at more rows before it stops for that
         found.notes.extend(f"{problem.path} {problem.message}; a run looks at {SURVEY_ROWS} rows" for problem in empty)
 
 
-def _figures(
-    block: Block, classes: ClassSurvey, alpha: Sequence[float], end: Sequence[float], *, weighed: bool
-) -> Iterator[ClassFigures]:
-    from dwl_plugin.loss.reduction import class_weight_table
-
-    rows = class_weight_table(block.reduction, block.class_names, alpha, classes.counts)
-    for row, last, tokens, without in zip(rows, end, classes.tokens, classes.rows_without, strict=True):
-        yield ClassFigures(row.name, tokens, row.token_share, without, row if weighed else None, last)
-
-
 def run_length(cfg: Any, rows: Rows) -> RunLength:
     """How long the run would be, reckoned from the rows looked at; packing is taken to be 97 % full."""
-    from dwl_plugin.alpha.run_length import RunLength
-
     per_epoch = None
     if rows.total and rows.looked_at and rows.samples:
         kept = rows.total * len(rows.samples) / rows.looked_at

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dwl_plugin.cli.analysis import ClassFigures, Findings, LookedAt, analyse
+from dwl_plugin.cli.output import number, say, table_of_classes
 from dwl_plugin.errors import Problem
 
 if TYPE_CHECKING:
@@ -24,28 +25,24 @@ __all__ = ["check", "class_table", "print_findings"]
 _ALPHA_COLUMNS = ("α", "one token, vs SFT", "share of the weight")
 
 
-def check(config: Path, samples: int, *, trust: bool, as_json: bool) -> int:
+def check(console: Console, config: Path, samples: int, trust: bool, as_json: bool) -> int:
     """The whole command; the exit status."""
-    console = Console(highlight=False)
-    with Console(stderr=True).status("") as status:
-        found, seen = analyse(config, samples, trust=trust, spread=True, say=status.update)
-    print_findings(console, found, seen, as_json=as_json)
-    if as_json:
-        return found.status
-    if seen is not None and seen.survey is not None:
-        console.print(class_table(seen.survey, seen.figures))
-        for line in _overlap_lines(seen):
-            console.print(line, soft_wrap=True)
-    _print_list(console, "Hints", found.hints)
-    _print_list(console, "Notes", found.notes + _row_notes(seen))
-    console.print(_VERDICTS[found.status], soft_wrap=True)
+    found, seen = analyse(config, samples, trust, spread=True)
+    print_findings(console, found, seen, as_json)
+    if not as_json:
+        if seen is not None and seen.survey is not None:
+            console.print(class_table(seen.survey, seen.figures))
+            _print_overlaps(console, seen)
+        _print_list(console, "Hints", found.hints)
+        _print_list(console, "Notes", found.notes + _row_notes(seen))
+        console.print(_VERDICTS[found.status], soft_wrap=True)
     return found.status
 
 
-def print_findings(console: Console, found: Findings, seen: LookedAt | None, *, as_json: bool = False) -> None:
+def print_findings(console: Console, found: Findings, seen: LookedAt | None, as_json: bool = False) -> None:
     """What stops a run, and what could not be looked at; or everything, for machines."""
     if as_json:
-        print(json.dumps(as_dict(found, seen), indent=2, ensure_ascii=False))
+        console.print_json(data=as_dict(found, seen), highlight=False)
         return
     if found.dangers:
         console.print(f"[bold]{found.path} could do this on your machine:[/]", soft_wrap=True)
@@ -58,8 +55,7 @@ def print_findings(console: Console, found: Findings, seen: LookedAt | None, *, 
         count = len(found.problems)
         console.print(f"[bold red]{count} problem{'s' if count != 1 else ''}[/]")
         for problem in found.problems:
-            text = str(problem).replace("\n", "\n  ")
-            console.print(Text(f"  {text}"), soft_wrap=True)
+            say(console, indent(str(problem), "  "))
         console.print()
     _print_list(console, "Not looked at", found.unseen)
 
@@ -68,21 +64,19 @@ def _print_list(console: Console, title: str, lines: list[str]) -> None:
     if lines:
         console.print(f"[bold]{title}[/]")
         for line in lines:
-            console.print(Text(f"  · {line}"), soft_wrap=True)
+            say(console, f"  · {line}")
         console.print()
 
 
 def class_table(survey: ClassSurvey, figures: Sequence[ClassFigures]) -> Table:
     """The classes in the rows looked at, and what α does to each."""
-    title = f"{survey.targets:,} target tokens in {survey.rows:,} rows"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    table.add_column("class", no_wrap=True)
+    table = table_of_classes(f"{survey.targets:,} target tokens in {survey.rows:,} rows")
     for name in ("tokens", "share", "rows without", *(_ALPHA_COLUMNS if figures[0].weight is not None else ())):
         table.add_column(name, justify="right", no_wrap=name == "α")
     for row in figures:
         cells = [f"{row.tokens:,}", f"{row.token_share:.1%}", f"{row.rows_without:,}"]
         if row.weight is not None:
-            alpha = f"{row.weight.alpha:.3f}" + (f" → {row.alpha_end:.3f}" if row.alpha_end != row.weight.alpha else "")
+            alpha = number(row.weight.alpha) + (f" → {number(row.alpha_end)}" if row.alpha_end != row.weight.alpha else "")
             cells += [alpha, f"{row.weight.one_token:.2f}×", f"{row.weight.weight_share:.1%}"]
         table.add_row(row.name, *cells)
     return table
@@ -90,22 +84,24 @@ def class_table(survey: ClassSurvey, figures: Sequence[ClassFigures]) -> Table:
 
 def overlaps(seen: LookedAt) -> list[tuple[str, str, int]]:
     """Pairs of classes that match the same targets, and how many; the one that wins first."""
-    names = seen.config.class_names[:-1]
+    names = seen.class_names
     shared = np.zeros((len(names), len(names)), np.int64)
     for sample in seen.rows.samples:
-        members = seen.config.members(sample, matched=True)[:-1].astype(np.int64)
+        members = seen.members(sample, matched=True).astype(np.int64)
         shared += members @ members.T
-    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names)) if shared[i, j]]
-    return [(names[i], names[j], int(shared[i, j])) for i, j in pairs]
+    return [(names[i], names[j], int(shared[i, j])) for i, j in np.argwhere(np.triu(shared, 1))]
 
 
-def _overlap_lines(seen: LookedAt) -> list[str]:
-    found, labeller = overlaps(seen), seen.config.labeller
-    if not found:
-        return ["No token is matched by two classes.\n"]
-    whose = "they pay in both" if labeller is not None and labeller.overlap == "sum" else "the first keeps them"
-    lines = [f"  · {first} and {second}: {count:,}" for first, second, count in found]
-    return [f"[bold]Tokens that two classes match[/]; {whose}", *lines, ""]
+def _print_overlaps(console: Console, seen: LookedAt) -> None:
+    pairs = overlaps(seen)
+    if not pairs:
+        console.print("No token is matched by two classes.\n")
+        return
+    whose = "they pay in both" if seen.labeller is not None and seen.labeller.overlap == "sum" else "the first keeps them"
+    console.print(f"[bold]Tokens that two classes match[/]; {whose}")
+    for first, second, count in pairs:
+        say(console, f"  · {first} and {second}: {count:,}")
+    console.print()
 
 
 def _row_notes(seen: LookedAt | None) -> list[str]:
@@ -132,8 +128,8 @@ def as_dict(found: Findings, seen: LookedAt | None) -> dict[str, Any]:
     out: dict[str, Any] = {
         "config": str(found.path),
         "status": found.status,
-        "problems": [_plain(problem) for problem in found.problems],
-        "dangers": [{"path": d.path, "value": str(d.value), "does": d.does, "what": d.what} for d in found.dangers],
+        "problems": [_problem(problem) for problem in found.problems],
+        "dangers": [asdict(danger) | {"value": str(danger.value)} for danger in found.dangers],
         "not_looked_at": found.unseen,
         "hints": found.hints,
         "notes": found.notes + _row_notes(seen),
@@ -142,13 +138,21 @@ def as_dict(found: Findings, seen: LookedAt | None) -> dict[str, Any]:
         out |= {
             "rows": seen.survey.rows,
             "targets": seen.survey.targets,
-            "classes": [figures.as_dict() for figures in seen.figures],
+            "classes": [_figures(row) for row in seen.figures],
             "overlaps": [{"classes": [first, second], "tokens": count} for first, second, count in overlaps(seen)],
         }
     return out
 
 
-def _plain(problem: Problem) -> dict[str, Any]:
+def _figures(row: ClassFigures) -> dict[str, Any]:
+    plain = {"name": row.name, "tokens": row.tokens, "token_share": row.token_share, "rows_without": row.rows_without}
+    if (weight := row.weight) is not None:
+        plain |= {"alpha": weight.alpha, "alpha_end": row.alpha_end}
+        plain |= {"one_token_vs_sft": weight.one_token, "weight_share": weight.weight_share}
+    return plain
+
+
+def _problem(problem: Problem) -> dict[str, Any]:
     plain: dict[str, Any] = {"path": problem.path, "message": problem.message}
     plain |= {key: text for key, text in (("allowed", problem.allowed), ("hint", problem.hint)) if text}
     if problem.has_value:

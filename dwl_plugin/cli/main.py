@@ -30,6 +30,7 @@ class _Commands(click.Group):
 
 _INPUT = click.Path(exists=True, dir_okay=False, path_type=Path)
 _OUTPUT = click.Path(dir_okay=False, path_type=Path)
+_FOLDER = click.Path(file_okay=False, path_type=Path)
 _COUNT = click.IntRange(min=1)
 
 _config = click.argument("config", type=_INPUT)
@@ -38,7 +39,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 
 
 def _samples(default: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    return click.option("--samples", type=_COUNT, default=default, show_default=True, help="Rows of the data to look at.")
+    return click.option("--samples", type=_COUNT, default=default, help="Rows of the data to look at.")
 
 
 def _console() -> Console:
@@ -47,7 +48,7 @@ def _console() -> Console:
     return Console(highlight=False)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def main() -> None:
     """Class-weighted fine-tuning losses for Axolotl."""
 
@@ -64,19 +65,19 @@ def check(config: Path, samples: int, trust: bool, as_json: bool) -> None:
     """
     from dwl_plugin.cli.check import check
 
-    sys.exit(check(config, samples, trust=trust, as_json=as_json))
+    sys.exit(check(_console(), config, samples, trust, as_json))
 
 
 @main.command()
 @_config
 @_samples(16)
-@click.option("--html", type=_OUTPUT, default=None, help="Write one page here instead.")
+@click.option("--html", type=_OUTPUT, help="Write one page here instead.")
 @_trust
 def inspect(config: Path, samples: int, html: Path | None, trust: bool) -> None:
     """The rows that CONFIG trains on, coloured by class: masks, truncation and packing as in the run."""
     from dwl_plugin.cli.inspect import inspect
 
-    sys.exit(inspect(config, samples, html, trust=trust))
+    sys.exit(inspect(_console(), config, samples, html, trust))
 
 
 @main.command()
@@ -91,14 +92,14 @@ def preflight(config: Path, samples: int, trust: bool, as_json: bool) -> None:
     """
     from dwl_plugin.cli.preflight import preflight
 
-    sys.exit(preflight(config, samples, trust=trust, as_json=as_json))
+    sys.exit(preflight(_console(), config, samples, trust, as_json))
 
 
 @main.command()
 @_config
-@click.option("--steps", type=_COUNT, default=None, help="Optimizer steps of the run, where the YAML has no max_steps.")
-@click.option("--epoch-steps", type=_COUNT, default=None, help="Optimizer steps of one epoch.")
-@click.option("--plot", type=_OUTPUT, default=None, help="Draw the curves here: .png, .svg or .pdf.")
+@click.option("--steps", type=_COUNT, help="Optimizer steps of the run, where the YAML has no max_steps.")
+@click.option("--epoch-steps", type=_COUNT, help="Optimizer steps of one epoch.")
+@click.option("--plot", type=_OUTPUT, help="Draw the curves here: .png, .svg or .pdf.")
 @click.option("--trust", is_flag=True, help="Go on although a pack has to be fetched.")
 def schedule(config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None, trust: bool) -> None:
     """How α will move over a run of CONFIG, before it runs. Reads only the YAML and its packs."""
@@ -106,12 +107,12 @@ def schedule(config: Path, steps: int | None, epoch_steps: int | None, plot: Pat
 
     if plot is not None and plot.suffix.lower() not in IMAGE_SUFFIXES:
         raise click.UsageError(f"--plot draws {', '.join(IMAGE_SUFFIXES)}, and not {plot.suffix or 'a file without suffix'!r}.")
-    schedule(_console(), config, steps, epoch_steps, plot, trust=trust)
+    schedule(_console(), config, steps, epoch_steps, plot, trust)
 
 
 @main.command()
 @click.argument("runs", metavar="RUN_DIR...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--html", type=_OUTPUT, default=None, help="Write a page with figures here, too.")
+@click.option("--html", type=_OUTPUT, help="Write a page with figures here, too.")
 @click.option("--compare", is_flag=True, help="Lay several runs over one another; changes are against the first.")
 def report(runs: tuple[Path, ...], html: Path | None, compare: bool) -> None:
     """What every token class learned in a run, after it or while it goes on.
@@ -126,19 +127,13 @@ def report(runs: tuple[Path, ...], html: Path | None, compare: bool) -> None:
 
 
 @main.command()
-@click.option(
-    "--out",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("dwl-quickstart"),
-    show_default=True,
-    help="Folder for the data, the YAML and the trained adapter.",
-)
-@click.option("--steps", type=_COUNT, default=None, help="Optimizer steps, instead of the YAML's own number.")
+@click.option("--out", type=_FOLDER, default="dwl-quickstart", help="Folder for the data, the YAML and the trained adapter.")
+@click.option("--steps", type=_COUNT, help="Optimizer steps, instead of the YAML's own number.")
 def quickstart(out: Path, steps: int | None) -> None:
     """Fine-tune a small real model on this machine's CPU and show what every token class learned."""
     from dwl_plugin.cli.quickstart import run
 
-    run(out, steps)
+    run(_console(), out, steps)
 
 
 @main.group()
@@ -172,8 +167,7 @@ def packs_test(packs: tuple[str, ...]) -> None:
     """Run the cases that each PACK brings for its own classes; exit status 1 if one fails."""
     from dwl_plugin.cli.packs import test_pack
 
-    console = _console()
-    passed = [test_pack(console, pack) for pack in packs]
+    passed = [test_pack(_console(), pack) for pack in packs]
     sys.exit(0 if all(passed) else 1)
 
 
@@ -184,11 +178,7 @@ def schema(axolotl: bool) -> None:
     import json
 
     from dwl_plugin.config.schema import json_schema, merged_into
+    from dwl_plugin.hosts.axolotl_preview import host_schema
 
-    if axolotl:
-        from dwl_plugin.hosts.axolotl_preview import host_schema
-
-        found = merged_into(host_schema())
-    else:
-        found = json_schema()
+    found = merged_into(host_schema()) if axolotl else json_schema()
     click.echo(json.dumps(found, indent=2, ensure_ascii=False))

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from dwl_plugin.config.pack_cases import CaseResult, run_case, untouched_classes
 from dwl_plugin.config.pack_files import PackReference, read_pack, shipped_packs
-from dwl_plugin.config.packs import Pack, PackCase, PackLibrary, parse_pack
-from dwl_plugin.errors import ConfigError, DWLError
+from dwl_plugin.config.packs import Pack, PackLibrary, parse_pack
+from dwl_plugin.errors import ConfigError, DWLError, shortened
 
 __all__ = ["list_packs", "read", "show_pack", "test_pack"]
 
@@ -52,7 +52,7 @@ def show_pack(console: Console, name: str) -> None:
     source = read_pack(_reference(name), [Path()], "pack")
     pack = parse_pack(source)
     console.print(Syntax(source.text.partition("\ntests:")[0].strip(), "yaml", background_color="default", word_wrap=True))
-    console.print(f"\n{len(pack.tests)} cases; `dwl packs test {name}` runs them.", highlight=False, markup=False)
+    console.print(f"\n{len(pack.tests)} cases; `dwl packs test {name}` runs them.", markup=False)
 
 
 def test_pack(console: Console, name: str) -> bool:
@@ -63,25 +63,19 @@ def test_pack(console: Console, name: str) -> bool:
         try:
             result = run_case(pack, case)
         except DWLError as error:
-            console.print(f"[red]tests[{number}][/] {escape(str(error))}", highlight=False)
             failed += 1
-            continue
-        if not result.passed:
-            failed += 1
-            console.print(f"[red]tests[{number}][/] {escape(_excerpt(case))}", highlight=False)
-            console.print(_differences(result))
-    untouched = untouched_classes(pack)
-    if untouched:
-        console.print(f"[yellow]No case has a span of: {', '.join(untouched)}[/]", highlight=False)
+            console.print(f"[red]tests[{number}][/] {escape(str(error))}")
+        else:
+            if not result.passed:
+                failed += 1
+                console.print(f"[red]tests[{number}][/] {escape(shortened(''.join(turn.text for turn in case.sample), 100))}")
+                console.print(_differences(result))
+    if untouched := untouched_classes(pack):
+        console.print(f"[yellow]No case has a span of: {', '.join(untouched)}[/]")
     count = len(pack.tests)
     verdict = f"[red]{failed} of {count} cases fail[/]" if failed else f"[green]{count} cases pass[/]"
     console.print(f"{escape(name)}: {verdict if count else '[yellow]has no cases[/]'}", soft_wrap=True)
     return failed == 0
-
-
-def _excerpt(case: PackCase, width: int = 100) -> str:
-    text = repr("".join(turn.text for turn in case.sample))
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _differences(result: CaseResult) -> Table:

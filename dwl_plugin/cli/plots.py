@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dwl_plugin.cli.output import printable
 from dwl_plugin.errors import DWLError
 
 if TYPE_CHECKING:
@@ -30,31 +30,7 @@ INK, GRID = "#1b1d21", "#d4d7dc"
 _DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1.5)))
 _WIDTH = 7.6  # inches
 
-_RC = {
-    "font.size": 9,
-    "text.color": INK,
-    "text.parse_math": False,  # a `$` in a name is a dollar
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.6,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "lines.markersize": 4,
-    "legend.frameon": False,
-    "legend.handlelength": 3.2,
-    "svg.fonttype": "none",  # text stays text: it can be searched, read aloud, and takes the page's colour
-    "svg.hashsalt": "dwl",  # the same run gives the same file
-}
+_STYLE = "dwl_plugin.cli.plots"  # plots.mplstyle
 
 
 def need_matplotlib() -> None:
@@ -82,6 +58,7 @@ def look_of(index: int, plain: bool = False) -> dict[str, Any]:
 
 def draw_panels(panels: Mapping[str, Sequence[Line]], y_label: str, from_zero: bool = True) -> Figure:
     """A panel a title, three in a row on the same axes, with one legend."""
+    from matplotlib import style
     from matplotlib.figure import Figure
 
     columns = min(3, len(panels))
@@ -89,7 +66,7 @@ def draw_panels(panels: Mapping[str, Sequence[Line]], y_label: str, from_zero: b
     labels = dict.fromkeys(line.label for lines in panels.values() for line in lines)
     beside = len(panels) == 1
     height = max(3.1, 0.8 + 0.19 * len(labels)) if beside else 0.65 + 1.75 * rows + 0.19 * (len(labels) // 3)
-    with _style():
+    with style.context(_STYLE):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
@@ -114,10 +91,11 @@ def draw_panels(panels: Mapping[str, Sequence[Line]], y_label: str, from_zero: b
 
 def draw_shares(names: Sequence[str], tokens: Sequence[float], start: Sequence[float], end: Sequence[float]) -> Figure:
     """A row a class: the share of the tokens as a bar, the share of the loss from the start of the run to its end."""
+    from matplotlib import style
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    with _style():
+    with style.context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 0.95 + 0.36 * len(names)), layout="constrained")
         axes = figure.subplots()
         rows = range(len(names))
@@ -139,7 +117,7 @@ def to_svg(figure: Figure, label: str) -> str:
     """`figure` as an SVG element to stand in a page: its colours are the page's CSS variables, its size the column's."""
     text = to_image(figure, ".svg", transparent=True).decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1)
+    text = re.sub(r' (?:width|height)="[^"]*"', "", text, count=2)  # those of the <svg> itself
     text = text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
     for colour, name in ((INK, "ink"), (GRID, "grid"), *((colour, f"c{at}") for at, colour in enumerate(PALETTE))):
         text = text.replace(colour, f"var(--{name})")
@@ -148,18 +126,12 @@ def to_svg(figure: Figure, label: str) -> str:
 
 def to_image(figure: Figure, suffix: str, transparent: bool = False) -> bytes:
     """`figure` as a file of that suffix: .png, .svg, .pdf; on white unless transparent."""
+    from matplotlib import style
+
     out, metadata = io.BytesIO(), {"Date": None} if suffix == ".svg" else None
-    with _style():
+    with style.context(_STYLE):
         figure.savefig(out, format=suffix[1:], dpi=160, transparent=transparent, metadata=metadata)
     return out.getvalue()
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib
-
-    with matplotlib.rc_context(_RC):  # type: ignore[arg-type]
-        yield
 
 
 def _draw(axes: Axes, lines: Sequence[Line]) -> None:
@@ -191,4 +163,5 @@ def _scale(axes: Axes, values: np.ndarray[Any, np.dtype[np.float64]], from_zero:
 
 def _short(label: str, letters: int = 30) -> str:
     """A label that fits; of a long one its two ends, which is where names differ."""
+    label = printable(label)
     return label if len(label) <= letters else f"{label[: letters // 2]}…{label[-letters // 2 :]}"

@@ -6,9 +6,8 @@ tells which exponent a does better, 0 (NLL) or 1 (DFT). "On the Generalization o
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from dwl_plugin.cli.analysis import Findings, LookedAt, ValidatedConfig, analyse
+from dwl_plugin.cli.analysis import Findings, LookedAt, analyse
 from dwl_plugin.cli.check import print_findings
+from dwl_plugin.cli.output import number, say, table_of_classes
 from dwl_plugin.errors import ConfigError, DWLError
 from dwl_plugin.values import IGNORE_INDEX
 
@@ -49,47 +49,42 @@ class ClassProbabilities:
     histogram: tuple[int, ...]
 
 
-def preflight(config: Path, samples: int, *, trust: bool, as_json: bool) -> int:
+def preflight(console: Console, config: Path, samples: int, trust: bool, as_json: bool) -> int:
     """The whole command; the exit status."""
-    console, errors = Console(highlight=False), Console(stderr=True)
-    with errors.status("") as status:
-        found, seen = analyse(config, samples, trust=trust, to_run=True, say=status.update)
-        status.update("The model …")
-        model = None if found.status or seen is None else _model(found, seen.config)
+    found, seen = analyse(config, samples, trust, to_run=True)
+    model = None if found.status or seen is None else _model(found, seen)
     if seen is None or model is None:
-        print_findings(console, found, seen, as_json=as_json)
+        print_findings(console, found, seen, as_json)
         return found.status
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors) as bar:
-        task = bar.add_task("Measuring p", total=len(seen.rows.samples))
-        nll_N, members_CN = measure(model, seen, lambda: bar.advance(task))
-    *classes, everything = summarise(seen.config.class_names, nll_N, members_CN)
+    rows = len(seen.rows.samples)
+    nll_N, members_CN = measure(model, seen)
+    *classes, everything = summarise(seen.class_names, nll_N, members_CN)
     verdict = advice(everything.mean)
     if as_json:
-        told = {"config": str(found.path), "rows": len(seen.rows.samples), "all": _plain(everything)}
-        told |= {"classes": [_plain(row) for row in classes], "advice": verdict, "notes": found.notes}
-        print(json.dumps(told, indent=2, ensure_ascii=False))
+        told = {"config": str(found.path), "rows": rows, "all": _plain(everything), "classes": [_plain(row) for row in classes]}
+        console.print_json(data=told | {"advice": verdict, "notes": found.notes}, highlight=False)
         return 0
-    console.print(_table(classes, everything, len(seen.rows.samples)))
-    console.print(Text(verdict), soft_wrap=True)
-    for line in [*_by_class(classes, everything.mean), *found.notes]:
-        console.print(Text(f"  · {line}"), soft_wrap=True)
+    console.print(_table(classes, everything, rows))
+    say(console, verdict)
+    for line in (*_by_class(classes, everything.mean), *found.notes):
+        say(console, f"  · {line}")
     return 0
 
 
-def _model(found: Findings, config: ValidatedConfig) -> Any:
+def _model(found: Findings, seen: LookedAt) -> Any:
     from dwl_plugin.hosts import axolotl_preview as host
 
     try:
-        return host.load_model(config.cfg, config.tokenizer)
+        with Console(stderr=True).status("The model …"):
+            return host.load_model(seen.cfg, seen.tokenizer)
     except ConfigError as error:
-        found.problems.extend(error.problems)
+        found.add(error)
     except DWLError as error:
         found.unseen.append(str(error))
     return None
 
 
-def measure(model: Any, seen: LookedAt, step: Callable[[], None]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def measure(model: Any, seen: LookedAt) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """−log p in nats of every target, (N,), and its classes, (C, N): one sample after the other, without gradients and without
     full logits. A label at the head of a row is no target: nothing predicts it."""
     import torch
@@ -99,26 +94,26 @@ def measure(model: Any, seen: LookedAt, step: Callable[[], None]) -> tuple[NDArr
     from dwl_plugin.loss.spec import LossSpec, PendingLoss
 
     nlls: list[NDArray[np.float64]] = [np.zeros(0)]
-    members: list[NDArray[np.bool_]] = [np.zeros((len(seen.config.class_names), 0), np.bool_)]
+    members: list[NDArray[np.bool_]] = [np.zeros((len(seen.class_names), 0), np.bool_)]
     device = model.get_input_embeddings().weight.device
     seam = Seam(model, lambda line: None)
 
     def keep(tokens: Any) -> None:
         nlls.append(tokens.nll_N[tokens.members.is_target].double().cpu().numpy())
 
-    try:
-        for sample in seen.rows.samples:
-            keys = ("input_ids", "labels", *(["position_ids"] if _restarts(sample) else []))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        for sample in bar.track(seen.rows.samples, description="Measuring p"):
+            packed = sample.get("position_ids", []).count(0) > 1  # several samples, told apart by their positions
+            keys = ("input_ids", "labels", "position_ids") if packed else ("input_ids", "labels")
             given = {key: torch.tensor([sample[key]], device=device) for key in keys}
             predicted_T = np.asarray(sample["labels"]) != IGNORE_INDEX
             predicted_T[0] = False
             if predicted_T.any():
                 with torch.no_grad(), quiet(), seam.armed(PendingLoss(LossSpec(), labels=given["labels"], on_tokens=keep)):
                     model(**given)
-                members.append(seen.config.members(sample)[:, predicted_T])
-            step()
-    finally:
-        seam.detach()
+                members.append(seen.members(sample)[:, predicted_T])
+    seam.detach()
     return np.concatenate(nlls), np.concatenate(members, 1)
 
 
@@ -152,28 +147,17 @@ def _probabilities(name: str, nll: NDArray[np.float64]) -> ClassProbabilities:
     return ClassProbabilities(name, len(p), float(p.mean()), float(np.median(p)), float(nll.mean()), tuple(histogram.tolist()))
 
 
-def _restarts(sample: dict[str, Any]) -> bool:
-    """Several samples in a row, told apart by positions."""
-    return "position_ids" in sample and sample["position_ids"].count(0) > 1
-
-
 def _table(classes: Sequence[ClassProbabilities], everything: ClassProbabilities, rows: int) -> Table:
-    title = f"p of {everything.tokens:,} target tokens in {rows:,} rows, under the model as training begins"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("class")
+    table = table_of_classes(f"p of {everything.tokens:,} target tokens in {rows:,} rows, as training begins")
     for name in ("tokens", "mean p", "median p", "nll"):
         table.add_column(name, justify="right")
     table.add_column("p from 0 to 1")
     for row in (*classes, everything):
         if row is everything:
             table.add_section()
-        cells = [_number(row.mean), _number(row.median), _number(row.nll)]
+        cells = map(number, (row.mean, row.median, row.nll))
         table.add_row(row.name, f"{row.tokens:,}", *cells, Text(_bars(row.histogram)))
     return table
-
-
-def _number(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}"
 
 
 def _bars(histogram: tuple[int, ...]) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.cli.config_file import read_config
+from dwl_plugin.cli.output import say
 from dwl_plugin.cli.trust import dangers
 from dwl_plugin.config import Block, parse
 from dwl_plugin.config.overrides import overridden, overrides_of
@@ -34,16 +35,12 @@ _POINTS = 400
 
 
 def schedule(
-    console: Console, config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None, *, trust: bool = False
+    console: Console, config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None, trust: bool = False
 ) -> None:
     """The whole command. Raises `DWLError` where the config is wrong, or a position needs a length that nobody gave."""
-
-    def say(line: object) -> None:
-        console.print(str(line), markup=False, soft_wrap=True)
-
     raw, overrides = _read(config, trust), overrides_of(os.environ)
     for override in overrides:
-        say(override)
+        say(console, override)
     block = parse(overridden(raw, overrides), folder=config.parent)
     length = _length(raw, steps, epoch_steps)
     try:
@@ -58,17 +55,17 @@ def schedule(
         how = f"controller `{block.controller.type}` moves α by the losses it will see"
         if plot is not None and not drawn:
             raise DWLError(f"There is no curve to draw before the run: the {how}.")
-        say(f"The {how}, so only where α starts is known before the run. `dwl report` shows where it went.")
+        say(console, f"The {how}, so only where α starts is known before the run. `dwl report` shows where it went.")
     elif tables[0].what == _ALPHA and block.schedule is None:
-        say("α is constant: the config has no `schedule`.")
+        say(console, "α is constant: the config has no `schedule`.")
     for table in tables:
         still = table.what == _ALPHA and block.schedule is None
         _print_tables(console, table, [0] if still else [round(end * k / 10) for k in range(11)], length.total_steps)
     for line in end_hints(block, length):
-        say(line)
+        say(console, line)
     if plot is not None:
         write_whole(plot, _image(drawn, end, plot.suffix.lower()))
-        say(f"Figure: {plot}")
+        say(console, f"Figure: {plot}")
 
 
 class _Numbers(NamedTuple):

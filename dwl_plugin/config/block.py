@@ -19,15 +19,22 @@ __all__ = ["Block", "DWLConfig", "LossName", "Reduction"]
 LossName = Literal["nll", "dft", "dwl"]
 
 
-class DWLConfig(Strict):
-    """Token classes, their weights α, and how the weights move."""
-
+class _TokenLoss(Strict):
     pack: str | None = Field(
         None,
         description="A pack whose classes, suggested α and reduction are taken; the keys beside it win. Replaced by them when "
         "the config is parsed.",
     )
     token_loss: TokenLossName = Field("nll", description="What a token pays in every class that names none of its own.")
+
+
+if not TYPE_CHECKING:
+    _TokenLoss = with_token_losses(_TokenLoss, "Options of the {} token loss.")
+
+
+class DWLConfig(_TokenLoss):
+    """Token classes, their weights α, and how the weights move."""
+
     classes: Classes = Field(
         default_factory=dict, description="name -> selector; the order is the priority, the first class that matches wins."
     )
@@ -41,10 +48,6 @@ class DWLConfig(Strict):
     )
     schedule: Schedule | None = Field(None, description="α as a function of the optimizer step.")
     controller: ControllerConfig | None = Field(None, description="α from what the classes cost.")
-
-
-if not TYPE_CHECKING:
-    DWLConfig = with_token_losses(DWLConfig, "Options of the {} token loss.")
 
 
 class Block(Strict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +20,7 @@ from dwl_plugin.config.classes import name_problems
 from dwl_plugin.config.packs import PackLibrary
 from dwl_plugin.config.problems import alpha_problems, unique, validate
 from dwl_plugin.errors import ConfigError, Problem
-from dwl_plugin.loss.token_losses import TOKEN_LOSSES, TokenLossOptions
+from dwl_plugin.loss.token_losses import TOKEN_LOSSES, DFTConfig, TokenLossOptions
 from dwl_plugin.values import MOST_OVERLAPPING, REST
 from dwl_plugin.yaml_io import read_yaml
 
@@ -88,18 +89,20 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     dwl = ours["dwl"] if isinstance(ours.get("dwl"), Mapping) else {}
     classes = dwl["classes"] if isinstance(dwl.get("classes"), Mapping) else {}
     names = [*(str(name) for name in classes if name != REST), REST]
+    in_fields = list(problems)  # without what only several keys together show
     block = validate(Block, ours, problems, Context(packs))
+    sound = block or validate(Block, ours, in_fields, Context(packs, cross_checks=False))
     problems += packs.problems
-    sound = None if problems else block
+    problems += _schedule_problems(classes)
     problems += name_problems(classes)
     problems += _number_problems(dwl, names)
     if ours["loss"] == "dwl" and "pack" not in dwl:
-        problems += controller_problems(_controller(dwl, block), "dwl.controller", dwl.get("alpha"), names)
+        problems += controller_problems(_controller(dwl, block), dwl.get("alpha"), names)
     problems += _useless_keys(ours["loss"], dwl, classes)
     if ours["loss"] == "dwl" and "dwl" not in ours:
         hint = "name at least one class under `dwl.classes`"
         problems.append(Problem("dwl", "`loss: dwl` needs a `dwl` block", hint=hint))
-    if sound is not None:
+    if sound is not None and not in_fields and not packs.problems:
         problems += _useless_options(sound)
         problems += _too_many_classes(sound)
     if problems or block is None:
@@ -153,6 +156,16 @@ def _controller(dwl: Mapping[str, Any], block: Block | None) -> ControllerOption
     with suppress(ValidationError):
         return block.controller if block is not None else _CONTROLLER.validate_python(dwl.get("controller"))
     return None
+
+
+def _schedule_problems(classes: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong with the schedules of dft, also in a class whose selector is wrong, so that nothing beside it was looked at."""
+    for name, spec in classes.items():
+        dft = spec.get("dft") if isinstance(spec, Mapping) else None
+        if isinstance(dft, Mapping) and "schedule" in dft:
+            found: list[Problem] = []
+            validate(DFTConfig, {"schedule": dft["schedule"]}, found)
+            yield from (replace(problem, path=f"dwl.classes.{name}.dft.{problem.path}") for problem in found)
 
 
 def _number_problems(dwl: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:

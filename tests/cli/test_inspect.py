@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from dwl_plugin.cli.inspect.palette import look
-from dwl_plugin.cli.printable import printable
+from dwl_plugin.cli.inspect.rows import look
+from dwl_plugin.cli.output import printable
 from tests.hosts import harness
 
 Run = Callable[..., Result]

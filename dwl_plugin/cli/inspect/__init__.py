@@ -15,11 +15,9 @@ from dwl_plugin.files import write_whole
 __all__ = ["inspect"]
 
 
-def inspect(config: Path, samples: int, html: Path | None, *, trust: bool) -> int:
+def inspect(console: Console, config: Path, samples: int, html: Path | None, trust: bool) -> int:
     """The whole command; the exit status."""
-    console = Console(highlight=False)
-    with Console(stderr=True).status("") as status:
-        found, seen = analyse(config, samples, trust=trust, say=status.update)
+    found, seen = analyse(config, samples, trust)
     print_findings(console, found, seen)
     if seen is None or not seen.rows.samples:
         return found.status
@@ -28,9 +26,9 @@ def inspect(config: Path, samples: int, html: Path | None, *, trust: bool) -> in
         print_rows(console, seen, rows)
         if seen.survey is not None:
             console.print(class_table(seen.survey, seen.figures))
-        return found.status
-    from dwl_plugin.cli.inspect.page import render_page
+    else:
+        from dwl_plugin.cli.inspect.page import render_page
 
-    write_whole(html, render_page(config.name, seen, rows).encode())
-    console.print(f"{len(rows)} rows in [bold]{html}[/]; it opens in any browser, without a network", soft_wrap=True)
+        write_whole(html, render_page(config.name, seen, rows).encode())
+        console.print(f"{len(rows)} rows in [bold]{html}[/]; it opens in any browser, without a network", soft_wrap=True)
     return found.status

@@ -16,8 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from dwl_plugin.cli.analysis import LookedAt
-from dwl_plugin.cli.inspect.palette import look
-from dwl_plugin.cli.inspect.rows import MASKED, ShownRow, row_notes
+from dwl_plugin.cli.inspect.rows import MASKED, ShownRow, look, row_notes
 
 __all__ = ["render_page"]
 
@@ -25,7 +24,7 @@ __all__ = ["render_page"]
 def render_page(title: str, seen: LookedAt, rows: Sequence[ShownRow]) -> str:
     """The whole page as text."""
     folder = resources.files(__package__)
-    names = seen.config.class_names
+    names = seen.class_names
     style = folder.joinpath("page.css").read_text(encoding="utf-8") + _class_styles(len(names))
     script = folder.joinpath("page.js").read_text(encoding="utf-8")
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
@@ -33,7 +32,7 @@ def render_page(title: str, seen: LookedAt, rows: Sequence[ShownRow]) -> str:
     )
     return template.render(
         config=title,
-        loss=None if seen.config.block is None else seen.config.block.loss,
+        loss=seen.block and seen.block.loss,
         version=version("axolotl-dwl"),
         names=names,
         masked=MASKED,
@@ -43,7 +42,7 @@ def render_page(title: str, seen: LookedAt, rows: Sequence[ShownRow]) -> str:
         rows=rows,
         packed=any(len(row.samples) > 1 for row in rows),
         notes=row_notes(seen),
-        model=str(getattr(seen.config.tokenizer, "name_or_path", "")).rstrip("/").rsplit("/", 1)[-1],
+        model=str(getattr(seen.tokenizer, "name_or_path", "")).rstrip("/").rsplit("/", 1)[-1],
         visible=_visible,
         style=Markup(style),
         script=Markup(script),

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
-from dwl_plugin.cli.analysis import LookedAt, ValidatedConfig
+from dwl_plugin.classes.token_bytes import TokenTable, as_text
+from dwl_plugin.cli.analysis import LookedAt
+from dwl_plugin.cli.plots import PALETTE
 from dwl_plugin.errors import DWLError
 
-__all__ = ["MASKED", "ShownRow", "ShownSample", "ShownToken", "row_notes", "shown_rows"]
+__all__ = ["MASKED", "ShownRow", "ShownSample", "ShownToken", "look", "row_notes", "shown_rows"]
 
 MASKED = -1
 """The class index of a token that is no target."""
+
+_UNDERLINES = ("solid", "double", "dotted", "dashed", "wavy")
+
+
+def look(index: int) -> tuple[str, str]:
+    """Colour and underline of the class with this index; no two of the first thirty look alike."""
+    return PALETTE[index % len(PALETTE)], _UNDERLINES[(index + index // len(PALETTE)) % len(_UNDERLINES)]
 
 
 @dataclass(frozen=True)
@@ -62,22 +72,19 @@ def row_notes(seen: LookedAt) -> list[str]:
 
 def shown_rows(seen: LookedAt) -> list[ShownRow]:
     """The rows looked at; padding is left out."""
-    text_of = _spelling(seen.config.tokenizer)
+    text_of = _spelling(seen.tokenizer)
     weights = [figures.weight.one_token for figures in seen.figures if figures.weight is not None]
-    samples = [_sample(_without_padding(sample), seen.config, text_of, weights) for sample in seen.rows.samples]
-    if seen.rows.packs is not None:
-        return [ShownRow(tuple(shown for index in pack for shown in samples[index])) for pack in seen.rows.packs]
-    return [ShownRow(tuple(shown)) for shown in samples]
+    samples = [_sample(_without_padding(sample), seen, text_of, weights) for sample in seen.rows.samples]
+    packs = [[index] for index in range(len(samples))] if seen.rows.packs is None else seen.rows.packs
+    return [ShownRow(tuple(shown for index in pack for shown in samples[index])) for pack in packs]
 
 
-def _sample(
-    sample: dict[str, Any], config: ValidatedConfig, text_of: Callable[[int], str], weights: Sequence[float]
-) -> list[ShownSample]:
+def _sample(sample: dict[str, Any], seen: LookedAt, text_of: Callable[[int], str], weights: Sequence[float]) -> list[ShownSample]:
     """One sample; or, of a stream that packs its rows itself, each that begins where the positions do."""
     ids = sample["input_ids"]
     positions = sample.get("position_ids")
-    members_CT = config.members(sample, matched=True)
-    summed = config.labeller is not None and config.labeller.overlap == "sum"
+    members_CT = seen.members(sample, matched=True)
+    summed = seen.labeller is not None and seen.labeller.overlap == "sum"
     tokens = []
     for t, token_id in enumerate(ids):
         classes = tuple(np.flatnonzero(members_CT[:, t]).tolist())
@@ -97,19 +104,14 @@ def _without_padding(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _spelling(tokenizer: Any) -> Callable[[int], str]:
     """The text of a token; a byte that is no character by itself as ‹e2›."""
-    from dwl_plugin.classes import TokenTable
-    from dwl_plugin.classes.token_bytes import as_text
-
     try:
         table = TokenTable.of(tokenizer)
     except DWLError:  # no bytes to be had: the tokenizer's own names
         return lambda token_id: str(tokenizer.convert_ids_to_tokens(token_id))
-    cache: dict[int, str] = {}
 
+    @cache
     def spell(token_id: int) -> str:
-        if token_id not in cache:
-            text = as_text(table.spelling(token_id)) if 0 <= token_id < table.size else f"‹token {token_id}›"
-            cache[token_id] = "".join(f"‹{ord(char) - 0xDC00:02x}›" if "\udc80" <= char <= "\udcff" else char for char in text)
-        return cache[token_id]
+        text = as_text(table.spelling(token_id)) if 0 <= token_id < table.size else f"‹token {token_id}›"
+        return "".join(f"‹{ord(char) - 0xDC00:02x}›" if "\udc80" <= char <= "\udcff" else char for char in text)
 
     return spell

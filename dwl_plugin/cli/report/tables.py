@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dwl_plugin.cli.printable import printable
+from dwl_plugin.cli.output import number, printable, say, table_of_classes
 from dwl_plugin.cli.report.run import Run
+from dwl_plugin.values import REST
 
 __all__ = ["ComparedRow", "Row", "compared", "facts", "print_comparison", "print_run", "rows_of"]
 
@@ -49,41 +49,38 @@ def rows_of(run: Run) -> list[Row]:
     return [*(rows if len(rows) > 1 else ()), Row(None, 1.0, unknown, unknown, run.nll(None))]
 
 
-def moving(run: Run) -> list[tuple[str, list[tuple[str, Ends]]]]:
+def moving(run: Run) -> Iterator[tuple[str, list[tuple[str, Ends]]]]:
     """(name, start and end by class) of what a run logs only if it has it: a controller's signal, dft's numbers, KL."""
-    found = [
-        (title, [(name, curve.ends) for name in run.classes if (curve := run.curve(f"dwl/{key}/{name}"))])
-        for key, title in MOVING.items()
-    ]
-    return [(title, ends) for title, ends in found if ends]
+    for key, title in MOVING.items():
+        if ends := [(name, curve.ends) for name in run.classes if (curve := run.curve(f"dwl/{key}/{name}"))]:
+            yield title, ends
 
 
 def facts(run: Run) -> list[str]:
     """The run in a few words."""
-    of = f" of {run.max_steps}" if run.max_steps > run.step else ""
-    out = [f"{run.step}{of} optimizer steps"]
-    if run.block is not None:
-        reduction = f", {run.block.reduction}" if run.block.loss == "dwl" else ""
-        out.insert(0, f"loss: {run.block.loss}{reduction}")
-    return out
+    steps = f"{run.step}{f' of {run.max_steps}' if run.max_steps > run.step else ''} optimizer steps"
+    if run.block is None:
+        return [steps]
+    reduction = f", {run.block.reduction}" if run.block.loss == "dwl" else ""
+    return [f"loss: {run.block.loss}{reduction}", steps]
 
 
 def print_run(console: Console, run: Run) -> None:
-    table = _table(f"{printable(run.name)}: {', '.join(facts(run))}")
+    table = table_of_classes(f"{printable(run.name)}: {', '.join(facts(run))}", show_edge=False)
     for title in ("tokens", "share of loss", "α", "nll", "change"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows_of(run):
         cells = (percent(row.token_share), arrow(row.loss_share, _brief), arrow(row.alpha, "{:.2f}".format), arrow(row.nll))
         _add_row(table, row.name, [*map(Text, cells), Text(change_of(row.nll), style=_colour(row.nll))])
     console.print(table)
-    loss, nll = run.curve("loss"), run.curve("nll")
-    if loss:
-        _say(console, f"In training: loss {arrow(loss.tenths)}, nll {arrow(nll.tenths)}.")
+    if loss := run.curve("loss"):
+        say(console, f"In training: loss {arrow(loss.tenths)}, nll {arrow(run.curve('nll').tenths)}.")
     for title, by_class in moving(run):
-        _say(console, f"{title}: {', '.join(f'{name} {arrow(pair)}' for name, pair in by_class)}.")
+        say(console, f"{title}: {', '.join(f'{name} {arrow(pair)}' for name, pair in by_class)}.")
     source = "held-out rows" if run.evals else "training batches"
-    for line in (f"Start → end, nll in nats per token of the {source}, whatever α was.", *run.notes):
-        _say(console, line)
+    say(console, f"Start → end, nll in nats per token of the {source}, whatever α was.")
+    for note in run.notes:
+        say(console, note)
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ class ComparedRow:
     def cells(self) -> list[str]:
         """The first run's nll, and every other's with its change against the first."""
         first = self.nll[0]
-        return [_three(first), *(f"{_three(value)} ({change_of((first, value))})" for value in self.nll[1:])]
+        return [number(first), *(f"{number(value)} ({change_of((first, value))})" for value in self.nll[1:])]
 
     @property
     def best(self) -> int | None:
@@ -109,8 +106,8 @@ class ComparedRow:
 def compared(runs: Sequence[Run]) -> tuple[list[ComparedRow], str, list[str]]:
     """Rows over the classes of all runs, what was measured, and what to mind when reading them."""
     held_out = all(run.evals for run in runs)
-    names = [name for name in dict.fromkeys(name for run in runs for name in run.classes) if name != "rest"]
-    keys: dict[str | None, str] = {**({name: f"dwl/nll/{name}" for name in (*names, "rest")} if names else {}), None: "nll"}
+    names = [name for name in dict.fromkeys(name for run in runs for name in run.classes) if name != REST]
+    keys: dict[str | None, str] = {**({name: f"dwl/nll/{name}" for name in (*names, REST)} if names else {}), None: "nll"}
     ends = {name: [run.eval_curve(key).ends if held_out else run.curve(key).tenths for run in runs] for name, key in keys.items()}
     rows = [ComparedRow(name, tuple(last for _, last in by_run)) for name, by_run in ends.items()]
     source = "the held-out rows" if held_out else "the last tenth of the training batches"
@@ -120,42 +117,30 @@ def compared(runs: Sequence[Run]) -> tuple[list[ComparedRow], str, list[str]]:
     if len({run.step for run in runs}) > 1:
         steps = ", ".join(f"{run.name} {run.step}" for run in runs)
         notes.append(f"The runs have not come equally far: {steps} steps.")
-    shares = {tuple(_three(run.eval_curve(f"dwl/token_share/{name}").ends[1]) for name in names) for run in runs}
+    shares = {tuple(number(run.eval_curve(f"dwl/token_share/{name}").ends[1]) for name in names) for run in runs}
     if held_out and len(shares) > 1:
-        notes.append(
-            "The classes hold different shares of the evaluation sets: other classes or other data, so nll of a class "
-            "is not of the same tokens."
-        )
+        why = "other classes or other data, so nll of a class is not of the same tokens"
+        notes.append(f"The classes hold different shares of the evaluation sets: {why}.")
     return rows, source, notes
 
 
 def print_comparison(console: Console, runs: Sequence[Run]) -> None:
     rows, source, notes = compared(runs)
-    table = _table(f"nll at the end, {source}")
+    table = table_of_classes(f"nll at the end, {source}", show_edge=False)
     for run in runs:
         table.add_column(Text(printable(run.name)), justify="right", overflow="fold")
     for row in rows:
         _add_row(table, row.name, [Text(cell, style="green" if at == row.best else "") for at, cell in enumerate(row.cells)])
     console.print(table)
-    first = f"In brackets: against {runs[0].name}. Green: the lowest of its row."
-    for line in (first, *notes, *(note for run in runs for note in run.notes)):
-        _say(console, line)
-
-
-def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False)
-    table.add_column("class", overflow="fold")
-    return table
+    say(console, f"In brackets: against {runs[0].name}. Green: the lowest of its row.")
+    for line in (*notes, *(note for run in runs for note in run.notes)):
+        say(console, line)
 
 
 def _add_row(table: Table, name: str | None, cells: Sequence[Text]) -> None:
     if name is None and table.row_count:
         table.add_section()
     table.add_row(Text("all" if name is None else printable(name)), *cells, style="bold" if name is None else "")
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def percent(value: float) -> str:
@@ -166,17 +151,13 @@ def _brief(value: float) -> str:
     return percent(value) if abs(value) < 0.0995 else f"{100 * value:.0f} %"
 
 
-def arrow(ends: Ends, form: Callable[[float], str] = "{:.3f}".format) -> str:
+def arrow(ends: Ends, form: Callable[[float], str] = number) -> str:
     return f"{form(ends[0])} → {form(ends[1])}" if all(map(math.isfinite, ends)) else NONE
 
 
 def change_of(ends: Ends) -> str:
     before, after = ends
     return f"{100 * (after / before - 1):+.1f} %".replace("-", "−") if before > 0 and math.isfinite(after) else NONE
-
-
-def _three(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else NONE
 
 
 def _colour(ends: Ends) -> str:
