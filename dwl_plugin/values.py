@@ -26,7 +26,6 @@ __all__ = [
     "Overlap",
     "Pattern",
     "Position",
-    "PositionKey",
     "Reduction",
     "Strict",
     "Text",
@@ -75,10 +74,14 @@ def line_error(path: Sequence[int | str], message: str, value: object, allowed: 
     return InitErrorDetails(type=invalid(message, allowed, hint), loc=tuple(path), input=value)
 
 
+def _title(model: type) -> str:
+    return model.__qualname__.replace(".", "")  # in a JSON Schema: that of `Linear.Options` is not just `Options`
+
+
 class Strict(BaseModel):
     """Frozen and closed. An unknown key is reported with the known ones, beside what is wrong with the others."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, model_title_generator=_title)
 
     @classmethod
     def cross_errors(cls, written: Mapping[str, Any]) -> Iterable[InitErrorDetails]:
@@ -136,8 +139,6 @@ _POSITION_SCHEMA = {
 }
 
 Position = Annotated[int | str, BeforeValidator(position), WithJsonSchema(_POSITION_SCHEMA)]
-PositionKey = Annotated[str, BeforeValidator(lambda value: str(position(value)))]
-"""A position that names an entry of a mapping: always a string, since the host sorts the keys of a config it writes down."""
 
 
 def _number(value: object) -> object:

@@ -185,8 +185,7 @@ def _host_config(raw: Mapping[str, Any], found: Findings, to_run: bool) -> Any:
                     raise
                 left_out |= wrong | set(Block.model_fields)
     finally:
-        for key in host.unknown_keys(raw):
-            close = did_you_mean(key, host.known_keys())
+        for key, close in host.unknown_keys(raw).items():
             found.hints.append(f"Axolotl does not know the key `{key}` and drops it{'; ' + close if close else ''}")
 
 

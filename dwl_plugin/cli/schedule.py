@@ -90,8 +90,7 @@ def _tables(block: Block, length: RunLength) -> Iterator[_Numbers]:
 
 def _read(config: Path, trust: bool) -> Mapping[str, Any]:
     raw, odd = read_config(config)
-    if odd:
-        raise ConfigError(odd)
+    ConfigError.raise_any(odd)
     packs = [danger for danger in dangers(raw) if danger.path.startswith("dwl.")]
     if packs and not trust:
         listed = "\n".join(f"  {danger}" for danger in packs)

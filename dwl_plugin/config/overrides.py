@@ -73,8 +73,7 @@ def overrides_of(environ: Mapping[str, str]) -> list[Override]:
             problems.append(Problem(path, f"{source}: a name is missing between two dots", value))
         elif (earlier := first.setdefault(path, override)).value != value:
             problems.append(Problem(path, f"{source} contradicts {earlier.value!r} in {earlier.source}", value))
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_any(problems)
     return list(first.values())
 
 
@@ -98,8 +97,7 @@ def overridden(raw: Mapping[str, Any], overrides: list[Override]) -> dict[str, A
                 break
         else:
             node[last] = copy.deepcopy(override.value)
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_any(problems)
     return ours
 
 

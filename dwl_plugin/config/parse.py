@@ -91,7 +91,7 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     problems += _number_problems(dwl, names)
     alone = validate(DWLConfig, {"controller": dwl.get("controller")}, [])  # it may be right in a block that is not
     if ours["loss"] == "dwl" and "pack" not in dwl and alone is not None:
-        problems += controller_problems(alone.controller, "dwl.controller", dwl.get("alpha"), names)
+        problems += controller_problems(alone.controller, dwl.get("alpha"), names)
     problems += _useless_keys(ours["loss"], dwl, classes)
     if ours["loss"] == "dwl" and "dwl" not in ours:
         hint = "name at least one class under `dwl.classes`"
