@@ -53,9 +53,11 @@ class DWLConfig(_TokenLoss):
 class Block(Strict):
     """The three keys of a config that are ours, validated together."""
 
-    loss: LossName
-    dft: DFTConfig | None = None
-    dwl: DWLConfig | None = None
+    loss: LossName = Field(
+        description="nll: the host's own loss, measured. dft: Dynamic Fine-Tuning. dwl: classes of tokens with weights α."
+    )
+    dft: DFTConfig | None = Field(None, description="Options of the dft token loss.")
+    dwl: DWLConfig | None = Field(None, description="Token classes, their weights α, and how they move.")
 
     @property
     def class_configs(self) -> dict[str, ClassConfig]:
