@@ -31,18 +31,7 @@ _HOME = {
     "linear_cross_entropy": "dwl_plugin.loss.linear_cross_entropy",
 }
 
-__all__ = [
-    "AppliedLoss",
-    "ConfigError",
-    "DWLError",
-    "DWLPlugin",
-    "LinearCrossEntropyOutput",
-    "LossSpec",
-    "__version__",
-    "apply",
-    "attach",
-    "linear_cross_entropy",
-]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -41,13 +41,10 @@ class Problem:
         return self.value is not _ABSENT
 
     def __str__(self) -> str:
-        received = "" if not self.has_value else f" (got {shortened(self.value)})"
-        lines = [f"{self.path}: {self.message}{received}"]
-        if self.allowed:
-            lines.append(f"    allowed: {self.allowed}")
-        if self.hint:
-            lines.append(f"    hint: {self.hint}")
-        return "\n".join(lines)
+        received = f" (got {shortened(self.value)})" if self.has_value else ""
+        allowed = f"\n    allowed: {self.allowed}" if self.allowed else ""
+        hint = f"\n    hint: {self.hint}" if self.hint else ""
+        return f"{self.path}: {self.message}{received}{allowed}{hint}"
 
 
 class DWLError(Exception):
@@ -70,12 +67,18 @@ class ConfigError(DWLError):
         self.problems = tuple(problems)
         count = len(self.problems)
         head = f"{PREFIX} {count} problem{'s' if count != 1 else ''} in the config; nothing was trained."
-        super().__init__("\n".join([head, *(f"  {_indent(str(p))}" for p in self.problems)]))
+        super().__init__("\n".join([head, *map(str, self.problems)]).replace("\n", "\n  "))
 
     @classmethod
     def at(cls, path: str, message: str, value: Any = _ABSENT, allowed: str = "", hint: str = "") -> ConfigError:
         """An error of one `Problem`."""
         return cls([Problem(path, message, value, allowed, hint)])
+
+    @classmethod
+    def raise_any(cls, problems: Iterable[Problem]) -> None:
+        """Raise all of `problems` at once, if there is one."""
+        if found := list(problems):
+            raise cls(found)
 
     def __reduce__(self) -> tuple[Any, ...]:  # raised in loader workers, so it has to survive pickling
         return (type(self), (self.problems,))
@@ -107,7 +110,3 @@ def shortened(value: Any, limit: int = 120) -> str:
     """`value` as Python writes it, cut to `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _indent(text: str) -> str:
-    return text.replace("\n", "\n  ")

@@ -25,10 +25,9 @@ def write_whole(path: Path, content: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(draft, target)
-        except BaseException:
+        finally:
             with suppress(OSError):
-                draft.unlink(missing_ok=True)
-            raise
+                draft.unlink()
     except OSError as error:
         kept = "; the file that is there was not touched" if target.is_file() else ""
         raise DWLError(f"{path} cannot be written: {error.strerror or error}{kept}.") from error

@@ -9,7 +9,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import regex
-from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, WithJsonSchema, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError
 
 from dwl_plugin.errors import did_you_mean
@@ -26,7 +26,6 @@ __all__ = [
     "Overlap",
     "Pattern",
     "Position",
-    "PositionKey",
     "Reduction",
     "Strict",
     "Text",
@@ -75,10 +74,14 @@ def line_error(path: Sequence[int | str], message: str, value: object, allowed: 
     return InitErrorDetails(type=invalid(message, allowed, hint), loc=tuple(path), input=value)
 
 
+def _title(model: type) -> str:
+    return model.__qualname__.replace(".", "")  # in a JSON Schema: that of `Linear.Options` is not just `Options`
+
+
 class Strict(BaseModel):
     """Frozen and closed. An unknown key is reported with the known ones, beside what is wrong with the others."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, model_title_generator=_title)
 
     @classmethod
     def cross_errors(cls, written: Mapping[str, Any]) -> Iterable[InitErrorDetails]:
@@ -87,8 +90,9 @@ class Strict(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _all_errors(cls, written: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        wrong = list(cls.cross_errors(written)) if isinstance(written, Mapping) else []
+    def _all_errors(cls, written: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        cross = isinstance(written, Mapping) and getattr(info.context, "cross_checks", True)
+        wrong = list(cls.cross_errors(written)) if cross else []
         try:
             model = handler(written)
         except ValidationError as error:
@@ -135,8 +139,6 @@ _POSITION_SCHEMA = {
 }
 
 Position = Annotated[int | str, BeforeValidator(position), WithJsonSchema(_POSITION_SCHEMA)]
-PositionKey = Annotated[str, BeforeValidator(lambda value: str(position(value)))]
-"""A position that names an entry of a mapping: always a string, since the host sorts the keys of a config it writes down."""
 
 
 def _number(value: object) -> object:

@@ -35,15 +35,9 @@ def read_yaml(path: Path, twice: list[Twice] | None = None) -> Any:
 
 
 def load_yaml(text: str, name: str, twice: list[Twice] | None = None) -> Any:
-    """The values in a text.
+    """The values in one document of YAML. Raises `ConfigError` at `name`, with line and column.
 
-    Args:
-        text: one document of YAML.
-        name: what errors call it.
-        twice: receives each key that stands twice in its mapping, of which YAML keeps the last.
-
-    Raises:
-        ConfigError: at `name`, with line and column.
+    `twice` receives each key that stands twice in its mapping, of which YAML keeps the last.
     """
     try:
         return _loaded(text, [] if twice is None else twice)
@@ -82,14 +76,10 @@ def load_plain_yaml(text: str, name: str) -> Any:
 def _loaded(text: str, twice: list[Twice]) -> Any:
     """`yaml.safe_load` that raises `yaml.YAMLError` alone."""
     try:
-        loader = yaml.SafeLoader(text)
-        try:
-            node = loader.get_single_node()
-            if node is not None and _size(node, {}, twice) > _MAX_NODES:
-                raise yaml.YAMLError("its anchors and aliases multiply without end, or nearly so")
-            return None if node is None else loader.construct_document(node)
-        finally:
-            loader.dispose()
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is not None and _size(node, {}, twice) > _MAX_NODES:
+            raise yaml.YAMLError("its anchors and aliases multiply without end, or nearly so")
+        return None if node is None else yaml.SafeLoader("").construct_document(node)
     except yaml.YAMLError:
         raise
     except Exception as error:  # a date that is none, a value that does not fit its tag, lists nested without end

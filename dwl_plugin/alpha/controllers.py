@@ -4,8 +4,7 @@ The nll of a window of optimizer steps is summed over its micro-batches and rank
 running averages into log-weights; a floor and a limit on the change turn these into α. Everything is fp64 on the CPU and the same
 on every rank, because the sums are.
 
-A rule is its options, a pydantic model, and the class that computes with them, built once for a run. A new one is a pair of the two
-here and an entry in `CONTROLLERS`.
+A rule is a class, built once for a run, with the pydantic model of its options. A new one needs an entry in `CONTROLLERS`.
 
 L is the average raw nll of a class, in nats per token; α⁰ the `alpha` of the YAML (uniform if absent), where a controller starts
 from. Shapes: C classes in the order of the class ids.
@@ -17,7 +16,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,42 +78,37 @@ class LossControllerOptions(ControllerOptions):
     reference_rows: int = Field(256, ge=1, description="Rows of the training set that `reference: base` is measured on.")
 
 
-_Options = TypeVar("_Options", bound=ControllerOptions)
-
-
-class _Rule(Generic[_Options]):
+class _Rule:
     """Called at the end of a window, gives log-weights (C,); what they sum to does not matter."""
 
-    def __init__(self, options: _Options) -> None:
+    def __init__(self, options: ControllerOptions) -> None:
         self.options = options
 
 
-class SoftmaxLossOptions(LossControllerOptions):
-    """α ∝ α⁰·e^(L/temperature): arXiv 2412.14780."""
+class SoftmaxLoss(_Rule):
+    class Options(LossControllerOptions):
+        """α ∝ α⁰·e^(L/temperature): arXiv 2412.14780."""
 
-    type: Literal["softmax_loss"]
-    temperature: Weight = Field(3.0, gt=0.0, description="Nats by which a loss must be larger to count e times as much.")
+        type: Literal["softmax_loss"]
+        temperature: Weight = Field(3.0, gt=0.0, description="Nats by which a loss must be larger to count e times as much.")
 
-
-class SoftmaxLoss(_Rule[SoftmaxLossOptions]):
-    Options = SoftmaxLossOptions
+    options: Options
 
     def __call__(self, window: Window, memory: Memory) -> Numbers:
         return window.prior_C + window.signal_C / self.options.temperature
 
 
-class DWAOptions(LossControllerOptions):
-    """α ∝ α⁰·e^(w/temperature), w = L of the last window over L of the one before: arXiv 1803.10704, eq. 7 and 8."""
+class DWA(_Rule):
+    class Options(LossControllerOptions):
+        """α ∝ α⁰·e^(w/temperature), w = L of the last window over L of the one before: arXiv 1803.10704, eq. 7 and 8."""
 
-    type: Literal["dwa"]
-    ema: Weight = Field(0.0, ge=0.0, lt=1.0, description="As everywhere; the windows are averages already.")
-    signal: Literal["raw"] = Field("raw", description="The ratio of two losses has no unit: nothing else to choose.")
-    reference: None = Field(None, description="Not used.")
-    temperature: Weight = Field(2.0, gt=0.0, description="T: larger is more even.")
+        type: Literal["dwa"]
+        ema: Weight = Field(0.0, ge=0.0, lt=1.0, description="As everywhere; the windows are averages already.")
+        signal: Literal["raw"] = Field("raw", description="The ratio of two losses has no unit: nothing else to choose.")
+        reference: None = Field(None, description="Not used.")
+        temperature: Weight = Field(2.0, gt=0.0, description="T: larger is more even.")
 
-
-class DWA(_Rule[DWAOptions]):
-    Options = DWAOptions
+    options: Options
 
     def __call__(self, window: Window, memory: Memory) -> Numbers:
         if window.previous_C is None:  # two windows are needed; until then w = 1 for all
@@ -123,18 +117,17 @@ class DWA(_Rule[DWAOptions]):
         return window.prior_C + ratio_C / self.options.temperature
 
 
-class SoftAdaptOptions(LossControllerOptions):
-    """α ∝ α⁰·e^(beta·slope), slope = change of L since the window before: arXiv 1912.12355."""
+class SoftAdapt(_Rule):
+    class Options(LossControllerOptions):
+        """α ∝ α⁰·e^(beta·slope), slope = change of L since the window before: arXiv 1912.12355."""
 
-    type: Literal["softadapt"]
-    ema: Weight = Field(0.0, ge=0.0, lt=1.0, description="As everywhere; the windows are averages already.")
-    beta: Weight = Field(0.1, description="β above 0 favours the class that learns slowest, below 0 the fastest.")
-    normalized: bool = Field(False, description="Divide the slopes by the sum of their sizes.")
-    loss_weighted: bool = Field(False, description="Multiply by L.")
+        type: Literal["softadapt"]
+        ema: Weight = Field(0.0, ge=0.0, lt=1.0, description="As everywhere; the windows are averages already.")
+        beta: Weight = Field(0.1, description="β above 0 favours the class that learns slowest, below 0 the fastest.")
+        normalized: bool = Field(False, description="Divide the slopes by the sum of their sizes.")
+        loss_weighted: bool = Field(False, description="Multiply by L.")
 
-
-class SoftAdapt(_Rule[SoftAdaptOptions]):
-    Options = SoftAdaptOptions
+    options: Options
 
     def __call__(self, window: Window, memory: Memory) -> Numbers:
         if window.previous_C is None:
@@ -148,15 +141,14 @@ class SoftAdapt(_Rule[SoftAdaptOptions]):
         return weights_C
 
 
-class GroupDROOptions(LossControllerOptions):
-    """α ← α·e^(eta·L), normalised: arXiv 1911.08731, algorithm 1."""
+class GroupDRO(_Rule):
+    class Options(LossControllerOptions):
+        """α ← α·e^(eta·L), normalised: arXiv 1911.08731, algorithm 1."""
 
-    type: Literal["group_dro"]
-    eta: Weight = Field(0.01, gt=0.0, description="Step size of the exponentiated gradient.")
+        type: Literal["group_dro"]
+        eta: Weight = Field(0.01, gt=0.0, description="Step size of the exponentiated gradient.")
 
-
-class GroupDRO(_Rule[GroupDROOptions]):
-    Options = GroupDROOptions
+    options: Options
 
     def __call__(self, window: Window, memory: Memory) -> Numbers:
         before_C = np.array(memory.get("log_weights", window.prior_C))
@@ -165,17 +157,16 @@ class GroupDRO(_Rule[GroupDROOptions]):
         return weights_C
 
 
-class DoReMiOptions(LossControllerOptions):
-    """α ← α·e^(eta·max(L − reference, 0)), normalised, then (1 − smoothing)·α + smoothing/K: arXiv 2305.10429, algorithm 1."""
+class DoReMi(_Rule):
+    class Options(LossControllerOptions):
+        """α ← α·e^(eta·max(L − reference, 0)), normalised, then (1 − smoothing)·α + smoothing/K: arXiv 2305.10429, algorithm 1."""
 
-    type: Literal["doremi"]
-    signal: Literal["excess_over_ref"] = Field("excess_over_ref", description="The excess is the method.")
-    eta: Weight = Field(1.0, gt=0.0, description="Step size of the exponentiated gradient.")
-    smoothing: Weight = Field(1e-4, ge=0.0, le=1.0, description="c, the share of the uniform vector in each update.")
+        type: Literal["doremi"]
+        signal: Literal["excess_over_ref"] = Field("excess_over_ref", description="The excess is the method.")
+        eta: Weight = Field(1.0, gt=0.0, description="Step size of the exponentiated gradient.")
+        smoothing: Weight = Field(1e-4, ge=0.0, le=1.0, description="c, the share of the uniform vector in each update.")
 
-
-class DoReMi(_Rule[DoReMiOptions]):
-    Options = DoReMiOptions
+    options: Options
 
     def __call__(self, window: Window, memory: Memory) -> Numbers:
         before_C = np.array(memory.get("log_weights", window.prior_C))
@@ -187,16 +178,15 @@ class DoReMi(_Rule[DoReMiOptions]):
         return weights_C
 
 
-class RLWOptions(ControllerOptions):
-    """α ∝ α⁰·e^z, z fresh standard normal noise: arXiv 2111.10603. What a controller has to beat."""
+class RLW(_Rule):
+    class Options(ControllerOptions):
+        """α ∝ α⁰·e^z, z fresh standard normal noise: arXiv 2111.10603. What a controller has to beat."""
 
-    type: Literal["rlw"]
-    every: int = Field(1, ge=1, description="Optimizer steps between two draws.")
-    seed: int = Field(0, ge=0, description="Of the noise; a resumed run goes on with the same.")
+        type: Literal["rlw"]
+        every: int = Field(1, ge=1, description="Optimizer steps between two draws.")
+        seed: int = Field(0, ge=0, description="Of the noise; a resumed run goes on with the same.")
 
-
-class RLW(_Rule[RLWOptions]):
-    Options = RLWOptions
+    options: Options
 
     def __call__(self, window: Window, memory: Memory) -> Numbers:
         noise = np.random.default_rng([self.options.seed, window.update])
@@ -216,26 +206,26 @@ CONTROLLERS: dict[str, type[Any]] = {
 ControllerConfig = Annotated[ControllerOptions, ChosenByType("controller", CONTROLLERS, ControllerOptions)]
 
 
-def controller_problems(options: ControllerOptions | None, path: str, alpha: object, names: Sequence[str]) -> Iterator[Problem]:
+def controller_problems(options: ControllerOptions | None, alpha: object, names: Sequence[str]) -> Iterator[Problem]:
     """What no single option can see; `alpha` is the one of the YAML, as it was written, and `names` all classes."""
     if options is None:
         return
     if isinstance(options, LossControllerOptions):
-        yield from _reference_problems(options, f"{path}.reference", names)
+        yield from _reference_problems(options, f"{PATH}.reference", names)
     floor = options.min_alpha
     if floor * len(names) > 1:
         why = f"{len(names)} classes cannot all have at least this much of 1"
-        yield Problem(f"{path}.min_alpha", why, floor, allowed=f"at most {1 / len(names):.4g}")
+        yield Problem(f"{PATH}.min_alpha", why, floor, allowed=f"at most {1 / len(names):.4g}")
         return
     if not isinstance(alpha, Mapping) or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in alpha.values()):
         return  # reported elsewhere, or uniform
     total = sum(alpha.values())
     for name, value in alpha.items():
         if value == 0:
-            why = f"the controller multiplies weights, so 0 stays 0 and {path} does nothing here"
+            why = f"the controller multiplies weights, so 0 stays 0 and {PATH} does nothing here"
             yield Problem(f"dwl.alpha.{name}", why, value, hint="give the class a small number")
         elif total > 0 and value > 0 and value / total < floor * (1 - 1e-9):
-            why = f"its share, {value / total:.4g}, is below `{path}.min_alpha`, {floor:g}"
+            why = f"its share, {value / total:.4g}, is below `{PATH}.min_alpha`, {floor:g}"
             yield Problem(f"dwl.alpha.{name}", why, value, hint="raise this number, or lower `min_alpha`")
 
 
@@ -271,16 +261,16 @@ class Controller:
         self._updates, self._memory = 0, Memory()
         unseen_C = np.full(len(self.names), np.nan)
         self._average_C, self._first_C, self._previous_C = unseen_C, unseen_C, unseen_C
+        no_losses = LossControllerOptions.model_validate({"type": options.type, "ema": 0.0})
+        self._losses = options if isinstance(options, LossControllerOptions) else no_losses
         self._reference_C: Numbers | None = None
-        reference = options.reference if isinstance(options, LossControllerOptions) else None
-        if isinstance(reference, Mapping):
-            self._reference_C = np.array([reference[name] for name in self.names])
+        if isinstance(self._losses.reference, Mapping):
+            self._reference_C = np.array([self._losses.reference[name] for name in self.names])
 
     @property
     def rows_to_measure(self) -> int:
         """How many rows the reference still has to be measured on, by `compare_with`; 0: none."""
-        wanted = isinstance(self.options, LossControllerOptions) and self.options.reference == "base"
-        return self.options.reference_rows if wanted and self._reference_C is None else 0  # type: ignore[attr-defined]
+        return self._losses.reference_rows if self._losses.reference == "base" and self._reference_C is None else 0
 
     def compare_with(self, nll: Mapping[str, float]) -> None:
         """`reference: base`, measured. Raises `ConfigError` for a class that has no number."""
@@ -302,8 +292,7 @@ class Controller:
         with np.errstate(divide="ignore", invalid="ignore"):
             mean_C = np.array(nll, dtype=np.float64) / np.array(tokens, dtype=np.float64)
         seen_C = np.isfinite(mean_C)
-        ema = self.options.ema if isinstance(self.options, LossControllerOptions) else 0.0
-        before_C = self._average_C
+        ema, before_C = self._losses.ema, self._average_C
         smooth_C = np.where(np.isnan(before_C), mean_C, ema * before_C + (1.0 - ema) * mean_C)
         self._average_C = np.where(seen_C, smooth_C, before_C)
         self._first_C = np.where(np.isnan(self._first_C), self._average_C, self._first_C)
@@ -371,11 +360,10 @@ class Controller:
         return Window(self._updates, _filled(self._average_C), signal_C, previous_C, self._prior_C)
 
     def _signal_of(self, loss_C: Numbers) -> Numbers:
-        kind = self.options.signal if isinstance(self.options, LossControllerOptions) else "raw"
-        if kind == "ratio_to_init":
+        if self._losses.signal == "ratio_to_init":
             first_C: Numbers = np.maximum(self._first_C, _TINY)
             return loss_C / first_C
-        if kind == "excess_over_ref":
+        if self._losses.signal == "excess_over_ref":
             assert self._reference_C is not None, "the reference is measured before the first step"
             return loss_C - self._reference_C
         return loss_C

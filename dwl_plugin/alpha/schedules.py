@@ -4,8 +4,7 @@ The numbers are α, a point on the simplex, or whatever else has a `schedule` be
 class apart from the others: (1−s)·v⁰ + s·v¹ of two points on the simplex is on the simplex. x is the elapsed share of the way from
 one position to the next, 0 to 1; s(x) is how far the numbers have gone.
 
-A schedule is its options, a pydantic model, and the class that computes with them, built once for a run. A new one is a pair of
-the two here and an entry in `SCHEDULES`.
+A schedule is a class, built once for a run, with the pydantic model of its options. A new one needs an entry in `SCHEDULES`.
 """
 
 from __future__ import annotations
@@ -17,18 +16,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.errors import ConfigError, RunError
 from dwl_plugin.extensions import ChosenByType, class_of
-from dwl_plugin.values import Position, PositionKey, Strict, Weight, invalid, line_error, position
+from dwl_plugin.values import Position, Strict, Weight, invalid, line_error, position
 
 __all__ = ["SCHEDULES", "Curve", "Schedule", "ScheduleContext", "ScheduleOptions", "Vector", "curve_of", "vectors"]
 
 _ZEROS = (0, "0%", "0ep")
 
+PositionKey = Annotated[str, BeforeValidator(lambda value: str(position(value)))]
+"""A position that names an entry of a mapping: always a string, since the host sorts the keys of a config it writes down."""
 NamedNumbers = dict[str, Weight]
 Vector = tuple[float, ...]
 Curve = Callable[[int], Vector]
@@ -117,30 +118,26 @@ class _Interpolated:
         return _mix(first, last, self._ease((tau - before) / (after - before)))
 
 
-class ConstantOptions(ScheduleOptions):
-    """No movement: what leaving the schedule out gives, written down."""
-
-    type: Literal["constant"]
-
-
 class Constant(_Interpolated):
-    Options = ConstantOptions
+    class Options(ScheduleOptions):
+        """No movement: what leaving the schedule out gives, written down."""
 
-    def __init__(self, options: ConstantOptions, run: ScheduleContext) -> None:
+        type: Literal["constant"]
+
+    def __init__(self, options: Options, run: ScheduleContext) -> None:
         super().__init__([(0, run.first)], _EASE["hold"])
-
-
-class _RampOptions(ScheduleOptions):
-    vector_keys: ClassVar[tuple[str, ...]] = ("to",)
-    ascending_keys: ClassVar[tuple[str, ...]] = ("start", "end")
-
-    to: NamedNumbers = Field(description="The numbers at the end; for α a proportion of every class, `rest` too.")
-    start: Position = Field(0, description="Where the numbers begin to move: a step, `10%` of the run, or `2ep`.")
-    end: Position = Field("100%", description="Where they arrive at `to`: a step, `90%` of the run, or `2ep`.")
 
 
 class _Ramp(_Interpolated):
     """From where the numbers are to `to`, between `start` and `end`."""
+
+    class Options(ScheduleOptions):
+        vector_keys: ClassVar[tuple[str, ...]] = ("to",)
+        ascending_keys: ClassVar[tuple[str, ...]] = ("start", "end")
+
+        to: NamedNumbers = Field(description="The numbers at the end; for α a proportion of every class, `rest` too.")
+        start: Position = Field(0, description="Where the numbers begin to move: a step, `10%` of the run, or `2ep`.")
+        end: Position = Field("100%", description="Where they arrive at `to`: a step, `90%` of the run, or `2ep`.")
 
     def __init__(self, options: Any, run: ScheduleContext) -> None:
         self.options = options
@@ -148,30 +145,21 @@ class _Ramp(_Interpolated):
         super().__init__([(start, run.first), (end, run.vector(options.to))], self.ease)
 
     def ease(self, x: float) -> float:
-        return x
-
-
-class LinearOptions(_RampOptions):
-    """s = x."""
-
-    type: Literal["linear"]
+        return _EASE[self.options.type](x)
 
 
 class Linear(_Ramp):
-    Options = LinearOptions
+    class Options(_Ramp.Options):
+        """s = x."""
 
-
-class CosineOptions(_RampOptions):
-    """s = (1 − cos πx) / 2: slow, fast, slow."""
-
-    type: Literal["cosine"]
+        type: Literal["linear"]
 
 
 class Cosine(_Ramp):
-    Options = CosineOptions
+    class Options(_Ramp.Options):
+        """s = (1 − cos πx) / 2: slow, fast, slow."""
 
-    def ease(self, x: float) -> float:
-        return _EASE["cosine"](x)
+        type: Literal["cosine"]
 
 
 def _not_zero(value: float | int | str) -> float | int | str:
@@ -180,149 +168,131 @@ def _not_zero(value: float | int | str) -> float | int | str:
     return value
 
 
-class ExponentialOptions(_RampOptions):
-    """s = (1 − e^(−rate·x)) / (1 − e^(−rate)): fast at first, then ever slower; a negative rate the other way round."""
-
-    type: Literal["exponential"]
-    rate: Annotated[Weight, AfterValidator(_not_zero)] = Field(
-        5.0, ge=-50.0, le=50.0, description="How bent the curve is: the speed falls by e^rate from start to end. Not 0."
-    )
-
-
 class Exponential(_Ramp):
-    Options = ExponentialOptions
+    class Options(_Ramp.Options):
+        """s = (1 − e^(−rate·x)) / (1 − e^(−rate)): fast at first, then ever slower; a negative rate the other way round."""
+
+        type: Literal["exponential"]
+        rate: Annotated[Weight, AfterValidator(_not_zero)] = Field(
+            5.0, ge=-50.0, le=50.0, description="How bent the curve is: the speed falls by e^rate from start to end. Not 0."
+        )
 
     def ease(self, x: float) -> float:
         return math.expm1(-self.options.rate * x) / math.expm1(-self.options.rate)
 
 
-class SigmoidOptions(_RampOptions):
-    """s = (σ(k(x − ½)) − σ(−k/2)) / (σ(k/2) − σ(−k/2)), k = `steepness`: a switch that takes its time."""
-
-    type: Literal["sigmoid"]
-    steepness: Weight = Field(10.0, gt=0.0, description="How sudden the middle is; towards 0 it becomes linear.")
-
-
 class Sigmoid(_Ramp):
     """The logistic function is (1 + tanh(z/2)) / 2, which cannot overflow."""
 
-    Options = SigmoidOptions
+    class Options(_Ramp.Options):
+        """s = (σ(k(x − ½)) − σ(−k/2)) / (σ(k/2) − σ(−k/2)), k = `steepness`: a switch that takes its time."""
+
+        type: Literal["sigmoid"]
+        steepness: Weight = Field(10.0, gt=0.0, description="How sudden the middle is; towards 0 it becomes linear.")
 
     def ease(self, x: float) -> float:
         k = self.options.steepness
         return (math.tanh(k * (x - 0.5) / 2.0) / math.tanh(k / 4.0) + 1.0) / 2.0
 
 
-class StepOptions(ScheduleOptions):
-    """One jump: `to` from the position `at` on."""
-
-    vector_keys: ClassVar[tuple[str, ...]] = ("to",)
-    ascending_keys: ClassVar[tuple[str, ...]] = ("at",)
-
-    type: Literal["step"]
-    to: NamedNumbers = Field(description="The numbers from `at` on.")
-    at: Position = Field(description="The jump: a step, `50%` of the run, or `2ep`.")
-
-
 class Step(_Interpolated):
-    Options = StepOptions
+    class Options(ScheduleOptions):
+        """One jump: `to` from the position `at` on."""
 
-    def __init__(self, options: StepOptions, run: ScheduleContext) -> None:
+        vector_keys: ClassVar[tuple[str, ...]] = ("to",)
+        ascending_keys: ClassVar[tuple[str, ...]] = ("at",)
+
+        type: Literal["step"]
+        to: NamedNumbers = Field(description="The numbers from `at` on.")
+        at: Position = Field(description="The jump: a step, `50%` of the run, or `2ep`.")
+
+    def __init__(self, options: Options, run: ScheduleContext) -> None:
         super().__init__([(0, run.first), (run.step(options.at, "at"), run.vector(options.to))], _EASE["hold"])
 
 
-class KeyframesOptions(ScheduleOptions):
-    """From position to position. What the YAML gives outside the schedule is the keyframe of step 0; the last one stays."""
-
-    type: Literal["keyframes"]
-    at: dict[PositionKey, NamedNumbers] = Field(
-        min_length=1, description='position -> numbers, in their order, e.g. {"50%": {...}, "2ep": {...}, 200: {...}}.'
-    )
-    interpolation: Literal["hold", "linear", "cosine"] = Field(
-        "linear", description="Between two keyframes: hold (jump at each), linear, or cosine."
-    )
-
-    @property
-    def last_position(self) -> tuple[str, int | str]:
-        last = list(self.at)[-1]
-        return f"at.{last}", last
-
-    @classmethod
-    def vectors(cls, written: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        frames = written.get("at")
-        yield from ((f"at.{where}", numbers) for where, numbers in frames.items()) if isinstance(frames, Mapping) else ()
-
-    @classmethod
-    def cross_errors(cls, written: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
-        frames = list(written["at"]) if isinstance(written.get("at"), Mapping) else []
-        for index, frame in enumerate(frames):
-            at, later = ("at", str(frame)), next((other for other in frames[:index] if _comes_too_early(frame, other)), None)
-            if later is not None:
-                yield line_error(at, f"must come after the keyframe {later}", frame)
-            elif index == 0 and any(_comes_too_early(frame, zero) for zero in _ZEROS):
-                hint = "write them there, and begin with a later keyframe"
-                yield line_error(at, "the numbers of step 0 are those outside the schedule", frame, hint=hint)
-
-    @field_validator("at", mode="before")
-    @classmethod
-    def _with_string_keys(cls, frames: object) -> object:
-        """A key may be a number of YAML. That YAML reads `on` as a boolean is reported where any such key is."""
-        if not isinstance(frames, Mapping):
-            return frames
-        return {str(key): numbers for key, numbers in frames.items() if not isinstance(key, bool)}
-
-
 class Keyframes(_Interpolated):
-    Options = KeyframesOptions
+    class Options(ScheduleOptions):
+        """From position to position. What the YAML gives outside the schedule is the keyframe of step 0; the last one stays."""
 
-    def __init__(self, options: KeyframesOptions, run: ScheduleContext) -> None:
+        type: Literal["keyframes"]
+        at: dict[PositionKey, NamedNumbers] = Field(
+            min_length=1, description='position -> numbers, in their order, e.g. {"50%": {...}, "2ep": {...}, 200: {...}}.'
+        )
+        interpolation: Literal["hold", "linear", "cosine"] = Field(
+            "linear", description="Between two keyframes: hold (jump at each), linear, or cosine."
+        )
+
+        @property
+        def last_position(self) -> tuple[str, int | str]:
+            last = list(self.at)[-1]
+            return f"at.{last}", last
+
+        @classmethod
+        def vectors(cls, written: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+            frames = written.get("at")
+            yield from ((f"at.{where}", numbers) for where, numbers in frames.items()) if isinstance(frames, Mapping) else ()
+
+        @classmethod
+        def cross_errors(cls, written: Mapping[str, Any]) -> Iterator[InitErrorDetails]:
+            frames = list(written["at"]) if isinstance(written.get("at"), Mapping) else []
+            for index, frame in enumerate(frames):
+                at, later = ("at", str(frame)), next((other for other in frames[:index] if _comes_too_early(frame, other)), None)
+                if later is not None:
+                    yield line_error(at, f"must come after the keyframe {later}", frame)
+                elif index == 0 and any(_comes_too_early(frame, zero) for zero in _ZEROS):
+                    hint = "write them there, and begin with a later keyframe"
+                    yield line_error(at, "the numbers of step 0 are those outside the schedule", frame, hint=hint)
+
+        @field_validator("at", mode="before")
+        @classmethod
+        def _with_string_keys(cls, frames: object) -> object:
+            """A key may be a number of YAML. That YAML reads `on` as a boolean is reported where any such key is."""
+            if not isinstance(frames, Mapping):
+                return frames
+            return {str(key): numbers for key, numbers in frames.items() if not isinstance(key, bool)}
+
+    def __init__(self, options: Options, run: ScheduleContext) -> None:
         steps = run.steps(start=0, **{f"at.{position}": position for position in options.at})
         super().__init__(zip(steps, [run.first, *map(run.vector, options.at.values())], strict=True), _EASE[options.interpolation])
 
 
-class WarmupOptions(ScheduleOptions):
-    """Up to `to`, hold it, and decay: warm-up, hold, decay, as learning rates have it."""
-
-    vector_keys: ClassVar[tuple[str, ...]] = ("to", "final")
-    ascending_keys: ClassVar[tuple[str, ...]] = ("start", "hold", "decay", "end")
-
-    type: Literal["warmup"]
-    to: NamedNumbers = Field(description="The numbers that are held.")
-    final: NamedNumbers | None = Field(None, description="The numbers after the decay. Default: those of the beginning.")
-    start: Position = Field(0, description="Where the numbers begin to move.")
-    hold: Position = Field("10%", description="Where they arrive at `to`.")
-    decay: Position = Field("90%", description="Where they leave `to`.")
-    end: Position = Field("100%", description="Where they arrive at `final`.")
-    interpolation: Literal["linear", "cosine"] = Field("linear", description="How they move on both ways.")
-
-
 class Warmup(_Interpolated):
-    Options = WarmupOptions
+    class Options(ScheduleOptions):
+        """Up to `to`, hold it, and decay: warm-up, hold, decay, as learning rates have it."""
 
-    def __init__(self, options: WarmupOptions, run: ScheduleContext) -> None:
+        vector_keys: ClassVar[tuple[str, ...]] = ("to", "final")
+        ascending_keys: ClassVar[tuple[str, ...]] = ("start", "hold", "decay", "end")
+
+        type: Literal["warmup"]
+        to: NamedNumbers = Field(description="The numbers that are held.")
+        final: NamedNumbers | None = Field(None, description="The numbers after the decay. Default: those of the beginning.")
+        start: Position = Field(0, description="Where the numbers begin to move.")
+        hold: Position = Field("10%", description="Where they arrive at `to`.")
+        decay: Position = Field("90%", description="Where they leave `to`.")
+        end: Position = Field("100%", description="Where they arrive at `final`.")
+        interpolation: Literal["linear", "cosine"] = Field("linear", description="How they move on both ways.")
+
+    def __init__(self, options: Options, run: ScheduleContext) -> None:
         steps = run.steps(start=options.start, hold=options.hold, decay=options.decay, end=options.end)
         top, final = run.vector(options.to), run.first if options.final is None else run.vector(options.final)
         super().__init__(zip(steps, (run.first, top, top, final), strict=True), _EASE[options.interpolation])
 
 
-class CyclicOptions(ScheduleOptions):
-    """To `to` and back, over and over; φ is the elapsed part of a period: s = 1 − |2φ − 1|, or (1 − cos 2πφ) / 2."""
-
-    vector_keys: ClassVar[tuple[str, ...]] = ("to",)
-
-    type: Literal["cyclic"]
-    to: NamedNumbers = Field(description="The numbers half a period after each beginning.")
-    period: Annotated[Position, AfterValidator(_not_zero)] = Field(
-        description="How long one cycle takes: steps, `10%` of the run, or `0.5ep`."
-    )
-    start: Position = Field(0, description="Where the first cycle begins.")
-    shape: Literal["triangular", "cosine"] = Field("triangular", description="Straight lines, or a cosine.")
-
-
 class Cyclic:
-    Options = CyclicOptions
+    class Options(ScheduleOptions):
+        """To `to` and back, over and over; φ is the elapsed part of a period: s = 1 − |2φ − 1|, or (1 − cos 2πφ) / 2."""
 
-    def __init__(self, options: CyclicOptions, run: ScheduleContext) -> None:
+        vector_keys: ClassVar[tuple[str, ...]] = ("to",)
+
+        type: Literal["cyclic"]
+        to: NamedNumbers = Field(description="The numbers half a period after each beginning.")
+        period: Annotated[Position, AfterValidator(_not_zero)] = Field(
+            description="How long one cycle takes: steps, `10%` of the run, or `0.5ep`."
+        )
+        start: Position = Field(0, description="Where the first cycle begins.")
+        shape: Literal["triangular", "cosine"] = Field("triangular", description="Straight lines, or a cosine.")
+
+    def __init__(self, options: Options, run: ScheduleContext) -> None:
         self._start, self._period = run.step(options.start, "start"), run.step(options.period, "period")
         self._first, self._to, self._shape = run.first, run.vector(options.to), options.shape
 
@@ -380,13 +350,8 @@ def vectors(written: object, path: str) -> Iterator[tuple[str, Any]]:
 def _comes_too_early(later: object, earlier: object) -> bool:
     """Whether that is known already: without the length of the run, only positions of one unit can be compared."""
     try:
-        (first, unit), (second, other) = _number_and_unit(earlier), _number_and_unit(later)
+        first, second = str(position(earlier)), str(position(later))
     except PydanticCustomError:  # reported where the position is validated
         return False
-    return unit == other and second <= first
-
-
-def _number_and_unit(value: object) -> tuple[float, str]:
-    text = str(position(value))
-    number = text.rstrip("%ep")
-    return float(number), text[len(number) :]
+    of_one_unit = first.lstrip("0123456789.") == second.lstrip("0123456789.")
+    return of_one_unit and float(second.rstrip("%ep")) <= float(first.rstrip("%ep"))

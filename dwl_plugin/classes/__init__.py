@@ -1,19 +1,9 @@
 """Which class is this token in? Selectors, the bytes of tokens, and the labeller that joins them."""
 
 from dwl_plugin.classes.build import build_labeller
-from dwl_plugin.classes.labeller import IGNORE_INDEX, Labeller
-from dwl_plugin.classes.masks import TIME_LIMIT_S, PatternTooSlowError
+from dwl_plugin.classes.labeller import Labeller
+from dwl_plugin.classes.masks import PatternTooSlowError
 from dwl_plugin.classes.survey import ClassSurvey, empty_class_problems, survey
 from dwl_plugin.classes.token_bytes import TokenTable
 
-__all__ = [
-    "IGNORE_INDEX",
-    "TIME_LIMIT_S",
-    "ClassSurvey",
-    "Labeller",
-    "PatternTooSlowError",
-    "TokenTable",
-    "build_labeller",
-    "empty_class_problems",
-    "survey",
-]
+__all__ = ["ClassSurvey", "Labeller", "PatternTooSlowError", "TokenTable", "build_labeller", "empty_class_problems", "survey"]

@@ -56,8 +56,7 @@ def build_labeller(
             found = _shadowed(path, mask, masks)
         problems += found
         masks[name] = mask
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_any(problems)
     lookup = np.full(table.size + 1, len(classes) if overlap == "first" else 0)
     for index, mask in reversed(list(enumerate(masks.values()))):
         if isinstance(mask, InVocabulary):

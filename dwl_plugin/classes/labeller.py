@@ -191,8 +191,7 @@ def _end_to_end(rows: Sequence[Any]) -> tuple[Ints, list[int]]:
     """Rows joined, and where each ends; lists, which is what a data set gives, are converted at once."""
     ends = list(accumulate(map(len, rows)))
     if rows and all(type(row) is list for row in rows):
-        joined: Ints = np.fromiter(chain.from_iterable(rows), np.int64, ends[-1])
-        return joined, ends
+        return np.fromiter(chain.from_iterable(rows), np.int64, ends[-1]), ends
     return np.concatenate([np.zeros(0, np.int64), *map(as_ints, rows)]), ends
 
 

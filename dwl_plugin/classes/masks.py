@@ -12,39 +12,25 @@ from __future__ import annotations
 import re
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from typing import Any, Protocol
+from functools import cached_property, reduce
+from typing import Any, ClassVar
 
 import numpy as np
 import regex
 
-from dwl_plugin.classes.keywords import Words
 from dwl_plugin.classes.samples import Samples
 from dwl_plugin.classes.token_bytes import Bools, TokenTable
 from dwl_plugin.errors import PREFIX, ConfigError, Problem
 
-__all__ = [
-    "TIME_LIMIT_S",
-    "AtTurnEnds",
-    "Between",
-    "Clock",
-    "InText",
-    "InVocabulary",
-    "Mask",
-    "MaskContext",
-    "NthTurn",
-    "OfRole",
-    "PatternTooSlowError",
-    "all_of",
-    "any_of",
-    "covers",
-    "negation",
-]
+__all__ = ["TIME_LIMIT_S", "Clock", "InVocabulary", "Mask", "MaskContext", "PatternTooSlowError", "covers"]
 
 TIME_LIMIT_S = 4.0
 """How long one pattern may search one sample, or the vocabulary, in seconds of CPU time; most patterns need milliseconds."""
+
+_WORD = regex.compile(r"\w+")
+_INSIDE_WORD = regex.compile(r"(?<=\w)\w")
 
 
 class PatternTooSlowError(ConfigError):
@@ -56,10 +42,8 @@ class PatternTooSlowError(ConfigError):
             Exception.__init__(self, "\n".join(f"{PREFIX} {problem}" for problem in self.problems))
 
 
-class Mask(Protocol):
-    """Samples -> (T,) True where a token is selected."""
-
-    def __call__(self, samples: Samples) -> Bools: ...
+Mask = Callable[[Samples], Bools]
+"""Samples -> (T,) True where a token is selected."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +71,7 @@ class MaskContext:
 
 @dataclass(frozen=True, eq=False)
 class InVocabulary:
-    """`token_ids`, `tokens`, `token_regex`, `special`, `added`: a look-up by token id.
-
-    Args:
-        member_V: (V + 1,) True for the ids that are selected.
-    """
+    """`token_ids`, `tokens`, `token_regex`, `special`, `added`: (V + 1,) True for the ids that are selected."""
 
     member_V: Bools
 
@@ -101,11 +81,7 @@ class InVocabulary:
 
 @dataclass(frozen=True)
 class InText:
-    """`regex`: tokens that overlap a group of a match; an empty match selects nothing.
-
-    Raises:
-        PatternTooSlowError: a sample took longer than `TIME_LIMIT_S`, or more memory than there is.
-    """
+    """`regex`: tokens that overlap a group of a match; an empty match selects nothing."""
 
     path: str = field(compare=False)
     pattern: regex.Pattern[str]
@@ -123,20 +99,13 @@ class InText:
                 # concurrent (to give the GIL back and forth costs as much), timeout.
                 matches = search(text, None, None, False, False, False, clock.left())
                 spans_P.append([match.span(group) for match in matches])
-            except TimeoutError:
-                raise self._too_slow(text, f"one sample may take {TIME_LIMIT_S:g} s") from None
-            except MemoryError:  # of the engine's own stack
-                raise self._too_slow(text, "it takes more memory than there is") from None
+            except (TimeoutError, MemoryError) as error:  # or out of the engine's own stack
+                limit = f"one sample may take {TIME_LIMIT_S:g} s"
+                why = limit if isinstance(error, TimeoutError) else "it takes more memory than there is"
+                message = f"too slow: stopped in a text of {len(text):,} characters; {why}"
+                hint = "the pattern backtracks: avoid a repetition of a repetition, as in (a+)+, or make it atomic, (?>a+)"
+                raise PatternTooSlowError([Problem(self.path, message, self.pattern.pattern, hint=hint)]) from None
         return samples.in_text(spans_P)
-
-    def _too_slow(self, text: str, why: str) -> PatternTooSlowError:
-        problem = Problem(
-            self.path,
-            f"too slow: stopped in a text of {len(text):,} characters; {why}",
-            self.pattern.pattern,
-            hint="the pattern backtracks: avoid a repetition of a repetition, as in (a+)+, or make it atomic, (?>a+)",
-        )
-        return PatternTooSlowError([problem])
 
 
 class Clock:
@@ -151,6 +120,56 @@ class Clock:
         if left <= 0:
             raise TimeoutError
         return left
+
+
+@dataclass(frozen=True)
+class Words:
+    """`words`: tokens that overlap a keyword. A keyword begins where a word begins, and ends inside no word.
+
+    Thousands of keywords take one pass: every word of the text is looked up in a dictionary of their first words.
+
+    A word is a run of `\\w`. Letters are compared as they are, or by Unicode's case folding, where that of a letter is
+    one letter.
+    """
+
+    words: frozenset[str]
+    ignore_case: bool = False
+
+    def __call__(self, samples: Samples) -> Bools:
+        return samples.in_text([list(self._spans(text)) for text in samples.pieces.texts])
+
+    def contains(self, words: Iterable[str]) -> bool:
+        """True if each of `words` is one of these, case folded where this folds it."""
+        return set(map(self._fold, words)) <= set(map(self._fold, self.words))
+
+    def _spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """Begin and end of every keyword in a text, in characters."""
+        folded, by_first_word = self._fold(text), self._by_first_word
+        # By position, as above: pos, endpos, overlapped, partial, concurrent.
+        for match in _WORD.finditer(text, None, None, False, False, False):
+            begin, end = match.span()
+            for keyword in by_first_word.get(folded[begin:end], ()):
+                stop = begin + len(keyword)
+                if stop == end or (stop > end and folded.startswith(keyword, begin) and not _INSIDE_WORD.match(text, stop)):
+                    yield begin, stop
+
+    @cached_property
+    def _by_first_word(self) -> dict[str, list[str]]:
+        grouped: dict[str, list[str]] = {}
+        for word in self.words:
+            first = _WORD.match(word)
+            assert first is not None, word
+            keyword = self._fold(word)
+            grouped.setdefault(keyword[: first.end()], []).append(keyword)
+        return grouped
+
+    def _fold(self, text: str) -> str:
+        if not self.ignore_case:
+            return text
+        folded = text.casefold()
+        if len(folded) == len(text):
+            return folded
+        return "".join(char if len(char.casefold()) > 1 else char.casefold() for char in text)
 
 
 @dataclass(frozen=True)
@@ -233,12 +252,7 @@ class AtTurnEnds:
 
 @dataclass(frozen=True)
 class OfRole:
-    """`role`: the messages of one role. A message begins with its header and ends where the next one begins.
-
-    Args:
-        headers: what stands before a message, of every role.
-        own: the header of this role.
-    """
+    """`role`: the messages whose header is `own`. A message ends where the next of any of the `headers` begins."""
 
     headers: frozenset[bytes]
     own: bytes
@@ -259,23 +273,33 @@ class OfRole:
 
 
 @dataclass(frozen=True)
-class AnyOf:
+class _Joined:
+    masks: tuple[Mask, ...]
+    join: ClassVar[np.ufunc]
+
+    def __call__(self, samples: Samples) -> Bools:
+        joined: Bools = reduce(self.join, [mask(samples) for mask in self.masks])
+        return joined
+
+    @classmethod
+    def of(cls, masks: Sequence[Mask]) -> Mask:
+        """Look-ups among the masks are folded into one."""
+        lookups = [mask.member_V for mask in masks if isinstance(mask, InVocabulary)]
+        parts: list[Mask] = [InVocabulary(reduce(cls.join, lookups))] if lookups else []
+        parts += [mask for mask in masks if not isinstance(mask, InVocabulary)]
+        return cls(tuple(parts)) if len(parts) > 1 else parts[0]
+
+
+class AnyOf(_Joined):
     """`any`."""
 
-    masks: tuple[Mask, ...]
-
-    def __call__(self, samples: Samples) -> Bools:
-        return reduce(np.bitwise_or, [mask(samples) for mask in self.masks])
+    join = np.bitwise_or
 
 
-@dataclass(frozen=True)
-class AllOf:
+class AllOf(_Joined):
     """`all`."""
 
-    masks: tuple[Mask, ...]
-
-    def __call__(self, samples: Samples) -> Bools:
-        return reduce(np.bitwise_and, [mask(samples) for mask in self.masks])
+    join = np.bitwise_and
 
 
 @dataclass(frozen=True)
@@ -286,28 +310,6 @@ class Not:
 
     def __call__(self, samples: Samples) -> Bools:
         return ~self.mask(samples)
-
-
-def any_of(masks: Sequence[Mask]) -> Mask:
-    """The union of masks; look-ups among them are folded into one."""
-    return _folded(masks, np.bitwise_or, AnyOf)
-
-
-def all_of(masks: Sequence[Mask]) -> Mask:
-    """The intersection of masks; look-ups among them are folded into one."""
-    return _folded(masks, np.bitwise_and, AllOf)
-
-
-def negation(mask: Mask) -> Mask:
-    """The complement of a mask; that of a look-up is a look-up."""
-    return InVocabulary(~mask.member_V) if isinstance(mask, InVocabulary) else Not(mask)
-
-
-def _folded(masks: Sequence[Mask], join: np.ufunc, combine: type[AnyOf | AllOf]) -> Mask:
-    lookups = [mask.member_V for mask in masks if isinstance(mask, InVocabulary)]
-    folded = [InVocabulary(reduce(join, lookups))] if lookups else []
-    others = [mask for mask in masks if not isinstance(mask, InVocabulary)]
-    return combine((*folded, *others)) if len(folded) + len(others) > 1 else [*folded, *others][0]
 
 
 def covers(wider: Mask, narrower: Mask) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from itertools import takewhile
 from typing import Any, Literal, get_args
 
@@ -65,10 +64,6 @@ def role_headers(tokenizer: Any, table: TokenTable) -> tuple[dict[Role, bytes], 
     return headers, why_not
 
 
-def _common_beginning(one: bytes, other: bytes) -> bytes:
-    return bytes(byte for byte, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
 def _after(text: bytes, word: bytes) -> bytes:
     return text[text.rindex(word) + len(word) :]
 
@@ -86,7 +81,8 @@ class _Reader:
 
     def whole_header(self, role: Role) -> bytes:
         """What stands before every message of a role, without what ends the message before."""
-        return reduce(_common_beginning, self._before_messages(role)).strip()
+        columns = zip(*self._before_messages(role), strict=False)
+        return bytes(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)).strip()
 
     def _before_messages(self, role: Role) -> Iterator[bytes]:
         for words in _WORDS:

@@ -6,7 +6,7 @@ A selector is a class when options stand beside it (`dwl_plugin/config/classes.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import or_
@@ -14,62 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, T
 
 import numpy as np
 import regex
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    SerializerFunctionWrapHandler,
-    ValidationInfo,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
-from pydantic_core import CoreSchema, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_serializer, model_validator
+from pydantic_core import ValidationError
 
-from dwl_plugin.classes.keywords import Words
-from dwl_plugin.classes.masks import (
-    TIME_LIMIT_S,
-    AtTurnEnds,
-    Between,
-    Clock,
-    InText,
-    Mask,
-    MaskContext,
-    NthTurn,
-    OfRole,
-    all_of,
-    any_of,
-    negation,
-)
+from dwl_plugin.classes import masks
+from dwl_plugin.classes.masks import Mask, MaskContext
 from dwl_plugin.classes.role_headers import Role, role_headers
 from dwl_plugin.classes.token_bytes import added_ids, as_bytes, as_text, special_ids
 from dwl_plugin.errors import Problem, did_you_mean
 from dwl_plugin.values import Pattern, Strict, Text, TokenId, Word, invalid, line_error
 
-__all__ = [
-    "SELECTORS",
-    "AddedSelector",
-    "AllSelector",
-    "AnySelector",
-    "BetweenSelector",
-    "Context",
-    "NotSelector",
-    "PackSelector",
-    "PositionSelector",
-    "RegexSelector",
-    "RoleSelector",
-    "SelectorConfig",
-    "SpecialSelector",
-    "TokenIdsSelector",
-    "TokenRegexSelector",
-    "TokensSelector",
-    "TurnSelector",
-    "WordsSelector",
-    "as_selector",
-    "one_of",
-    "walk",
-]
+__all__ = ["SELECTORS", "AllSelector", "AnySelector", "Context", "PackSelector", "SelectorConfig", "as_selector", "one_of", "walk"]
 
 MAX_DEPTH = 16
 """How deep selectors may stand in each other; people need two or three."""
@@ -81,7 +36,7 @@ class SelectorConfig(Strict):
     key: ClassVar[str]
     """The key of a mapping that chooses this selector."""
 
-    text: ClassVar[Literal["none", "token", "sample"]] = "sample"
+    text: ClassVar[Literal["none", "token", "sample"]] = "none"
     """The text it looks at: none, that of one token, or that of a sample."""
 
     if_empty: ClassVar[str] = "only targets are classified; are these tokens masked in the labels?"
@@ -120,9 +75,11 @@ class Context:
 
     packs: PackSource | None = None
     depth: int = 0
+    cross_checks: bool = True
+    """False where only single fields are checked, see `Strict.cross_errors`."""
 
 
-def choose(models: Mapping[str, type[_Model]], noun: str, value: object, info: ValidationInfo) -> _Model:
+def _choose(models: Mapping[str, type[_Model]], noun: str, value: object, info: ValidationInfo) -> _Model:
     """The model of a mapping, by its one selector key, before its options are looked at: a typo gives one error."""
     if isinstance(value, SelectorConfig):
         return value  # type: ignore[return-value]
@@ -149,16 +106,15 @@ def choose(models: Mapping[str, type[_Model]], noun: str, value: object, info: V
     return config
 
 
-class _OneOf:
-    """In the JSON Schema a choice between models is a choice of one: each has a key of its own, and none allows another's."""
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"oneOf": handler(schema)["anyOf"]}
+def _exclusive(schema: dict[str, Any]) -> None:
+    """Each model has a key of its own, and none allows another's."""
+    schema["oneOf"] = schema.pop("anyOf")
 
 
 def one_of(models: Mapping[str, type[_Model]], noun: str) -> Any:
     """The annotation of a field that holds one of `models`."""
-    return Annotated[reduce(or_, models.values()), BeforeValidator(partial(choose, models, noun)), _OneOf()]
+    choice = BeforeValidator(partial(_choose, models, noun))
+    return Annotated[reduce(or_, models.values()), choice, Field(json_schema_extra=_exclusive)]
 
 
 if TYPE_CHECKING:
@@ -169,7 +125,6 @@ class TokenIdsSelector(SelectorConfig):
     """Tokens by id."""
 
     key = "token_ids"
-    text = "none"
     token_ids: tuple[TokenId, ...] = Field(min_length=1, description='Ids and ranges with both ends in, e.g. [11, "100-199"].')
 
     def mask(self, context: MaskContext, path: str) -> Mask:
@@ -221,18 +176,14 @@ class TokenRegexSelector(SelectorConfig):
     token_regex: Pattern = Field(description="Python `regex` pattern; must match the whole of one token's text.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
-        table, match, clock = context.table, regex.compile(self.token_regex).fullmatch, Clock()
-        message = hint = ""
-        found: list[bool] = []
+        table, match, clock = context.table, regex.compile(self.token_regex).fullmatch, masks.Clock()
         try:
             found = [match(text, timeout=clock.left(), concurrent=False) is not None for text in table.texts()]
+            message = "" if context.may_be_empty or any(found) else f"matches none of the {table.size:,} tokens"
+            hint = "the pattern must match all of a token's text, and a word's token often begins with a space"
         except (TimeoutError, MemoryError):
-            message = f"too slow: the vocabulary takes more than {TIME_LIMIT_S:g} s, or more memory than there is"
-            hint = "the pattern backtracks: simplify it"
-        else:
-            if not context.may_be_empty and not any(found):
-                message = f"matches none of the {table.size:,} tokens"
-                hint = "the pattern must match all of a token's text, and a word's token often begins with a space"
+            found, hint = [], "the pattern backtracks: simplify it"
+            message = f"too slow: the vocabulary takes more than {masks.TIME_LIMIT_S:g} s, or more memory than there is"
         if message:
             context.problems.append(Problem(f"{path}.token_regex", message, self.token_regex, hint=hint))
         return context.look_up(np.flatnonzero(found).tolist())
@@ -242,6 +193,7 @@ class RegexSelector(SelectorConfig):
     """Tokens that overlap a match in the decoded text of a turn."""
 
     key = "regex"
+    text = "sample"
     if_empty = "a pattern sees the targets of one turn, without special tokens; `^` and `$` are its ends."
     regex: Pattern = Field(description="Python `regex` pattern over the decoded text, searched per turn.")
     group: int | str = Field(0, description="The group of the match that counts; 0 is the whole match.")
@@ -256,31 +208,33 @@ class RegexSelector(SelectorConfig):
         return group
 
     def mask(self, context: MaskContext, path: str) -> Mask:
-        return InText(f"{path}.regex", regex.compile(self.regex), self.group)
+        return masks.InText(f"{path}.regex", regex.compile(self.regex), self.group)
 
 
 class WordsSelector(SelectorConfig):
     """Tokens that overlap one of many keywords, as whole words, in the decoded text of a turn."""
 
     key = "words"
+    text = "sample"
     words: tuple[Word, ...] = Field(min_length=1, description="Keywords, thousands if need be; found as whole words.")
     ignore_case: bool = Field(False, description="Compare letters without regard to case.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
-        return Words(frozenset(self.words), self.ignore_case)
+        return masks.Words(frozenset(self.words), self.ignore_case)
 
 
 class BetweenSelector(SelectorConfig):
     """Tokens in the span from an opening to a closing delimiter; an unclosed span ends with the sample."""
 
     key = "between"
+    text = "sample"
     if_empty = "only targets between the delimiters count, and a chat template may drop what is between them."
     between: tuple[Text, Text] = Field(description='Opening and closing delimiter, e.g. ["<think>", "</think>"].')
     include_delimiters: bool = Field(True, description="Count the delimiters themselves as members.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
         open_tag, close_tag = map(as_bytes, self.between)
-        return Between(open_tag, close_tag, self.include_delimiters)
+        return masks.Between(open_tag, close_tag, self.include_delimiters)
 
 
 def _turn(value: object) -> object:
@@ -293,13 +247,12 @@ class TurnSelector(SelectorConfig):
     """Tokens of the n-th turn: a turn is a contiguous run of targets in a sample."""
 
     key = "turn"
-    text = "none"
     turn: Annotated[Literal["first", "last"] | int, BeforeValidator(_turn)] = Field(
         description="first, last, or a number: 1 is the first turn, 2 the second, -1 the last."
     )
 
     def mask(self, context: MaskContext, path: str) -> Mask:
-        return NthTurn(1 if self.turn == "first" else -1 if self.turn == "last" else self.turn)
+        return masks.NthTurn(1 if self.turn == "first" else -1 if self.turn == "last" else self.turn)
 
 
 class TurnEnds(Strict):
@@ -319,24 +272,24 @@ class PositionSelector(SelectorConfig):
     """The first and last tokens of each turn: a turn is a contiguous run of targets in a sample."""
 
     key = "position"
-    text = "none"
     position: TurnEnds = Field(description="E.g. {last: 32}, or {first: 8, last: 8}.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
-        return AtTurnEnds(self.position.first or 0, self.position.last or 0)
+        return masks.AtTurnEnds(self.position.first or 0, self.position.last or 0)
 
 
 class RoleSelector(SelectorConfig):
     """Tokens of the messages of one role, by the headers of the tokenizer's chat template."""
 
     key = "role"
+    text = "sample"
     if_empty = "roles are known by the headers of the tokenizer's chat template; was the data made with another one?"
     role: Role = Field(description="user, assistant, tool or system.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
         headers, why_not = role_headers(context.tokenizer, context.table)
         if self.role in headers:
-            return OfRole(frozenset(headers.values()), headers[self.role])
+            return masks.OfRole(frozenset(headers.values()), headers[self.role])
         message = f"cannot be known from this tokenizer's chat template: {why_not[self.role]}"
         hint = "use `regex` or `between` with what stands around such messages"
         context.problems.append(Problem(f"{path}.role", message, self.role, ", ".join(headers), hint))
@@ -353,7 +306,6 @@ class SpecialSelector(SelectorConfig):
     """Tokens that the tokenizer calls special."""
 
     key = "special"
-    text = "none"
     special: Annotated[Literal[True], BeforeValidator(_yes)] = Field(description="true.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
@@ -364,7 +316,6 @@ class AddedSelector(SelectorConfig):
     """Tokens that were added to the tokenizer's vocabulary, special or not."""
 
     key = "added"
-    text = "none"
     added: Annotated[Literal[True], BeforeValidator(_yes)] = Field(description="true.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
@@ -384,50 +335,48 @@ class PackSelector(SelectorConfig):
         return pack if packs is None else packs.checked(pack)
 
 
-class AnySelector(SelectorConfig):
+class _SeveralSelectors(SelectorConfig):
+    joined: ClassVar[type[masks.AnyOf | masks.AllOf]]
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        return self.joined.of([selector.mask(context, path + at) for at, selector in self.inside()])
+
+    def inside(self) -> Sequence[tuple[str, SelectorConfig]]:
+        return [(f".{self.key}[{index}]", selector) for index, selector in enumerate(getattr(self, self.key))]
+
+
+class AnySelector(_SeveralSelectors):
     """Tokens that at least one of the selectors selects."""
 
     key = "any"
-    text = "none"
+    joined = masks.AnyOf
     any: tuple[NestedSelector, ...] = Field(min_length=1, description="Selectors.")
 
-    def mask(self, context: MaskContext, path: str) -> Mask:
-        return any_of([selector.mask(context, path + at) for at, selector in self.inside()])
 
-    def inside(self) -> Sequence[tuple[str, SelectorConfig]]:
-        return [(f".any[{index}]", selector) for index, selector in enumerate(self.any)]
-
-
-class AllSelector(SelectorConfig):
+class AllSelector(_SeveralSelectors):
     """Tokens that every one of the selectors selects."""
 
     key = "all"
-    text = "none"
+    joined = masks.AllOf
     all: tuple[NestedSelector, ...] = Field(min_length=1, description="Selectors.")
-
-    def mask(self, context: MaskContext, path: str) -> Mask:
-        return all_of([selector.mask(context, path + at) for at, selector in self.inside()])
-
-    def inside(self) -> Sequence[tuple[str, SelectorConfig]]:
-        return [(f".all[{index}]", selector) for index, selector in enumerate(self.all)]
 
 
 class NotSelector(SelectorConfig):
     """Target tokens that the selector does not select."""
 
     key = "not"
-    text = "none"
     model_config = ConfigDict(populate_by_name=True)
     not_: NestedSelector = Field(alias="not", description="A selector.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
-        return negation(self.not_.mask(context, f"{path}.not"))
+        mask = self.not_.mask(context, f"{path}.not")
+        return masks.InVocabulary(~mask.member_V) if isinstance(mask, masks.InVocabulary) else masks.Not(mask)
 
     def inside(self) -> Sequence[tuple[str, SelectorConfig]]:
         return [(".not", self.not_)]
 
     @model_serializer(mode="wrap")
-    def _as_written(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _as_written(self, handler: Callable[[NotSelector], dict[str, Any]]) -> dict[str, Any]:
         """`not`, also where a host dumps by field name."""
         return {"not" if name == "not_" else name: value for name, value in handler(self).items()}
 

@@ -64,15 +64,8 @@ def survey(labeller: Labeller, samples: Iterable[Mapping[str, Any]]) -> ClassSur
         targets += in_sample
         rows += 1
         rows_with_targets += in_sample > 0
-    return ClassSurvey(
-        names=labeller.names,
-        tokens=tuple(tokens_C.tolist()),
-        matches=tuple(matches_C.tolist()),
-        rows_without=tuple(without_C.tolist()),
-        rows=rows,
-        rows_with_targets=rows_with_targets,
-        targets=targets,
-    )
+    tokens, matches, without = (tuple(count_C.tolist()) for count_C in (tokens_C, matches_C, without_C))
+    return ClassSurvey(labeller.names, tokens, matches, without, rows, rows_with_targets, targets)
 
 
 def empty_class_problems(
@@ -83,18 +76,15 @@ def empty_class_problems(
         message = f"there is nothing to classify: no target token in the {found.rows:,} rows looked at"
         hint = "every label is -100; look at the dataset's type and at `train_on_inputs`"
         return [Problem("dwl.classes", message, hint=hint)]
-    return [
-        _emptiness(f"dwl.classes.{name}", config, found, matches)
-        for (name, config), tokens, matches in zip(classes.items(), found.tokens, found.matches, strict=False)
-        if tokens == 0 and name not in may_be_empty
-    ]
-
-
-def _emptiness(path: str, config: SelectorConfig, found: ClassSurvey, matches: int) -> Problem:
-    """Say why a class may have no token; `matches` are those that earlier classes take."""
     looked = f"looked at {found.targets:,} target tokens in {found.rows:,} rows"
-    if matches:
-        message = f"has no token: classes above it take all {matches:,} that it matches ({looked})"
-        return Problem(path, message, hint="the first class that matches wins; move this class up, or write `allow_empty: true`")
-    hint = f"{config.if_empty} If the class may be empty, write `allow_empty: true`"
-    return Problem(path, f"matches nothing ({looked})", hint=hint)
+    problems: list[Problem] = []
+    for (name, config), tokens, matches in zip(classes.items(), found.tokens, found.matches, strict=False):
+        if tokens or name in may_be_empty:
+            continue
+        message = f"matches nothing ({looked})"
+        hint = f"{config.if_empty} If the class may be empty, write `allow_empty: true`"
+        if matches:
+            message = f"has no token: classes above it take all {matches:,} that it matches ({looked})"
+            hint = "the first class that matches wins; move this class up, or write `allow_empty: true`"
+        problems.append(Problem(f"dwl.classes.{name}", message, hint=hint))
+    return problems

@@ -59,11 +59,7 @@ class TokenTable:
 
     @classmethod
     def of(cls, tokenizer: Any) -> TokenTable:
-        """Read a tokenizer, fast or slow.
-
-        Raises:
-            DWLError: the bytes of its tokens cannot be known.
-        """
+        """Read a tokenizer, fast or slow. Raises `DWLError` where the bytes of its tokens cannot be known."""
         spelled = dict(_spellings(tokenizer))
         size = vocabulary_size(tokenizer)
         rows = [spelled.get(token_id, (b"", b""))[0] for token_id in range(size)] + [b""]
@@ -74,13 +70,8 @@ class TokenTable:
                 rows.append(first)
         special = np.zeros(size + 1, np.bool_)
         special[list(special_ids(tokenizer))] = True
-        return cls(
-            size=size,
-            flat=np.frombuffer(b"".join(rows), np.uint8),
-            row_offsets=np.cumsum([0, *map(len, rows)]),
-            first_in_sample_row=first_in_sample_row,
-            special=special,
-        )
+        flat, row_offsets = np.frombuffer(b"".join(rows), np.uint8), np.cumsum([0, *map(len, rows)])
+        return cls(size, flat, row_offsets, first_in_sample_row, special)
 
     @classmethod
     def blank(cls, size: int) -> TokenTable:
@@ -152,8 +143,10 @@ def _spellings(tokenizer: Any) -> Iterator[tuple[int, Spelling]]:
         mistral = getattr(mistral, attribute, None)
     spell: Callable[[int, str], Spelling]
     if hasattr(mistral, "id_to_byte_piece"):  # mistral-common's Tekken; get_vocab() lacks pieces that are not UTF-8
-        names = dict.fromkeys(range(mistral.n_words), "")
-        spell = _tekken(mistral)
+        from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+
+        names = {token_id: mistral.id_to_byte_piece(token_id, SpecialTokenPolicy.KEEP) for token_id in range(mistral.n_words)}
+        spell = _literal
     elif any(isinstance(name, bytes) for name in names.values()):  # tiktoken's own vocabulary
         spell = _literal
     elif "ByteLevel" in decoders or hasattr(tokenizer, "byte_decoder"):
@@ -190,12 +183,6 @@ def _types(step: Any) -> Iterator[str]:
 
 def _literal(token_id: int, name: str) -> Spelling:
     return (as_bytes(name),) * 2
-
-
-def _tekken(mistral: Any) -> Callable[[int, str], Spelling]:
-    from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
-
-    return lambda token_id, _: (mistral.id_to_byte_piece(token_id, SpecialTokenPolicy.KEEP),) * 2
 
 
 def _byte_alphabet() -> dict[str, int]:

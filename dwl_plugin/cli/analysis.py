@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -185,8 +185,7 @@ def _host_config(raw: Mapping[str, Any], found: Findings, to_run: bool) -> Any:
                     raise
                 left_out |= wrong | set(Block.model_fields)
     finally:
-        for key in host.unknown_keys(raw):
-            close = did_you_mean(key, host.known_keys())
+        for key, close in host.unknown_keys(raw).items():
             found.hints.append(f"Axolotl does not know the key `{key}` and drops it{'; ' + close if close else ''}")
 
 
@@ -221,6 +220,7 @@ def _labeller(block: Block | None, tokenizer: Any, found: Findings) -> tuple[Blo
 
 def _look_at(seen: LookedAt, found: Findings) -> LookedAt:
     """Find the classes in the rows, and what a run would hint at its start."""
+    from dwl_plugin.loss.reduction import class_weight_table
     from dwl_plugin.run.moving import alpha_of
     from dwl_plugin.run.startup import hints
 
@@ -238,10 +238,10 @@ def _look_at(seen: LookedAt, found: Findings) -> LookedAt:
     except ConfigError as error:  # a pattern that backtracks
         found.add(error)
     picks = (seen.cfg.metric_for_best_model or "loss") if seen.cfg.load_best_model_at_end else None
-    ends = block.alpha, block.alpha
+    start = end = block.alpha
     try:
         alpha_at = alpha_of(block, length)
-        ends = alpha_at(0), alpha_at(length.total_steps or 0)
+        start, end = alpha_at(0), alpha_at(length.total_steps or 0)
         lines = hints(block, None if classes is None else classes.counts, alpha_at, length, picks)
         found.hints.extend(line.removeprefix("hint: ") for line in lines)
     except ConfigError as error:
@@ -249,7 +249,12 @@ def _look_at(seen: LookedAt, found: Findings) -> LookedAt:
     if classes is None:
         return seen
     weighed = block.loss == "dwl" and not found.problems
-    return replace(seen, survey=classes, figures=tuple(_figures(block, classes, *ends, weighed=weighed)))
+    weights = class_weight_table(block.reduction, block.class_names, start, classes.counts)
+    figures = tuple(
+        ClassFigures(weight.name, tokens, weight.token_share, without, weight if weighed else None, alpha_end)
+        for weight, alpha_end, tokens, without in zip(weights, end, classes.tokens, classes.rows_without, strict=True)
+    )
+    return replace(seen, survey=classes, figures=figures)
 
 
 def _empty_classes(classes: ClassSurvey, block: Block, rows: Rows, found: Findings) -> None:
@@ -258,16 +263,6 @@ def _empty_classes(classes: ClassSurvey, block: Block, rows: Rows, found: Findin
         found.problems.extend(empty)
     else:  # the run looks at more rows before it stops for that
         found.notes.extend(f"{problem.path} {problem.message}; a run looks at {SURVEY_ROWS} rows" for problem in empty)
-
-
-def _figures(
-    block: Block, classes: ClassSurvey, alpha: Sequence[float], end: Sequence[float], *, weighed: bool
-) -> Iterator[ClassFigures]:
-    from dwl_plugin.loss.reduction import class_weight_table
-
-    rows = class_weight_table(block.reduction, block.class_names, alpha, classes.counts)
-    for row, last, tokens, without in zip(rows, end, classes.tokens, classes.rows_without, strict=True):
-        yield ClassFigures(row.name, tokens, row.token_share, without, row if weighed else None, last)
 
 
 def run_length(cfg: Any, rows: Rows) -> RunLength:

@@ -11,7 +11,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 
 from dwl_plugin.config.pack_cases import CaseResult, run_case, untouched_classes
-from dwl_plugin.config.pack_files import PackReference, read_pack, shipped_packs
+from dwl_plugin.config.pack_files import PackReference, known_packs, read_pack
 from dwl_plugin.config.packs import Pack, PackLibrary, parse_pack
 from dwl_plugin.errors import ConfigError, DWLError, shortened
 
@@ -24,19 +24,18 @@ def read(name: str) -> Pack:
 
 
 def _reference(name: str) -> PackReference:
-    reference = PackReference.of(name)
-    if reference is None or reference.member is not None:
-        allowed = f"{', '.join(shipped_packs())}, a file that ends in .yml or .yaml, hf://user/repo@<commit>/file.yml"
-        raise ConfigError.at("pack", "not a pack", name, allowed)
+    reference = PackReference.of(name, "pack")
+    if reference.member is not None:
+        raise ConfigError.at("pack", "not a pack but a class of one", name, hint=f"write `{reference.pack}`")
     return reference
 
 
 def list_packs(console: Console) -> None:
-    """A table of the packs of this package."""
+    """A table of the packs that can be used by name."""
     table = Table(show_lines=True)
     for column in ("pack", "classes → suggested α", "what they are"):
         table.add_column(column, no_wrap=column == "pack")
-    for name in shipped_packs():
+    for name in known_packs():
         pack = read(name)
         table.add_row(f"[bold]{name}[/]", "\n".join(_weights(pack)), escape(pack.description))
     console.print(table)

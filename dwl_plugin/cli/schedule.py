@@ -38,7 +38,6 @@ def schedule(
     console: Console, config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None, trust: bool = False
 ) -> None:
     """The whole command. Raises `DWLError` where the config is wrong, or a position needs a length that nobody gave."""
-
     raw, overrides = _read(config, trust), overrides_of(os.environ)
     for override in overrides:
         say(console, override)
@@ -91,8 +90,7 @@ def _tables(block: Block, length: RunLength) -> Iterator[_Numbers]:
 
 def _read(config: Path, trust: bool) -> Mapping[str, Any]:
     raw, odd = read_config(config)
-    if odd:
-        raise ConfigError(odd)
+    ConfigError.raise_any(odd)
     packs = [danger for danger in dangers(raw) if danger.path.startswith("dwl.")]
     if packs and not trust:
         listed = "\n".join(f"  {danger}" for danger in packs)

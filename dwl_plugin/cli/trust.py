@@ -115,17 +115,13 @@ def _data(*fields: str) -> tuple[str, ...]:
 
 
 _MODELS = ("base_model", "base_model_config", "tokenizer_config", "processor_config", "lora_model_dir")
+_MODEL_OPTIONS = ("overrides_of_model_config", "overrides_of_model_kwargs")
 
 RULES: tuple[Rule, ...] = (
     Rule("runs code", "Axolotl imports this module and runs its hooks", ("plugins.*",), _foreign_plugin),
     Rule("runs code", "Python that lies beside the model's weights is run", ("trust_remote_code",)),
     Rule("runs code", "Python that lies beside the data is run", _data("trust_remote_code")),
-    Rule(
-        "runs code",
-        "turns on Python that lies beside the model's weights",
-        ("overrides_of_model_config", "overrides_of_model_kwargs"),
-        _remote_code,
-    ),
+    Rule("runs code", "turns on Python that lies beside the model's weights", _MODEL_OPTIONS, _remote_code),
     Rule("runs code", "Axolotl imports this class by its path", ("cls_model_config",), _module_path),
     Rule("runs code", "Axolotl imports this class and trains with it", ("trainer_cls",)),
     Rule("runs code", "Axolotl imports this module to read the data", _data("type"), _module_path),

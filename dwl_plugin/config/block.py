@@ -19,15 +19,22 @@ __all__ = ["Block", "DWLConfig", "LossName", "Reduction"]
 LossName = Literal["nll", "dft", "dwl"]
 
 
-class DWLConfig(Strict):
-    """Token classes, their weights α, and how the weights move."""
-
+class _TokenLoss(Strict):
     pack: str | None = Field(
         None,
         description="A pack whose classes, suggested α and reduction are taken; the keys beside it win. Replaced by them when "
         "the config is parsed.",
     )
     token_loss: TokenLossName = Field("nll", description="What a token pays in every class that names none of its own.")
+
+
+if not TYPE_CHECKING:
+    _TokenLoss = with_token_losses(_TokenLoss, "Options of the {} token loss.")
+
+
+class DWLConfig(_TokenLoss):
+    """Token classes, their weights α, and how the weights move."""
+
     classes: Classes = Field(
         default_factory=dict, description="name -> selector; the order is the priority, the first class that matches wins."
     )
@@ -43,16 +50,14 @@ class DWLConfig(Strict):
     controller: ControllerConfig | None = Field(None, description="α from what the classes cost.")
 
 
-if not TYPE_CHECKING:
-    DWLConfig = with_token_losses(DWLConfig, "Options of the {} token loss.")
-
-
 class Block(Strict):
     """The three keys of a config that are ours, validated together."""
 
-    loss: LossName
-    dft: DFTConfig | None = None
-    dwl: DWLConfig | None = None
+    loss: LossName = Field(
+        description="nll: the host's own loss, measured. dft: Dynamic Fine-Tuning. dwl: classes of tokens with weights α."
+    )
+    dft: DFTConfig | None = Field(None, description="Options of the dft token loss.")
+    dwl: DWLConfig | None = Field(None, description="Token classes, their weights α, and how they move.")
 
     @property
     def class_configs(self) -> dict[str, ClassConfig]:

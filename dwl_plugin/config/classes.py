@@ -22,25 +22,29 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 def with_token_losses(model: type[_Model], description: str) -> type[_Model]:
     """`model` with the options of each token loss, but those of dft, whose place is another."""
-    others = {name: loss.Options for name, loss in TOKEN_LOSSES.items() if name != "dft"}
     fields: dict[str, Any] = {
-        name: (options | None, Field(None, description=description.format(name))) for name, options in others.items()
+        name: (loss.Options | None, Field(None, description=description.format(name)))
+        for name, loss in TOKEN_LOSSES.items()
+        if name != "dft"
     }
-    return create_model(model.__name__, __base__=model, __doc__=model.__doc__, __module__=model.__module__, **fields)
+    return create_model(model.__name__, __base__=model, **fields)
 
 
-class ClassConfig(SelectorConfig):
-    """What every class may say beside its selector."""
-
+class _TokenLoss(SelectorConfig):
     token_loss: TokenLossName | None = Field(
         None, description="What a token of this class pays: nll, dft, focal or eaft. Default: dwl.token_loss."
     )
     dft: DFTConfig | None = Field(None, description="Options of this class's dft token loss. Default: the top-level `dft`.")
-    allow_empty: bool = Field(False, description="Do not stop when the class matches nothing in a sample of the data.")
 
 
 if not TYPE_CHECKING:
-    ClassConfig = with_token_losses(ClassConfig, "Options of this class's {0} token loss. Default: `dwl.{0}`.")
+    _TokenLoss = with_token_losses(_TokenLoss, "Options of this class's {0} token loss. Default: `dwl.{0}`.")
+
+
+class ClassConfig(_TokenLoss):
+    """What every class may say beside its selector."""
+
+    allow_empty: bool = Field(False, description="Do not stop when the class matches nothing in a sample of the data.")
 
 
 def _with_options(selector: type[SelectorConfig]) -> type[ClassConfig]:

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from dwl_plugin.config.block import Block
+from dwl_plugin.config.problems import collected
 from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.yaml_io import load_yaml, read_yaml
 
@@ -42,6 +43,10 @@ class Override:
     value: Any
     source: str
 
+    @property
+    def keys(self) -> list[str]:
+        return self.path.split(".")
+
     def __str__(self) -> str:
         shown = yaml.safe_dump(self.value, default_flow_style=True, allow_unicode=True, width=10_000)
         shown = shown.removesuffix("...\n").strip()  # YAML ends a bare scalar with dots
@@ -51,15 +56,24 @@ class Override:
 def overrides_of(environ: Mapping[str, str]) -> list[Override]:
     """What `environ` overrides. Raises `ConfigError` for what cannot be read, is not ours, or contradicts itself."""
     problems: list[Problem] = []
-    found = [*_from_sweep(environ.get(SWEEP_FILE, ""), problems), *_from_variable(environ.get(VARIABLE, ""), problems)]
+    found: list[Override] = []
+    sweep, text = environ.get(SWEEP_FILE, ""), environ.get(VARIABLE, "").strip()
+    with collected(problems):
+        found += [item for item in _from_file(Path(sweep), "W&B sweep") if item.keys[0] in _OURS] if sweep else []
+    with collected(problems):
+        found += _from_file(Path(text[1:]).expanduser(), VARIABLE) if text.startswith("@") else _from_words(text, problems)
     first: dict[str, Override] = {}
     for override in found:
-        earlier = first.setdefault(override.path, override)
-        if earlier.value != override.value:
-            said = f"{earlier.value!r} in {earlier.source}"
-            problems.append(Problem(override.path, f"{override.source} contradicts {said}", override.value))
-    if problems:
-        raise ConfigError(problems)
+        path, value, source = override.path, override.value, override.source
+        if override.keys[0] not in _OURS:
+            hint = f"Axolotl's own keys have options: axolotl train CONFIG --{path.replace('_', '-')}={value}"
+            message = f"{VARIABLE} sets nothing but {', '.join(_OURS)} and what is below them"
+            problems.append(Problem(path or VARIABLE, message, value, hint=hint))
+        elif not all(override.keys):
+            problems.append(Problem(path, f"{source}: a name is missing between two dots", value))
+        elif (earlier := first.setdefault(path, override)).value != value:
+            problems.append(Problem(path, f"{source} contradicts {earlier.value!r} in {earlier.source}", value))
+    ConfigError.raise_any(problems)
     return list(first.values())
 
 
@@ -71,7 +85,7 @@ def overridden(raw: Mapping[str, Any], overrides: list[Override]) -> dict[str, A
     ours = {key: copy.deepcopy(plain(raw[key])) for key in _OURS if raw.get(key) is not None}
     problems = []
     for override in overrides:
-        *parents, last = override.path.split(".")
+        *parents, last = override.keys
         node: Any = ours
         for at, part in enumerate(parents):
             if node.get(part) is None:
@@ -83,8 +97,7 @@ def overridden(raw: Mapping[str, Any], overrides: list[Override]) -> dict[str, A
                 break
         else:
             node[last] = copy.deepcopy(override.value)
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_any(problems)
     return ours
 
 
@@ -96,25 +109,6 @@ def value_at(raw: Mapping[str, Any], path: str) -> Any:
     return node
 
 
-def _from_variable(text: str, problems: list[Problem]) -> Iterator[Override]:
-    text = text.strip()
-    try:
-        found = _from_file(Path(text[1:]).expanduser(), VARIABLE) if text.startswith("@") else _from_words(text, problems)
-    except ConfigError as error:
-        problems += error.problems
-        return
-    for override in found:
-        parts = override.path.split(".")
-        if parts[0] not in _OURS:
-            message = f"{VARIABLE} sets nothing but {', '.join(_OURS)} and what is below them"
-            hint = f"Axolotl's own keys have options: axolotl train CONFIG --{override.path.replace('_', '-')}={override.value}"
-            problems.append(Problem(override.path or VARIABLE, message, override.value, hint=hint))
-        elif not all(parts):
-            problems.append(Problem(override.path, f"{VARIABLE}: a name is missing between two dots", override.value))
-        else:
-            yield override
-
-
 def _from_words(text: str, problems: list[Problem]) -> list[Override]:
     try:
         words = shlex.split(text)
@@ -123,22 +117,11 @@ def _from_words(text: str, problems: list[Problem]) -> list[Override]:
     found = []
     for word in words:
         path, equals, value = word.partition("=")
-        try:
+        with collected(problems):
             if not equals:
                 raise ConfigError.at(VARIABLE, "not an override", word, allowed="dwl.alpha.number=0.5, or @FILE")
             found.append(Override(path.strip(), load_yaml(value, path), VARIABLE))
-        except ConfigError as error:
-            problems += error.problems
     return found
-
-
-def _from_sweep(text: str, problems: list[Problem]) -> Iterator[Override]:
-    try:
-        found = _from_file(Path(text), "W&B sweep") if text else []
-    except ConfigError as error:
-        problems += error.problems
-        return
-    yield from (override for override in found if override.path.split(".")[0] in _OURS)
 
 
 def _from_file(path: Path, source: str) -> list[Override]:

@@ -6,7 +6,7 @@ they depend on no vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -14,11 +14,10 @@ from itertools import groupby
 import regex
 
 from dwl_plugin.classes.build import build_labeller
-from dwl_plugin.classes.labeller import IGNORE_INDEX
 from dwl_plugin.classes.token_bytes import as_bytes
 from dwl_plugin.config.classes import may_be_empty
 from dwl_plugin.config.packs import Pack, PackCase
-from dwl_plugin.values import REST
+from dwl_plugin.values import IGNORE_INDEX, REST
 
 __all__ = ["ByteTokenizer", "CaseResult", "class_of_bytes", "run_case", "untouched_classes"]
 
@@ -104,20 +103,15 @@ def run_case(pack: Pack, case: PackCase) -> CaseResult:
         PatternTooSlowError: a pattern backtracks on the sample.
     """
     data, classes = class_of_bytes(pack, case)
-    runs: dict[str, list[str]] = {name: [] for name in (*pack.classes, REST)}
-    for index, run in _runs(classes):
-        runs[[*pack.classes, REST][index]].append(data[run.start : run.stop].decode("utf-8", "surrogateescape"))
+    names, end = [*pack.classes, REST], 0
+    runs: dict[str, list[str]] = {name: [] for name in names}
+    for index, run in groupby(classes):
+        start, end = end, end + len(list(run))
+        if index != IGNORE_INDEX:
+            runs[names[index]].append(data[start:end].decode("utf-8", "surrogateescape"))
     found = {name: tuple(texts) for name, texts in runs.items() if name != REST or REST in case.spans}
     expected = {name: case.spans.get(name, ()) for name in found}
     return CaseResult(case, expected, found)
-
-
-def _runs(classes: Sequence[int]) -> Iterator[tuple[int, range]]:
-    """Each run of targets of one class, as its class and its place."""
-    for index, group in groupby(range(len(classes)), key=classes.__getitem__):
-        places = list(group)
-        if index != IGNORE_INDEX:
-            yield index, range(places[0], places[-1] + 1)
 
 
 def untouched_classes(pack: Pack) -> list[str]:

@@ -11,11 +11,10 @@ import hashlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import regex
 
@@ -36,37 +35,26 @@ _HUB = regex.compile(r"hf://(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P
 _COMMIT = regex.compile(r"[0-9a-f]{40}")
 
 
-@dataclass(frozen=True)
-class PackReference:
+class PackReference(NamedTuple):
     """What stands behind `pack:`, taken apart.
 
-    Args:
-        pack: a shipped pack's name, a path, or an `hf://` address.
-        member: one class of it; None is all of them.
+    `pack` is a name, a path, or an `hf://` address; `member` is one class of it, None is all of them.
     """
 
     pack: str
     member: str | None = None
 
     @classmethod
-    def of(cls, text: object) -> PackReference | None:
-        """None where `text` has none of the three forms."""
+    def of(cls, text: object, path: str) -> PackReference:
+        """Raises `ConfigError` at `path` of the config where `text` has none of the three forms."""
         match = (_FILE.fullmatch(text) or _MEMBER.fullmatch(text)) if isinstance(text, str) else None
-        return None if match is None else cls(match["pack"], match["member"])
-
-    @property
-    def is_name(self) -> bool:
-        """True for a pack of this package, or of another that is installed."""
-        return _IDENTIFIER.fullmatch(self.pack) is not None
-
-    @property
-    def on_hub(self) -> bool:
-        """True for a pack that has to be fetched."""
-        return self.pack.startswith("hf://")
+        if match is None:
+            forms = f"{', '.join(known_packs())}, ./file.yml, hf://user/repo@<commit>/file.yml"
+            raise ConfigError.at(path, "not a pack", text, forms, "for one class of a pack write a dot and its name after it")
+        return cls(match["pack"], match["member"])
 
 
-@dataclass(frozen=True)
-class PackText:
+class PackText(NamedTuple):
     """The text of a pack, and its name in messages."""
 
     name: str
@@ -92,22 +80,21 @@ def read_pack(reference: PackReference, folders: Sequence[Path] | None, path: st
         folders: where a relative path may lie; the first that has the file is taken. None: only packs of this package may be read.
         path: where the config names the pack.
     """
-    name = reference.pack
-    if name in shipped_packs():
-        return PackText(name, (_SHIPPED / f"{name}.yml").read_text(encoding="utf-8"))
-    known = shipped_packs() if folders is None else known_packs()
+    name, shipped = reference.pack, shipped_packs()
+    known = shipped if folders is None else known_packs()
     if name in known:
-        return PackText(name, _limited(load("pack", name, path), name, path).decode("utf-8", "replace"))
-    if reference.is_name:
+        source = _SHIPPED / f"{name}.yml" if name in shipped else load("pack", name, path)
+        return PackText(name, _limited(source, name, path).decode("utf-8", "replace"))
+    if _IDENTIFIER.fullmatch(name):
         hint = did_you_mean(name, known) or "a pack of your own is `./its_file.yml`"
         raise ConfigError.at(path, "no such pack", name, ", ".join(known), hint)
     if folders is None:
         raise ConfigError.at(path, "a pack can use only the packs of this package", name, ", ".join(known))
-    if reference.on_hub:
+    if name.startswith("hf://"):
         return _from_hub(name, path)
     tried = [folder / name for folder in folders]
-    file = next((candidate for candidate in tried if os.path.isfile(candidate)), tried[0])
-    if not os.path.isfile(file):  # of a name that no file can have, too
+    file = next(filter(os.path.isfile, tried), None)  # False of a name that no file can have, too
+    if file is None:
         hint = f"looked for {' and '.join(dict.fromkeys(str(candidate) for candidate in tried))}"
         raise ConfigError.at(path, "there is no such file", name, hint=hint)
     return PackText(name, _limited(file, name, path).decode("utf-8", "replace"))
@@ -128,18 +115,12 @@ def _limited(source: object, name: str, path: str) -> bytes:
 def _from_hub(address: str, path: str) -> PackText:
     match = _HUB.fullmatch(address)
     if match is None:
-        raise ConfigError.at(
-            path,
-            "not an address on the Hub",
-            address,
-            "hf://user/repo@<commit>/file.yml",
-            "the packs of a data set are at hf://datasets/user/repo@<commit>/file.yml",
-        )
+        form, hint = "hf://user/repo@<commit>/file.yml", "the packs of a data set are at hf://datasets/user/repo@<commit>/file.yml"
+        raise ConfigError.at(path, "not an address on the Hub", address, form, hint)
     if _COMMIT.fullmatch(match["commit"] or "") is None:
         why = "a branch or a tag can be moved to other content" if match["commit"] else "without one the content can change"
-        raise ConfigError.at(
-            path, f"needs the full commit, 40 hexadecimal digits: {why}", address, hint="the Hub shows it under `Files`, `History`"
-        )
+        hint = "the Hub shows it under `Files`, `History`"
+        raise ConfigError.at(path, f"needs the full commit, 40 hexadecimal digits: {why}", address, hint=hint)
     try:
         from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
     except ImportError:
@@ -155,11 +136,10 @@ def _from_hub(address: str, path: str) -> PackText:
     except ConfigError:
         raise
     except Exception as error:  # the client's errors have no common base: offline, no such repository, no such file, ...
-        first = str(error).strip().partition("\n")[0]
+        first, *_ = str(error).strip().splitlines() or [""]
+        why = f"could not be fetched from the Hub: {type(error).__name__}: {first}"
         hint = "without a network, download the file once and name it as `./file.yml`"
-        raise ConfigError.at(
-            path, f"could not be fetched from the Hub: {type(error).__name__}: {first}", address, hint=hint
-        ) from error
+        raise ConfigError.at(path, why, address, hint=hint) from error
     data = _limited(file, address, path)
     _say_hash(address, hashlib.sha256(data).hexdigest())
     return PackText(address, data.decode("utf-8", "replace"))

@@ -18,8 +18,8 @@ from pydantic import Field, field_validator, model_validator
 from dwl_plugin.classes.selectors import AllSelector, AnySelector, Context, PackSelector, SelectorConfig, as_selector, walk
 from dwl_plugin.config.block import Reduction
 from dwl_plugin.config.classes import ClassConfig, Classes, as_class, name_problems
-from dwl_plugin.config.pack_files import PackReference, PackText, known_packs, read_pack
-from dwl_plugin.config.problems import alpha_problems, unique, validate
+from dwl_plugin.config.pack_files import PackReference, PackText, read_pack
+from dwl_plugin.config.problems import alpha_problems, nodes, unique, validate
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
 from dwl_plugin.values import REST, Strict, Weight, invalid
 from dwl_plugin.yaml_io import load_plain_yaml
@@ -118,7 +118,9 @@ def parse_pack(source: PackText) -> Pack:
     raw = load_plain_yaml(source.text, source.name)
     if not isinstance(raw, Mapping):
         raise ConfigError.at(source.name, "a pack is a mapping", raw, allowed=", ".join(Pack.model_fields))
-    problems = list(_too_long(raw.get("classes"), "classes"))
+    too_long = f"a pack's patterns and texts have at most {MAX_PATTERN:,} characters"
+    texts = [(path, node) for path, node, _ in nodes(raw.get("classes"), "classes") if isinstance(node, str)]
+    problems = [Problem(path, too_long, text) for path, text in texts if len(text) > MAX_PATTERN]  # before one is compiled
     problems += [Problem(str(name), "a key has to be a string", name) for name in raw if not isinstance(name, str)]
     pack = None
     if not problems:
@@ -156,11 +158,8 @@ class PackLibrary:
 
     def checked(self, pack: object) -> object:
         """`pack` if it names a pack, or a member of one; else raises what a validator raises."""
-        reference = PackReference.of(pack)
-        if reference is None:
-            forms = "write `name`, `./file.yml` or `hf://user/repo@<commit>/file.yml`, and for a member a dot and its name"
-            raise invalid(f"not a pack: {forms}")
         try:
+            reference = PackReference.of(pack, "")
             members = list(self.pack(reference, "").classes)
         except ConfigError as error:
             (first, *_) = error.problems
@@ -175,10 +174,10 @@ class PackLibrary:
 
     def expanded(self, config: PackSelector) -> SelectorConfig:
         """The selectors of the pack in place of `pack:`; for a class, with the options of the member and those beside it."""
-        reference = PackReference.of(config.pack)
-        if reference is None or reference.pack not in self._read:
+        name, member = PackReference.of(config.pack, "")
+        pack = self._read.get(name)
+        if pack is None:
             return config  # the pack's own problems are told
-        pack, member = self._read[reference.pack], reference.member
         selector = pack.whole() if member is None else pack.member(member)
         if not isinstance(config, ClassConfig):
             return selector
@@ -194,10 +193,7 @@ class PackLibrary:
         name = dwl.get("pack")
         if name is None:
             return beside
-        reference = PackReference.of(name)
-        if reference is None:
-            forms = f"{', '.join(known_packs())}, ./file.yml, hf://user/repo@<commit>/file.yml"
-            raise ConfigError.at("dwl.pack", "not a pack", name, forms)
+        reference = PackReference.of(name, "dwl.pack")
         if reference.member is not None:
             hint = f"for one class write it under `classes`: {{pack: {name}}}"
             raise ConfigError.at("dwl.pack", "takes a whole pack", name, hint=hint)
@@ -224,18 +220,6 @@ class PackLibrary:
 def _options(config: ClassConfig) -> dict[str, Any]:
     """The options that stand beside the selector of a class."""
     return {name: getattr(config, name) for name in ClassConfig.model_fields if name in config.model_fields_set}
-
-
-def _too_long(node: object, path: str) -> Iterator[Problem]:
-    """Strings that are longer than any pattern has to be, before one of them is compiled."""
-    if isinstance(node, str) and len(node) > MAX_PATTERN:
-        yield Problem(path, f"a pack's patterns and texts have at most {MAX_PATTERN:,} characters", node)
-    elif isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _too_long(value, f"{path}.{key}")
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _too_long(value, f"{path}[{index}]")
 
 
 def _unknown_in_cases(cases: object, names: Sequence[str]) -> Iterator[Problem]:

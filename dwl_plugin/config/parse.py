@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import TypeAdapter, ValidationError
-
-from dwl_plugin.alpha.controllers import ControllerConfig, ControllerOptions, controller_problems
+from dwl_plugin.alpha.controllers import controller_problems
 from dwl_plugin.alpha.schedules import vectors
 from dwl_plugin.classes.selectors import Context
 from dwl_plugin.config.block import Block, DWLConfig, LossName
 from dwl_plugin.config.classes import name_problems
 from dwl_plugin.config.packs import PackLibrary
-from dwl_plugin.config.problems import alpha_problems, unique, validate
+from dwl_plugin.config.problems import alpha_problems, collected, nodes, unique, validate
 from dwl_plugin.errors import ConfigError, Problem
-from dwl_plugin.loss.token_losses import TOKEN_LOSSES, TokenLossOptions
+from dwl_plugin.loss.token_losses import TOKEN_LOSSES, DFTConfig, TokenLossOptions
 from dwl_plugin.values import MOST_OVERLAPPING, REST
 from dwl_plugin.yaml_io import read_yaml
 
@@ -28,8 +26,6 @@ __all__ = ["parse", "read_block"]
 _LOSSES = ", ".join(get_args(LossName))
 _OPTIONS = tuple(name for name in TOKEN_LOSSES if name in DWLConfig.model_fields)
 """Keys of `dwl` that are the options of a token loss; those of dft stand above it."""
-
-_CONTROLLER: TypeAdapter[ControllerOptions | None] = TypeAdapter(ControllerConfig | None)
 
 _KEYFRAMES = re.compile(r"(dwl|dft|dwl\.classes\.\w+\.dft)\.schedule\.at")
 """Where a key may be a number: a step. It becomes a string before the host sorts the keys of what it writes down."""
@@ -81,25 +77,26 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     problems = list(_odd_keys(ours))
     packs = PackLibrary([*([] if folder is None else [folder]), Path()], with_losses=ours["loss"] == "dwl")
     if isinstance(ours.get("dwl"), Mapping):
-        try:
+        with collected(problems):
             ours["dwl"] = packs.with_pack(ours["dwl"])
-        except ConfigError as error:
-            problems += error.problems
     dwl = ours["dwl"] if isinstance(ours.get("dwl"), Mapping) else {}
     classes = dwl["classes"] if isinstance(dwl.get("classes"), Mapping) else {}
     names = [*(str(name) for name in classes if name != REST), REST]
+    in_fields = list(problems)  # without what only several keys together show
     block = validate(Block, ours, problems, Context(packs))
+    sound = block or validate(Block, ours, in_fields, Context(packs, cross_checks=False))
     problems += packs.problems
-    sound = None if problems else block
+    problems += _schedule_problems(classes)
     problems += name_problems(classes)
     problems += _number_problems(dwl, names)
-    if ours["loss"] == "dwl" and "pack" not in dwl:
-        problems += controller_problems(_controller(dwl, block), "dwl.controller", dwl.get("alpha"), names)
+    alone = validate(DWLConfig, {"controller": dwl.get("controller")}, [])  # it may be right in a block that is not
+    if ours["loss"] == "dwl" and "pack" not in dwl and alone is not None:
+        problems += controller_problems(alone.controller, dwl.get("alpha"), names)
     problems += _useless_keys(ours["loss"], dwl, classes)
     if ours["loss"] == "dwl" and "dwl" not in ours:
         hint = "name at least one class under `dwl.classes`"
         problems.append(Problem("dwl", "`loss: dwl` needs a `dwl` block", hint=hint))
-    if sound is not None:
+    if sound is not None and not in_fields and not packs.problems:
         problems += _useless_options(sound)
         problems += _too_many_classes(sound)
     if problems or block is None:
@@ -107,22 +104,11 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     return block
 
 
-def _nodes(node: Any, path: str, shown: Callable[[Any], str] = str, depth: int = 1) -> Iterator[tuple[str, Any, int]]:
-    """Everything in a block, each with its path and depth; without end where a list holds itself."""
-    yield path, node, depth
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _nodes(value, f"{path}.{shown(key)}", shown, depth + 1)
-    elif isinstance(node, (list, tuple)):
-        for index, value in enumerate(node):
-            yield from _nodes(value, f"{path}[{index}]", shown, depth + 1)
-
-
 def _unfit(ours: Mapping[str, Any]) -> Iterator[Problem]:
     """What the checks themselves could not take. It ends at the first thing that has no end."""
     seen = 0
     for top, whole in reversed(list(ours.items())):
-        for path, node, depth in _nodes(whole, top, lambda key: _HALF_CHARACTER.sub("?", key) if isinstance(key, str) else "?"):
+        for path, node, depth in nodes(whole, top, lambda key: _HALF_CHARACTER.sub("?", key) if isinstance(key, str) else "?"):
             seen, at = seen + 1, path.partition(".")[0]
             if depth > _MAX_DEPTH:
                 yield Problem(at, f"nested more than {_MAX_DEPTH} deep", hint="an alias of YAML (`*`) may stand inside itself")
@@ -140,7 +126,7 @@ def _unfit(ours: Mapping[str, Any]) -> Iterator[Problem]:
 def _odd_keys(ours: Mapping[str, Any]) -> Iterator[Problem]:
     """Keys that YAML turned into something that is not a string."""
     for top, whole in ours.items():
-        for path, node, _ in _nodes(whole, top):
+        for path, node, _ in nodes(whole, top):
             for key in node if isinstance(node, Mapping) else ():
                 if not isinstance(key, str) and not (_KEYFRAMES.fullmatch(path) and type(key) in (int, float)):
                     boolean = "YAML reads yes, no, on, off as booleans: put the name in quotes"
@@ -148,11 +134,14 @@ def _odd_keys(ours: Mapping[str, Any]) -> Iterator[Problem]:
                     yield Problem(path, "a key has to be a string", key, hint=hint)
 
 
-def _controller(dwl: Mapping[str, Any], block: Block | None) -> ControllerOptions | None:
-    """The controller, which may be right in a block that is not."""
-    with suppress(ValidationError):
-        return block.controller if block is not None else _CONTROLLER.validate_python(dwl.get("controller"))
-    return None
+def _schedule_problems(classes: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong with the schedules of dft, also in a class whose selector is wrong, so that nothing beside it was looked at."""
+    for name, spec in classes.items():
+        dft = spec.get("dft") if isinstance(spec, Mapping) else None
+        if isinstance(dft, Mapping) and "schedule" in dft:
+            found: list[Problem] = []
+            validate(DFTConfig, {"schedule": dft["schedule"]}, found)
+            yield from (replace(problem, path=f"dwl.classes.{name}.dft.{problem.path}") for problem in found)
 
 
 def _number_problems(dwl: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from dwl_plugin.errors import Problem, did_you_mean
+from dwl_plugin.errors import ConfigError, Problem, did_you_mean
 
-__all__ = ["alpha_problems", "unique", "validate"]
+__all__ = ["alpha_problems", "collected", "nodes", "unique", "validate"]
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -36,6 +37,26 @@ def _problem(item: Any) -> Problem:
         allowed = str(context["expected"]).replace("'", "").replace(" or ", ", ")
         return Problem(path, "not a known value", item["input"], allowed, did_you_mean(item["input"], allowed.split(", ")))
     return Problem(path, item["msg"], item["input"], context.get("allowed", ""), context.get("hint", ""))
+
+
+@contextmanager
+def collected(problems: list[Problem]) -> Iterator[None]:
+    """Put the problems of a `ConfigError` raised inside into a list, and go on."""
+    try:
+        yield
+    except ConfigError as error:
+        problems += error.problems
+
+
+def nodes(node: Any, path: str, shown: Callable[[Any], str] = str, depth: int = 1) -> Iterator[tuple[str, Any, int]]:
+    """Yield everything in a YAML value, each with its path and depth; without end where a list holds itself."""
+    yield path, node, depth
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from nodes(value, f"{path}.{shown(key)}", shown, depth + 1)
+    elif isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            yield from nodes(value, f"{path}[{index}]", shown, depth + 1)
 
 
 def unique(problems: list[Problem]) -> list[Problem]:

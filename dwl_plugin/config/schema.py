@@ -18,15 +18,7 @@ def json_schema() -> dict[str, Any]:
     """Schema of a whole config, of which only our keys are described; all others may be anything."""
     block = Block.model_json_schema()
     block["$defs"]["DWLConfig"]["properties"]["classes"]["propertyNames"] = _NAMES
-    described = {
-        "loss": "nll: the host's own loss, measured. dft: Dynamic Fine-Tuning. dwl: classes of tokens with weights α.",
-        "dft": "Options of the dft token loss.",
-        "dwl": "Token classes, their weights α, and how they move.",
-    }
-    properties = {
-        key: {**_without_null(schema), "description": described.get(key, schema.get("description", ""))}
-        for key, schema in block["properties"].items()
-    }
+    properties = {key: _without_null(schema) for key, schema in block["properties"].items()}
     return {
         "$schema": _DIALECT,
         "title": "dwl_plugin",
@@ -44,14 +36,8 @@ def json_schema() -> dict[str, Any]:
 def merged_into(host: Mapping[str, Any]) -> dict[str, Any]:
     """Our schema and the host's, as one; where both know a key, ours describes it."""
     ours = json_schema()
-    definitions = {**host.get("$defs", {}), **ours["$defs"]}
-    return {
-        **ours,
-        "title": "Axolotl with dwl_plugin",
-        "description": "An Axolotl config.",
-        "properties": {**host.get("properties", {}), **ours["properties"]},
-        "$defs": definitions,
-    }
+    joined = {key: {**host.get(key, {}), **ours[key]} for key in ("properties", "$defs")}
+    return {**ours, "title": "Axolotl with dwl_plugin", "description": "An Axolotl config.", **joined}
 
 
 def _without_null(schema: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,22 +42,17 @@ class DWLPlugin(BasePlugin):
         from axolotl.utils.schemas.config import AxolotlInputConfig
 
         self._forget()
-        overrides = overrides_of(os.environ)
+        overrides, is_first_rank = overrides_of(os.environ), os.environ.get("RANK", "0") == "0"
         for key, value in overridden(cfg, overrides).items() if overrides else ():
             cfg[key] = value
-        if overrides and os.environ.get("RANK", "0") == "0":
+        if overrides and is_first_rank:
             log_line("\n".join(map(str, overrides)))
-        dropped = list(dropped_options(sys.argv[1:], cfg))
-        if dropped:
-            raise ConfigError(dropped)
+        ConfigError.raise_any(dropped_options(sys.argv[1:], cfg))
         self._taken_over = fused_losses_asked_for(cfg)
         if cfg.get("loss") is None:
             return
-        problems = list(axolotl_problems())
-        if problems:
-            raise ConfigError(problems)
-        newer = newer_axolotl()
-        if newer is not None and os.environ.get("RANK", "0") == "0":
+        ConfigError.raise_any(axolotl_problems())
+        if (newer := newer_axolotl()) and is_first_rank:
             log_line(newer)
         if "loss" in AxolotlInputConfig.model_fields:
             raise ConfigError.at("loss", "this version of Axolotl has a `loss` key of its own; install a dwl_plugin that knows it")

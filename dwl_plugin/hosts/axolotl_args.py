@@ -39,9 +39,9 @@ class DWLPluginArgs(BaseModel):
         """Raise every `Problem` at once, in a `ConfigError` that pydantic does not wrap, before the host validates its own keys."""
         if not isinstance(data, dict):
             return data
-        problems = []
+        problems, path = [], data.get("axolotl_config_path")  # the host tells it for a config that it read from a file
         try:
-            block = parse(data, folder=_folder(data))
+            block = parse(data, folder=None if path is None else Path(path).parent)
         except ConfigError as error:
             block, problems = None, list(error.problems)
         loss = data.get("loss")
@@ -49,11 +49,8 @@ class DWLPluginArgs(BaseModel):
             problems += refused(data, loss)
         if block is not None and not data.get("adapter"):
             problems += without_base_model(block)
-        if problems:
-            raise ConfigError(problems)
-        if block is None:
-            return data
-        return {**data, **block.dump()}
+        ConfigError.raise_any(problems)
+        return data if block is None else {**data, **block.dump()}
 
     @model_validator(mode="after")
     def _take_over_fused_losses(self) -> DWLPluginArgs:
@@ -76,9 +73,3 @@ def fused_losses_asked_for(cfg: Any) -> list[str]:
 def block_of(cfg: Any) -> Block | None:
     """The block of a validated Axolotl config; None without `loss`."""
     return parse({key: plain(cfg.get(key)) for key in ("loss", "dft", "dwl")})
-
-
-def _folder(data: dict[str, Any]) -> Path | None:
-    """Where the config lies; the host tells it for a config that it read from a file."""
-    path = data.get("axolotl_config_path")
-    return None if path is None else Path(path).parent

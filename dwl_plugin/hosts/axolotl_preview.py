@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import copy
 import functools
+import importlib.util
 import io
 import itertools
 import logging
@@ -25,14 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from dwl_plugin.config.overrides import SWEEP_FILE, VARIABLE
-from dwl_plugin.errors import ConfigError, DWLError, Problem
+from dwl_plugin.errors import ConfigError, DWLError, Problem, did_you_mean
 from dwl_plugin.run.dataset_check import picked_rows
 
 __all__ = [
     "NotSeenError",
     "Rows",
     "host_schema",
-    "known_keys",
     "load_cfg",
     "load_model",
     "load_rows",
@@ -49,19 +49,17 @@ _GPU = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "n_node": 1, "compu
 """Assumed where there is no GPU, so that a GPU's config can be looked at on a laptop."""
 
 _CPU_ONLY = {
-    "bf16": False,
-    "fp16": False,
-    "tf32": False,
     "attn_implementation": "sdpa",
-    "lora_mlp_kernel": False,
-    "lora_qkv_kernel": False,
-    "lora_o_kernel": False,
-    "lora_embedding_kernel": False,
+    **dict.fromkeys(("bf16", "fp16", "tf32"), False),
+    **{f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")},
 }
 """What a model needs to run where there is no GPU."""
 
+_COLUMNS = ("input_ids", "labels", "position_ids", "attention_mask")
 
-_MADE_WITH_A_BATCH = "the tokens and labels of this kind of data are made only when a batch is"
+
+_OUT_OF_REACH = ("offline", "connection", "max retries", "couldn't reach", "could not be loaded", "doesn't exist on the hub")
+"""In the messages of errors that are the network's, whatever their type."""
 
 
 class NotSeenError(DWLError):
@@ -140,6 +138,7 @@ def load_cfg(raw: Mapping[str, Any], path: Path, *, to_run: bool = False) -> tup
         cfg.axolotl_config_path = str(path)
         cfg.output_dir = _scratch()  # Axolotl writes there while it only looks
         capabilities, versions = gpu_capabilities()
+        has_flash_attention = any(map(importlib.util.find_spec, ("flash_attn", "flash_attn_interface")))
         if not torch.cuda.is_available():
             if to_run:
                 cfg.update(_CPU_ONLY)
@@ -147,24 +146,22 @@ def load_cfg(raw: Mapping[str, Any], path: Path, *, to_run: bool = False) -> tup
             else:
                 capabilities = _GPU
                 notes.append("no GPU here: the config was validated as for one NVIDIA GPU with bf16 (sm_89)")
-        elif str(cfg.attn_implementation or "").startswith("flash_attention") and not _flash_attention():
+        elif str(cfg.attn_implementation or "").startswith("flash_attention") and not has_flash_attention:
             cfg.attn_implementation = "sdpa"  # otherwise Axolotl downloads a compiled kernel in its place
             notes.append("flash-attn is not installed here: the config was looked at with `attn_implementation: sdpa`")
         with _axolotl_problems("plugins"):
             prepare_plugins(cfg)
         with _axolotl_problems("axolotl"):
             cfg = validate_config(cfg, capabilities=capabilities, env_capabilities=versions)
-        try:
+        with _loading("base_model", cfg.base_model):
             normalize_config(cfg)
-        except Exception as error:
-            raise _not_loaded("base_model", cfg.base_model, error) from error
         normalize_cfg_datasets(cfg)
         plugin_set_cfg(cfg)
     return cfg, notes
 
 
-def unknown_keys(raw: Mapping[str, Any]) -> list[str]:
-    """Top-level keys that Axolotl drops without a word."""
+def unknown_keys(raw: Mapping[str, Any]) -> dict[str, str]:
+    """Top-level keys that Axolotl drops without a word, and what each may have been meant to be."""
     from axolotl.integrations.config import merge_input_args
 
     schema = merge_input_args()[0]
@@ -172,14 +169,7 @@ def unknown_keys(raw: Mapping[str, Any]) -> list[str]:
     for info in schema.model_fields.values():
         alias = info.validation_alias or info.alias
         known |= {str(choice) for choice in getattr(alias, "choices", [alias]) if choice}
-    return [key for key in raw if key not in known]
-
-
-def known_keys() -> list[str]:
-    """Every top-level key that Axolotl and its plugins know."""
-    from axolotl.integrations.config import merge_input_args
-
-    return list(merge_input_args()[0].model_fields)
+    return {key: did_you_mean(key, list(schema.model_fields)) for key in raw if key not in known}
 
 
 def host_schema() -> dict[str, Any]:
@@ -218,10 +208,8 @@ def load_tokenizer(cfg: Any) -> Any:
     with quiet():
         from axolotl.loaders import load_tokenizer as load
 
-        try:
+        with _loading("tokenizer", cfg.tokenizer_config):
             return load(cfg)
-        except Exception as error:
-            raise _not_loaded("tokenizer", cfg.tokenizer_config, error) from error
 
 
 def load_rows(cfg: Any, tokenizer: Any, count: int, *, spread: bool = False) -> Rows:
@@ -241,16 +229,13 @@ def load_rows(cfg: Any, tokenizer: Any, count: int, *, spread: bool = False) -> 
         try:
             if cfg.streaming or cfg.pretraining_dataset:
                 return _stream(cfg, tokenizer, count)
-            return _table(cfg, tokenizer, count, spread)
+            return _packed(_table(cfg, tokenizer, count, spread), cfg)
         except DWLError:
             raise
-        except (OSError, ConnectionError) as error:
-            raise NotSeenError(f"datasets: {_first_line(error)}") from error
         except Exception as error:  # whatever a dataset and its template can raise
-            reason = _first_line(error)
-            if _about_the_network(error):
-                raise NotSeenError(f"datasets: {reason}") from error
-            raise ConfigError.at("datasets", f"Axolotl cannot read them: {reason}") from error
+            if isinstance(error, OSError) or any(words in str(error).lower() for words in _OUT_OF_REACH):
+                raise NotSeenError(f"datasets: {_first_line(error)}") from error
+            raise ConfigError.at("datasets", f"Axolotl cannot read them: {_first_line(error)}") from error
 
 
 def load_model(cfg: Any, tokenizer: Any) -> Any:
@@ -263,22 +248,23 @@ def load_model(cfg: Any, tokenizer: Any) -> Any:
     with quiet():
         from axolotl.loaders import ModelLoader
 
-        try:
-            model, _ = ModelLoader(cfg, tokenizer).load()
-        except Exception as error:
-            raise _not_loaded("base_model", cfg.base_model, error) from error
-    return model.eval()
+        with _loading("base_model", cfg.base_model):
+            return ModelLoader(cfg, tokenizer).load()[0].eval()
 
 
-def _not_loaded(key: str, name: Any, error: Exception) -> DWLError:
+@contextlib.contextmanager
+def _loading(key: str, name: Any) -> Iterator[None]:
     """What is here and cannot be read, or is named by a path, is the config's mistake; what the hub has may be out of reach."""
-    path, by_path = Path(str(name)).expanduser(), str(name).startswith(("/", "./", "../", "~"))
-    if by_path and not path.exists():
-        return ConfigError.at(key, "there is no such folder", name)
-    if isinstance(error, OSError) and not path.exists():
-        return NotSeenError(f"{key} {name}: {_first_line(error)}")
-    kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-    return ConfigError.at(key, f"cannot be loaded: {kind}{_first_line(error)}", name)
+    try:
+        yield
+    except Exception as error:
+        exists = Path(str(name)).expanduser().exists()
+        if str(name).startswith(("/", "./", "../", "~")) and not exists:
+            raise ConfigError.at(key, "there is no such folder", name) from error
+        if isinstance(error, OSError) and not exists:
+            raise NotSeenError(f"{key} {name}: {_first_line(error)}") from error
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+        raise ConfigError.at(key, f"cannot be loaded: {kind}{_first_line(error)}", name) from error
 
 
 def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
@@ -290,27 +276,20 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
 
     cfg = copy.deepcopy(cfg)
     cfg.dataset_num_proc, cfg.dataset_keep_in_memory = None, True
-    digest = generate_dataset_hash_from_config(cfg, cfg.datasets, tokenizer.name_or_path)
-    prepared = load_preprocessed_dataset(cfg, digest)
-    if prepared is not None:
-        total = _training_rows(len(prepared), cfg)
-        head = prepared.select(_numbers(total, count, cfg, spread))
-        note = f"the rows are those prepared earlier under {cfg.dataset_prepared_path}, as the run would take them"
-        return _packed(Rows(_samples(head), total=total, looked_at=len(head), notes=[note]), cfg)
-
-    sources = _raw_datasets(cfg, tokenizer)
-    order = _order_of_the_run([len(dataset) for dataset, _ in sources], cfg)
+    prepared = load_preprocessed_dataset(cfg, generate_dataset_hash_from_config(cfg, cfg.datasets, tokenizer.name_or_path))
+    sources = _raw_datasets(cfg, tokenizer) if prepared is None else []
+    order = _order_of_the_run([len(dataset) for dataset, _ in sources], cfg) if prepared is None else prepared
     total = _training_rows(len(order), cfg)
-    picked = order.select(_numbers(total, count, cfg, spread)).with_format("numpy")[:]
-    tokenised = []
-    for number, (dataset, tokenise) in enumerate(sources):
-        rows = picked["row"][picked["source"] == number]
-        if not len(rows):
-            continue
-        done, _ = tokenise(dataset=dataset.select(rows).flatten_indices(keep_in_memory=True))
-        if "input_ids" not in done.column_names:
-            raise NotSeenError(f"datasets: {_MADE_WITH_A_BATCH}")
-        tokenised.append(done)
+    head = order.select(picked_rows(total, cfg.seed or 0, count) if spread else range(min(count, total)))
+    if prepared is not None:
+        note = f"the rows are those prepared earlier under {cfg.dataset_prepared_path}, as the run would take them"
+        return Rows(_samples(head), total=total, looked_at=len(head), notes=[note])
+
+    picked = head.with_format("numpy")[:]
+    by_source = [(dataset.select(picked["row"][picked["source"] == k]), how) for k, (dataset, how) in enumerate(sources)]
+    tokenised = [how(dataset=rows.flatten_indices(keep_in_memory=True))[0] for rows, how in by_source if len(rows)]
+    if not all("input_ids" in rows.column_names for rows in tokenised):
+        raise _made_with_a_batch()
     merged = concatenate_datasets(tokenised)
     if len(merged) == len(picked["row"]):  # none was dropped on the way, so the rows of one source can go between those of another
         merged = merged.select(np.argsort(np.argsort(picked["source"], kind="stable")))
@@ -318,11 +297,7 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     short = sft.handle_long_seq_in_dataset(merged, cfg.sequence_len, cfg)
     kept = sft.process_datasets_for_packing(cfg, short, None)[0] if cfg.sample_packing else short
     too_long, masked = len(merged) - len(short), len(short) - len(kept)
-    return _packed(Rows(_samples(kept), total=total, looked_at=len(merged), too_long=too_long, masked=masked), cfg)
-
-
-def _numbers(total: int, count: int, cfg: Any, spread: bool) -> list[int]:
-    return picked_rows(total, cfg.seed or 0, count) if spread else list(range(min(count, total)))
+    return Rows(_samples(kept), total=total, looked_at=len(merged), too_long=too_long, masked=masked)
 
 
 def _raw_datasets(cfg: Any, tokenizer: Any) -> list[tuple[Any, Any]]:
@@ -352,9 +327,7 @@ def _order_of_the_run(lengths: list[int], cfg: Any) -> Any:
     from axolotl.utils.data.shared import merge_datasets
     from datasets import Dataset
 
-    numbers = [
-        Dataset.from_dict({"source": [number] * length, "row": list(range(length))}) for number, length in enumerate(lengths)
-    ]
+    numbers = [Dataset.from_dict({"source": [k] * length, "row": list(range(length))}) for k, length in enumerate(lengths)]
     return sft._apply_dataset_sharding(merge_datasets(numbers, cfg), cfg)
 
 
@@ -365,10 +338,14 @@ def _training_rows(rows: int, cfg: Any) -> int:
 
 
 def _samples(dataset: Any) -> list[Sample]:
-    columns = [name for name in ("input_ids", "labels", "position_ids", "attention_mask") if name in dataset.column_names]
+    columns = [name for name in _COLUMNS if name in dataset.column_names]
     if "labels" not in columns:
-        raise NotSeenError("datasets: the labels of this kind of data are made only when a batch is")
+        raise _made_with_a_batch()
     return [dict(row) for row in dataset.select_columns(columns).with_format(None)]
+
+
+def _made_with_a_batch() -> NotSeenError:
+    return NotSeenError("datasets: the tokens and labels of this kind of data are made only when a batch is")
 
 
 def _packed(rows: Rows, cfg: Any) -> Rows:
@@ -397,6 +374,7 @@ def _packed(rows: Rows, cfg: Any) -> Rows:
 
 def _stream(cfg: Any, tokenizer: Any, count: int) -> Rows:
     """Rows of a stream; each may hold several samples, told apart by `position_ids`."""
+    import numpy as np
     from axolotl.utils.data import sft
 
     cfg = copy.deepcopy(cfg)
@@ -406,15 +384,11 @@ def _stream(cfg: Any, tokenizer: Any, count: int) -> Rows:
     samples = []
     for row in itertools.islice(dataset, count):
         if "input_ids" not in row:
-            raise NotSeenError(f"datasets: {_MADE_WITH_A_BATCH}")
-        flat = {key: _flat(row[key]) for key in ("input_ids", "labels", "position_ids", "attention_mask") if key in row}
+            raise _made_with_a_batch()
+        flat = {key: np.asarray(row[key]).reshape(-1).tolist() for key in _COLUMNS if key in row}
         flat.setdefault("labels", list(flat["input_ids"]))  # pretraining: the collator makes them of the ids
         samples.append(flat)
     return Rows(samples, looked_at=len(samples))
-
-
-def _flat(values: Any) -> list[int]:
-    return [int(value) for value in (values.reshape(-1).tolist() if hasattr(values, "reshape") else values)]
 
 
 @contextlib.contextmanager
@@ -427,7 +401,7 @@ def _axolotl_problems(where: str) -> Iterator[None]:
     except ConfigError:
         raise
     except ValidationError as error:
-        raise ConfigError([_problem(item) for item in error.errors()]) from error
+        raise ConfigError(map(_problem, error.errors())) from error
     except ImportError as error:
         raise ConfigError.at(where, f"cannot be loaded: {_first_line(error)}") from error
     except Exception as error:  # a validator may raise anything
@@ -443,14 +417,3 @@ def _problem(item: Any) -> Problem:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0] if len(lines[0]) < 300 else lines[0][:299] + "…"
-
-
-def _about_the_network(error: BaseException) -> bool:
-    known = ("offline", "connection", "max retries", "couldn't reach", "could not be loaded", "doesn't exist on the hub")
-    return any(word in str(error).lower() for word in known)
-
-
-def _flash_attention() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("flash_attn") is not None or find_spec("flash_attn_interface") is not None

@@ -25,12 +25,8 @@ def keep_the_training_format(cfg: Any) -> str | None:
     asks = getattr(modules, "has_avx512bf16", None)  # each layer does, when it is made
     if asks is None or not asks():
         return None
-    modules.has_avx512bf16 = _no
+    modules.has_avx512bf16 = lambda: False
     return (
         "4-bit weights stay as they are in evaluations: "
         "the format that bitsandbytes would repack them to on this CPU passes no gradient on"
     )
-
-
-def _no() -> bool:
-    return False

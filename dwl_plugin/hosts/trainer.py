@@ -7,6 +7,7 @@ divides them -> `_save_checkpoint` keeps what a resumed run needs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +44,7 @@ _PACKING = ("sample_packing", "batch_flattening", "packing", "padding_free")
 
 Batch = dict[str, Any]
 Items = torch.Tensor | int | None
-OnTokens = Callable[[ForwardMetrics], None]
+OnTokens = Callable[[ForwardMetrics], object]
 
 
 class TrainerMixin(Trainer):
@@ -75,9 +76,6 @@ class TrainerMixin(Trainer):
     def _over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, reduction="sum") if self.args.world_size > 1 else tensor
 
-    def _of_every_rank(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.accelerator.gather(tensor) if self.args.world_size > 1 else tensor
-
     def _averaged_over(self, num_items_in_batch: Items) -> int:
         """How many ranks' gradients the host averages without multiplying the loss before.
 
@@ -94,12 +92,12 @@ class TrainerMixin(Trainer):
         denominator: torch.Tensor | int
         if training and session.step_counts is not None:
             counts = session.step_counts
-            denominator = counts[-2].clamp(min=1) / self._averaged_over(num_items_in_batch)
-            denominator = denominator / divided_later(self, num_items_in_batch)
+            divided = self._averaged_over(num_items_in_batch) * divided_later(self, num_items_in_batch)
+            denominator = counts[-2].clamp(min=1) / divided
         else:
             counts = session.counts([inputs], self.args.device)
             denominator = counts[-2].clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        on_tokens = session.trained_on if training else self._without_repeated_rows(inputs, session.evaluated_on)
+        on_tokens = session.trained_on if training else self._without_repeated_rows(inputs, session.eval_sums.add)
         with session.seam.armed(session.pending_loss(inputs, counts, denominator, on_tokens)):
             result = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
             if session.keeps_logits:
@@ -138,14 +136,18 @@ class TrainerMixin(Trainer):
 
     def stop_if_not_finite(self) -> None:
         """Before anything is logged or saved; the checkpoints from before stay."""
-        found = self._dwl.first_bad.found(self._least_over_ranks, self.args.device)
-        if found:
-            raise _not_finite(found, Path(self.args.output_dir))
-
-    def _least_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MIN)
-        return tensor
+        found = self._dwl.first_bad.found(self.accelerator.gather, self.args.device)
+        if not found:
+            return
+        first = min(found.values())
+        classes = " and ".join(f"`{name}`" for name, step in found.items() if step == first)
+        whole = finished_checkpoints(Path(self.args.output_dir))
+        kept = f"The newest checkpoint, {whole[-1]}, is from before." if whole else "No checkpoint was written before."
+        raise NotFiniteError(
+            f"the loss of class {classes} is infinite or NaN from step {first} on, so training stops. {kept} A lower "
+            "`learning_rate`, `max_grad_norm: 1.0` or bf16 in place of fp16 are the usual remedies; if it is always this step, "
+            "look at its rows."
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -247,7 +249,7 @@ class AlphaCallback(TrainerCallback):
                 controller.options.type,
                 hint="delete `controller`, or start a new run from these weights without `resume_from_checkpoint`",
             )
-        loop = ClosedLoop(controller, trainer._of_every_rank, trainer.args.device)
+        loop = ClosedLoop(controller, trainer.accelerator.gather, trainer.args.device)
         if state is not None:
             loop.load(state, trainer.args.process_index)
         if controller.rows_to_measure:
@@ -267,26 +269,11 @@ def _require_cut_sequences(accelerator: Any, batches: Sequence[Any]) -> None:
         )
 
 
-def _not_finite(found: dict[str, int], output_dir: Path) -> NotFiniteError:
-    first = min(found.values())
-    classes = " and ".join(f"`{name}`" for name, step in found.items() if step == first)
-    whole = finished_checkpoints(output_dir)
-    kept = f"The newest checkpoint, {whole[-1]}, is from before." if whole else "No checkpoint was written before."
-    return NotFiniteError(
-        f"the loss of class {classes} is infinite or NaN from step {first} on, so training stops. {kept} A lower "
-        "`learning_rate`, `max_grad_norm: 1.0` or bf16 in place of fp16 are the usual remedies; if it is always this step, look "
-        "at its rows."
-    )
-
-
 def _run_length(args: Any, state: Any, loader: Any) -> RunLength:
     try:
-        per_epoch = len(loader) if loader is not None else None
-    except TypeError:  # a stream
+        per_epoch = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1)
+    except TypeError:  # a stream, or none
         per_epoch = None
-    if per_epoch is not None:
-        accumulation = args.gradient_accumulation_steps
-        per_epoch = max(per_epoch // accumulation + int(per_epoch % accumulation > 0), 1)
     return RunLength(state.max_steps if state.max_steps > 0 else None, per_epoch)
 
 
@@ -315,7 +302,9 @@ def install(
     bases = (TrainerMixin, host) if below is None else (_CheckedMixin, host, below)
     trainer.__class__ = type(f"DWL{host.__name__}", bases, {"_dwl": session, "_dwl_host": host})
     trainer.loss_is_scaled_for_ga = True
-    _hide_class_metrics(trainer)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, (ProgressCallback, PrinterCallback)):
+            callback.__class__ = type(callback.__class__.__name__, (_ShortLog, callback.__class__), {})
     assert isinstance(trainer, TrainerMixin)
     return session, AlphaCallback(trainer)
 
@@ -348,14 +337,9 @@ def less_is_better(metric: str | None) -> bool:
     return metric is not None and (metric == "nll" or metric.endswith("_nll") or "dwl/nll/" in metric)
 
 
-def _hide_class_metrics(trainer: Trainer) -> None:
-    """The console keeps `loss`, `nll` and α; the trackers get everything."""
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, (ProgressCallback, PrinterCallback)):
-            callback.__class__ = type(callback.__class__.__name__, (_ShortLog, callback.__class__), {})
-
-
 class _ShortLog:
+    """The console keeps `loss`, `nll` and α; the trackers get everything."""
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
         if logs is not None:
             logs = {key: value for key, value in logs.items() if "dwl/" not in key or "dwl/alpha/" in key}

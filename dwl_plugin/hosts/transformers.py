@@ -80,8 +80,7 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
         block = read_block(config)
     except ConfigError as error:
         raise ConfigError([*error.problems, *problems]) from None
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_any(problems)
     labeller, survey = _classes_of(trainer, block)
     is_sft = trl.is_sft_trainer(type(trainer))
     below = None if type(trainer) is Trainer else trl.BelowSFTTrainer if is_sft else BelowHost
@@ -91,7 +90,11 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
         undo.callback(uninstall, trainer)
         trainer.add_callback(callback)
         undo.callback(trainer.remove_callback, callback)
-        _pick_the_lower_nll(trainer)
+        args = trainer.args
+        if less_is_better(args.metric_for_best_model) and args.greater_is_better:  # completed before `eval_nll` was known
+            args.greater_is_better = False
+            metric = f"`metric_for_best_model: {args.metric_for_best_model}`"
+            log_line(f"{metric} is best where it is lowest: greater_is_better is now False")
         return AppliedLoss(session, undo.pop_all())
 
 
@@ -142,9 +145,7 @@ def _classes_of(trainer: Trainer, block: Block) -> tuple[Labeller | None, ClassS
         raise ConfigError.at("dwl.classes", why, hint="build the trainer with `processing_class=tokenizer`")
     labeller = labeller_of(block, tokenizer)
     assert labeller is not None
-    problems = list(trl.cut_problems(trainer.args, labeller))
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_any(trl.cut_problems(trainer.args, labeller))
     return labeller, check_dataset(block, labeller, _collated(trainer))
 
 
@@ -159,12 +160,3 @@ def _collated(trainer: Trainer) -> Iterator[dict[str, Any]]:
             batch = collate([dict(dataset[index])])
             if "labels" in batch:
                 yield {key: batch[key][0] for key in ("input_ids", "labels", "position_ids") if key in batch}
-
-
-def _pick_the_lower_nll(trainer: Trainer) -> None:
-    """The arguments were completed before anybody knew of `eval_nll`."""
-    args = trainer.args
-    if less_is_better(args.metric_for_best_model) and args.greater_is_better:
-        args.greater_is_better = False
-        metric = f"`metric_for_best_model: {args.metric_for_best_model}`"
-        log_line(f"{metric} is best where it is lowest: greater_is_better is now False")

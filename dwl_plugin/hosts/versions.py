@@ -16,6 +16,8 @@ Release = tuple[int, int]
 AXOLOTL: tuple[Release, Release] = ((0, 19), (0, 21))
 """Oldest and newest Axolotl that the tests run under."""
 
+_OLDEST, _NEWEST = ("{}.{}".format(*of) for of in AXOLOTL)
+
 TRANSFORMERS: Release = (5, 16)
 """Oldest transformers that the tests run under."""
 
@@ -26,40 +28,27 @@ def release(package: str) -> Release:
     return int(first[0]), int(first[1])
 
 
-def _name(of: Release) -> str:
-    return f"{of[0]}.{of[1]}"
-
-
 def axolotl_problems() -> Iterator[Problem]:
     """A problem if this Axolotl is older than what is supported."""
-    oldest, newest = AXOLOTL
-    if release("axolotl") < oldest:
-        yield Problem(
-            "loss",
-            f"Axolotl {version('axolotl')} is older than dwl_plugin supports, {_name(oldest)} to {_name(newest)}",
-            hint=f"`pip install 'axolotl>={_name(oldest)}'`, or delete the `loss:` line",
-        )
+    if release("axolotl") < AXOLOTL[0]:
+        why = f"Axolotl {version('axolotl')} is older than dwl_plugin supports, {_OLDEST} to {_NEWEST}"
+        yield Problem("loss", why, hint=f"`pip install 'axolotl>={_OLDEST}'`, or delete the `loss:` line")
 
 
 def newer_axolotl() -> str | None:
     """A sentence if this Axolotl is newer than what the tests run under."""
-    oldest, newest = AXOLOTL
-    if release("axolotl") <= newest:
+    if release("axolotl") <= AXOLOTL[1]:
         return None
-    return (
-        f"Axolotl {version('axolotl')} is newer than what this dwl_plugin was tested with, {_name(oldest)} to {_name(newest)}: "
-        "look for a newer dwl_plugin"
-    )
+    tested = f"what this dwl_plugin was tested with, {_OLDEST} to {_NEWEST}"
+    return f"Axolotl {version('axolotl')} is newer than {tested}: look for a newer dwl_plugin"
 
 
 def transformers_problems() -> Iterator[Problem]:
     """A problem if this transformers is older than what is supported."""
     if release("transformers") < TRANSFORMERS:
-        yield Problem(
-            "trainer",
-            f"transformers {version('transformers')} is older than dwl_plugin supports, {_name(TRANSFORMERS)}",
-            hint=f"`pip install 'transformers>={_name(TRANSFORMERS)}'`",
-        )
+        oldest = "{}.{}".format(*TRANSFORMERS)
+        why = f"transformers {version('transformers')} is older than dwl_plugin supports, {oldest}"
+        yield Problem("trainer", why, hint=f"`pip install 'transformers>={oldest}'`")
 
 
 def divided_later(trainer: Any, num_items_in_batch: Any) -> int:

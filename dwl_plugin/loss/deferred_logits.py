@@ -14,12 +14,13 @@ Shapes: H hidden size, V vocabulary, … any leading dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 __all__ = ["DeferredLogits", "Folded", "HeadFn", "Pointwise"]
 
@@ -66,6 +67,22 @@ class Folded:
     logit_scale: float | None
     softcap: float | None
     vocab: slice
+
+
+def _arithmetic(kind: str, symbol: str) -> Callable[[DeferredLogits, Any], Any]:
+    """The method that records `kind` with a number, or with a tensor that is the same for every row."""
+
+    def method(self: DeferredLogits, other: Any) -> Any:
+        if not isinstance(other, torch.Tensor):
+            recorded = isinstance(other, (int, float)) and not isinstance(other, bool)
+            return self._then(kind, other) if recorded else Pointwise(kind, other)(self.materialise(symbol))
+        if 1 < other.ndim <= self.ndim and other.numel() == other.shape[-1]:
+            other = other.reshape(-1)
+        if other.ndim > 1 or other.numel() not in (1, self.vocab_size):
+            return Pointwise(kind, other)(self.materialise(symbol))
+        return replace(self._then(kind, other), dtype=torch.promote_types(self.dtype, other.dtype) if other.ndim else self.dtype)
+
+    return method
 
 
 @dataclass(eq=False)
@@ -152,9 +169,6 @@ class DeferredLogits:
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
-    def is_floating_point(self) -> bool:
-        return True
-
     def __len__(self) -> int:
         return self.hidden.shape[0]
 
@@ -163,36 +177,13 @@ class DeferredLogits:
     def _then(self, kind: str, operand: Any = None) -> DeferredLogits:
         return replace(self, operations=(*self.operations, Pointwise(kind, operand)))
 
-    def _broadcasts(self, other: Any) -> bool:
-        """A number, or a tensor that is the same for every row."""
-        if isinstance(other, torch.Tensor):
-            return other.ndim <= 1 and other.numel() in (1, self.vocab_size)
-        return isinstance(other, (int, float)) and not isinstance(other, bool)
-
-    def _arithmetic(self, kind: str, other: Any, name: str) -> Any:
-        if isinstance(other, torch.Tensor) and 1 < other.ndim <= self.ndim and other.numel() == other.shape[-1]:
-            other = other.reshape(-1)
-        if self._broadcasts(other):
-            promotes = isinstance(other, torch.Tensor) and other.ndim > 0
-            dtype = torch.promote_types(self.dtype, other.dtype) if promotes else self.dtype
-            return replace(self._then(kind, other), dtype=dtype)
-        return Pointwise(kind, other)(self.materialise(name))
-
-    def __mul__(self, other: Any) -> Any:
-        return self._arithmetic("scale", other, "*")
-
-    def __truediv__(self, other: Any) -> Any:
-        return self._arithmetic("divide", other, "/")
-
-    def __add__(self, other: Any) -> Any:
-        return self._arithmetic("shift", other, "+")
+    mul = __mul__ = __rmul__ = _arithmetic("scale", "*")
+    div = __truediv__ = _arithmetic("divide", "/")
+    add = __add__ = __radd__ = _arithmetic("shift", "+")
 
     def __sub__(self, other: Any) -> Any:
         return self + -other
 
-    mul = __rmul__ = __mul__
-    div = __truediv__
-    add = __radd__ = __add__
     sub = __sub__
 
     def __neg__(self) -> DeferredLogits:
@@ -233,7 +224,9 @@ class DeferredLogits:
     def _become(self, result: Any) -> DeferredLogits:
         """The result of an operation in place, which the model may not look at again."""
         if not isinstance(result, DeferredLogits):  # true logits, under a head that does nothing
-            result = replace(self, hidden=result, head=_identity, operations=(), vocab_size=result.shape[-1], dtype=result.dtype)
+            result = replace(
+                self, hidden=result, head=nn.Identity(), operations=(), vocab_size=result.shape[-1], dtype=result.dtype
+            )
         self.__dict__.update(vars(result))
         return self
 
@@ -264,9 +257,6 @@ class DeferredLogits:
 
     # recorded: rows
 
-    def _rows_become(self, hidden: torch.Tensor) -> DeferredLogits:
-        return replace(self, hidden=hidden)
-
     def contiguous(self, **_: Any) -> DeferredLogits:
         return self
 
@@ -278,29 +268,29 @@ class DeferredLogits:
             vocab = self.numel() // rest if rest and self.numel() % rest == 0 else None
         if vocab != self.vocab_size:
             return self.materialise("view").reshape(wanted)
-        return self._rows_become(self.hidden.reshape(*wanted[:-1], self.hidden.shape[-1]))
+        return replace(self, hidden=self.hidden.reshape(*wanted[:-1], self.hidden.shape[-1]))
 
     view = reshape
 
     def flatten(self, start_dim: int = 0, end_dim: int = -1) -> Any:
         if end_dim % self.ndim == self.ndim - 1:
             return self.materialise("flatten").flatten(start_dim, end_dim)
-        return self._rows_become(self.hidden.flatten(start_dim, end_dim))
+        return replace(self, hidden=self.hidden.flatten(start_dim, end_dim))
 
     def transpose(self, dim0: int, dim1: int) -> Any:
         if self.ndim - 1 in (dim0 % self.ndim, dim1 % self.ndim):
             return self.materialise("transpose").transpose(dim0, dim1)
-        return self._rows_become(self.hidden.transpose(dim0 % self.ndim, dim1 % self.ndim))
+        return replace(self, hidden=self.hidden.transpose(dim0 % self.ndim, dim1 % self.ndim))
 
     def squeeze(self, dim: int | None = None) -> Any:
         if dim is None or dim % self.ndim == self.ndim - 1:
             return self.materialise("squeeze").squeeze() if dim is None else self.materialise("squeeze").squeeze(dim)
-        return self._rows_become(self.hidden.squeeze(dim))
+        return replace(self, hidden=self.hidden.squeeze(dim))
 
     def unsqueeze(self, dim: int) -> Any:
         if dim in (-1, self.ndim):
             return self.materialise("unsqueeze").unsqueeze(dim)
-        return self._rows_become(self.hidden.unsqueeze(dim))
+        return replace(self, hidden=self.hidden.unsqueeze(dim))
 
     def __getitem__(self, index: Any) -> Any:
         items = list(index) if isinstance(index, tuple) else [index]
@@ -312,25 +302,23 @@ class DeferredLogits:
         if plain and sum(item is not None for item in items) == self.ndim and isinstance(items[-1], slice):
             *leading, vocab = items
             kept = range(*vocab.indices(self.vocab_size))
-            rows = self._rows_become(self.hidden[tuple(leading)] if leading else self.hidden)
+            rows = replace(self, hidden=self.hidden[tuple(leading)] if leading else self.hidden)
             if len(kept) == self.vocab_size and kept.step == 1:
                 return rows
             if vocab.step in (None, 1):
                 return replace(rows._then("slice", vocab), vocab_size=len(kept))
         elif plain and items and sum(item is not None for item in items) < self.ndim:
-            return self._rows_become(self.hidden[tuple(items)])
+            return replace(self, hidden=self.hidden[tuple(items)])
         elif len(items) < self.ndim and all(isinstance(item, (slice, int, torch.Tensor)) for item in items):
             masked = sum(item.ndim if isinstance(item, torch.Tensor) and item.dtype == torch.bool else 1 for item in items)
             if masked < self.ndim:  # rows picked by a mask or by indices
-                return self._rows_become(self.hidden[index])
+                return replace(self, hidden=self.hidden[index])
         return self.materialise("indexing")[index]
 
     # everything else
 
     @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(function, "__name__", str(function))
         if not args and isinstance(kwargs.get("input"), DeferredLogits):
@@ -380,17 +368,12 @@ _RECORDED = {
 }
 
 # Attributes of a tensor that tell nothing of its values.
-_WITHOUT_VALUES = frozenset(
-    ["element_size", "get_device", "is_cuda", "itemsize", "layout", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"]
-)
+_WITHOUT_VALUES = {"element_size", "get_device", "is_cuda", "is_floating_point", "itemsize", "layout"}
+_WITHOUT_VALUES |= {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}
 
 
 def _in_place(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__") and hasattr(torch.Tensor, name)
-
-
-def _identity(logits: torch.Tensor) -> torch.Tensor:
-    return logits
 
 
 def _watched(logits: torch.Tensor, on_cross_entropy: Callable[..., Any]) -> torch.Tensor:
@@ -398,9 +381,7 @@ def _watched(logits: torch.Tensor, on_cross_entropy: Callable[..., Any]) -> torc
 
     class TrueLogits(torch.Tensor):
         @classmethod
-        def __torch_function__(
-            cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-        ) -> Any:
+        def __torch_function__(cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
             kwargs = dict(kwargs or {})
             if function not in (F.cross_entropy, F.nll_loss):
                 return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from dwl_plugin.errors import LossNotTakenError
 from dwl_plugin.loss import heads
@@ -34,7 +34,8 @@ from dwl_plugin.loss.tokens import Targets
 
 __all__ = ["Seam"]
 
-Logits = DeferredLogits | torch.Tensor
+Logits = DeferredLogits | Tensor
+Context = Callable[[], AbstractContextManager[Any]]
 
 _LABELS = ("labels", "shift_labels", "num_items_in_batch")
 
@@ -43,7 +44,7 @@ _LABELS = ("labels", "shift_labels", "num_items_in_batch")
 class _Inside:
     """Handed to the head beside its input: what to do with it there."""
 
-    work: Callable[[torch.Tensor], Any]
+    work: Callable[[Tensor], Any]
 
 
 class Seam:
@@ -52,9 +53,7 @@ class Seam:
     Inside `as_base()` the model is its base model (an adapter switched off); a spec with an anchor needs it.
     """
 
-    def __init__(
-        self, model: nn.Module, log_line: Callable[[str], None], as_base: Callable[[], AbstractContextManager[Any]] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, log_line: Callable[[str], None], as_base: Context | None = None) -> None:
         self.model = heads.base_model(model)
         # Older PEFT calls the model inside it past its hooks, so both carry them.
         self.called = (model,) if model is self.model else (model, self.model)
@@ -65,18 +64,18 @@ class Seam:
         self._log_line, self._logged = log_line, set[str]()
         self._pending: PendingLoss | None = None
         self._layout: int | None = None
-        self._constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], torch.Tensor] = {}
+        self._constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
         # A wrapper around this model, or a language model inside it, may be the one whose `loss_function` is called.
-        self._owners = [module for module in self.model.modules() if heads.uses_head(module, self.head)]
-        self._head_was: Any = self.head.__dict__.get("forward")
-        self._head_forward: Callable[..., torch.Tensor] = self.head.forward
-        self._losses_were: list[Any] = [owner.__dict__.get("_loss_function") for owner in self._owners]
+        owners = [module for module in self.model.modules() if heads.uses_head(module, self.head)]
+        self._patches = [(self.head, "forward", self._forward), *((o, "_loss_function", self._loss_function) for o in owners)]
+        self._were: list[Any] = [module.__dict__.get(name) for module, name, _ in self._patches]
+        self._head_forward: Callable[..., Tensor] = self.head.forward
         self._model_loss: Callable[..., Any] = self.model.loss_function  # type: ignore[assignment]
         self._as_base = as_base
         hooked = self.called if as_base is not None else ()
         self._hooks = [module.register_forward_pre_hook(self._run_base, with_kwargs=True) for module in hooked]
         self.head.forward = self._forward
-        for owner in self._owners:
+        for owner in owners:
             owner.loss_function = self._loss_function  # type: ignore[assignment]
 
     @property
@@ -88,11 +87,11 @@ class Seam:
         """Take the patches off; the model is as it was. Once is enough, twice does no harm."""
         for hook in self._hooks:
             hook.remove()
-        if self.head.__dict__.get("forward") == self._forward:
-            _put_back(self.head, "forward", self._head_was)
-        for owner, was in zip(self._owners, self._losses_were, strict=True):
-            if owner.__dict__.get("_loss_function") == self._loss_function:
-                _put_back(owner, "_loss_function", was)
+        for (module, name, patch), was in zip(self._patches, self._were, strict=True):
+            if module.__dict__.get(name) == patch:
+                module.__dict__[name] = was
+                if was is None:
+                    del module.__dict__[name]
 
     @contextmanager
     def armed(self, pending: PendingLoss) -> Iterator[PendingLoss]:
@@ -141,109 +140,95 @@ class Seam:
 
     # the patches
 
-    def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], _Inside):
             return args[0].work(hidden)
         if self._pending is None or args or kwargs:
             return self._head_forward(hidden, *args, **kwargs)
-        device = hidden.device.type
-        return DeferredLogits(
-            hidden,
-            self._logits,
-            vocab_size=heads.vocab_size_of(self.head),
-            dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype,
-            on_materialise=self._materialised,
-            on_cross_entropy=self._cross_entropy,
-        )
+        device, vocab_size = hidden.device.type, heads.vocab_size_of(self.head)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        return DeferredLogits(hidden, self._logits, vocab_size, dtype, (), self._materialised, self._cross_entropy)
 
     # Spelled out, because trainers read the signature to learn whether the loss divides by num_items_in_batch itself.
     def _loss_function(
         self,
         logits: Any,
-        labels: torch.Tensor | None = None,
+        labels: Tensor | None = None,
         vocab_size: int | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = IGNORE_INDEX,
-        shift_labels: torch.Tensor | None = None,
+        shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if self._pending is not None:
-            return self._causal_loss(logits, labels, shift_labels, ignore_index, self._pending)
+            return self._causal_loss(logits, labels, shift_labels, ignore_index)
         passed = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels, **kwargs}
-        return self._model_loss(
-            logits,
-            labels,
-            vocab_size=vocab_size,
-            ignore_index=ignore_index,
-            **{key: value for key, value in passed.items() if value is not None},
-        )
+        given = {key: value for key, value in passed.items() if value is not None}
+        return self._model_loss(logits, labels, vocab_size=vocab_size, ignore_index=ignore_index, **given)
 
     # armed
+
+    @property
+    def _armed(self) -> PendingLoss:
+        assert self._pending is not None
+        return self._pending
 
     def _materialised(self, asked_by: str) -> None:
         self._log_once(f"{type(self.model).__name__} uses `{asked_by}` on its logits, so they are computed in full (more memory).")
 
-    def _causal_loss(
-        self,
-        logits: Logits,
-        labels_BT: torch.Tensor | None,
-        targets_BT: torch.Tensor | None,
-        ignore_index: int,
-        pending: PendingLoss,
-    ) -> torch.Tensor:
+    def _causal_loss(self, logits: Logits, labels_BT: Tensor | None, targets_BT: Tensor | None, ignore_index: int) -> Tensor:
         """The model called its `loss_function`: shift, unless the labels came shifted."""
         shifts = targets_BT is None and self.replaced != "ForMaskedLMLoss"
         given_BT = labels_BT if targets_BT is None else targets_BT
         assert given_BT is not None, "a loss without labels"
-        class_BT = pending.class_ids
-        as_given = pending.shifted if labels_BT is None or targets_BT is not None else True
+        pending = self._armed
+        class_BT, as_given = pending.class_ids, pending.shifted or targets_BT is None
         if class_BT is not None and not (as_given and class_BT.shape == given_BT.shape):
-            class_BT = self._class_ids_like(given_BT, 1, pending)
+            class_BT = self._class_ids_like(given_BT)
         if shifts:
             given_BT = shift_left(given_BT, ignore_index)
             class_BT = None if class_BT is None else shift_left(class_BT)
-        return self._reduce(logits, given_BT, class_BT, ignore_index, pending)
+        return self._reduce(logits, given_BT, class_BT, ignore_index)
 
     def _cross_entropy(
         self,
         logits: Logits,
-        targets: torch.Tensor,
-        weight: torch.Tensor | None = None,
+        targets: Tensor,
+        weight: Tensor | None = None,
         size_average: Any = None,
         ignore_index: int = IGNORE_INDEX,
         reduce: Any = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """The model called `F.cross_entropy`, `F.nll_loss` or their modules on its logits: that is its loss."""
         pending = self._pending
         if isinstance(logits, DeferredLogits) and logits.ndim != 2:
-            logits = logits.materialise("cross_entropy").as_subclass(torch.Tensor)
+            logits = logits.materialise("cross_entropy").as_subclass(Tensor)
         plain = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
         # A model that divides the sum itself divides by what it counts, not by the denominator of the step.
         known = reduction == "mean" or (reduction == "sum" and pending is not None and pending.denominator is None)
         if pending is None or not plain or not known or targets.is_floating_point():
-            true = logits.materialise("cross_entropy") if isinstance(logits, DeferredLogits) else logits
-            return F.cross_entropy(
-                true.as_subclass(torch.Tensor), targets, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-            )
-        if isinstance(logits, torch.Tensor) and logits.ndim > 2:  # (B, V, …)
+            true = (logits.materialise("cross_entropy") if isinstance(logits, DeferredLogits) else logits).as_subclass(Tensor)
+            return F.cross_entropy(true, targets, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        if isinstance(logits, Tensor) and logits.ndim > 2:  # (B, V, …)
             logits = logits.movedim(1, -1)
         # The same labels several times over, for several streams of logits: the model takes their mean.
         copies = 1 if pending.labels is None else max(1, targets.numel() // max(1, pending.labels.numel()))
-        class_ids = None if pending.class_ids is None else self._class_ids_like(targets, copies, pending)
-        loss = self._reduce(logits, targets, class_ids, ignore_index, pending, copies)
+        class_ids = None if pending.class_ids is None else self._class_ids_like(targets, copies)
+        loss = self._reduce(logits, targets, class_ids, ignore_index, copies)
         return loss if reduction == "mean" else loss * (targets != ignore_index).sum()
 
-    def _class_ids_like(self, targets: torch.Tensor, copies: int, pending: PendingLoss) -> torch.Tensor:
+    def _class_ids_like(self, targets: Tensor, copies: int = 1) -> Tensor:
         """Class ids in the layout of `targets`, which the model shifted and flattened in its own way."""
+        pending = self._armed
         if pending.class_ids is None or pending.labels is None:
             raise self._unmatched()
         labels_BT, class_BT = pending.labels.to(targets.device), pending.class_ids.to(targets.device)
         layouts = ((labels_BT[..., 1:], class_BT[..., 1:]), (shift_left(labels_BT), shift_left(class_BT)), (labels_BT, class_BT))
         wanted = targets.reshape(copies, -1)
 
-        def fits(labels: torch.Tensor) -> torch.Tensor:
+        def fits(labels: Tensor) -> Tensor:
             if labels.numel() != wanted.shape[1]:
                 return torch.tensor(False)
             return (labels.reshape(1, -1) == wanted).all()
@@ -266,20 +251,13 @@ class Seam:
             "the base model of an `anchor`) cannot be matched to targets. `loss: nll` and `loss: dft` without them work with it."
         )
 
-    def _reduce(
-        self,
-        logits: Logits,
-        targets: torch.Tensor,
-        class_ids: torch.Tensor | None,
-        ignore_index: int,
-        pending: PendingLoss,
-        copies: int = 1,
-    ) -> torch.Tensor:
+    def _reduce(self, logits: Logits, targets: Tensor, class_ids: Tensor | None, ignore_index: int, copies: int = 1) -> Tensor:
         """Σ_t Σ_{c∋t} w_c·f_c(t)·nll_t / denominator, and the tokens handed to the metrics."""
         if torch.compiler.is_compiling():
-            disable: Callable[..., Callable[..., torch.Tensor]] = torch.compiler.disable
+            disable: Callable[..., Callable[..., Tensor]] = torch.compiler.disable
             uncompiled = disable(Seam._reduce)
-            return uncompiled(self, logits, targets, class_ids, ignore_index, pending, copies)
+            return uncompiled(self, logits, targets, class_ids, ignore_index, copies)
+        pending = self._armed
         pending.taken += 1
         spec, classes = pending.spec, len(pending.spec.weight)
         linear = self._linear(self.head) if isinstance(logits, DeferredLogits) else None
@@ -299,20 +277,28 @@ class Seam:
         anchor, anchor_C = None, None
         if spec.is_anchored:
             anchor_C = self._constant(spec.anchor, device)
-            anchor = Anchor(paying.weigh(weight_C * anchor_C), _rows_like(pending.base, logits, self._unmatched).to(device))
+            anchor = Anchor(paying.weigh(weight_C * anchor_C), self._rows_like(pending.base, logits).to(device))
         out = self._token_losses(logits, Targets(targets_N, terms, anchor, ignore_index), pending.base)
         if pending.on_tokens is not None:
-            pending.on_tokens(
-                ForwardMetrics(members, paying, out.nll, torch.stack(out.factors), term_C, weight_C, out.kl, anchor_C)
-            )
+            factors_KN = torch.stack(out.factors)
+            pending.on_tokens(ForwardMetrics(members, paying, out.nll, factors_KN, term_C, weight_C, out.kl, anchor_C))
         denominator = pending.denominator
         if denominator is None:
             return out.loss / is_target_N.sum().clamp(min=1)
-        if isinstance(denominator, torch.Tensor):
+        if isinstance(denominator, Tensor):
             denominator = denominator.to(device)
         return out.loss / (denominator * copies)
 
-    def _constant(self, values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    def _rows_like(self, base: Logits | None, logits: Logits) -> Tensor:
+        """The base model's hidden states, or logits, at the rows of `logits`: all positions, or all but the last of each row."""
+        rows = logits.numel() // logits.shape[-1]
+        values = base.hidden if isinstance(base, DeferredLogits) else base
+        for kept in () if values is None or values.ndim != 3 else (values, values[:, :-1]):
+            if kept.shape[:-1].numel() == rows:
+                return kept.reshape(rows, -1)
+        raise self._unmatched()
+
+    def _constant(self, values: tuple[float, ...], device: torch.device) -> Tensor:
         """Copied to the device once: each copy would wait for it."""
         kind = torch.int64 if isinstance(values[0], int) else torch.float32
         if (values, kind, device) not in self._constants:
@@ -323,20 +309,18 @@ class Seam:
         """What the tokens pay, on whichever path the head allows. The anchor comes without a head: that is decided here."""
         anchor = given.anchor
 
-        def through_modules(head: HeadFn, rows_NX: torch.Tensor, vocab_size: int) -> LinearCrossEntropyOutput:
+        def through_modules(head: HeadFn, rows_NX: Tensor, vocab_size: int) -> LinearCrossEntropyOutput:
             anchored = None if anchor is None else replace(anchor, head=self._base_logits(base))
             return module_cross_entropy(rows_NX, head, replace(given, anchor=anchored), vocab_size=vocab_size)
 
-        if isinstance(logits, torch.Tensor):
+        if isinstance(logits, Tensor):
             self._log_once(f"{type(self.model).__name__} computes its logits in full before its loss (more memory).")
-            vocab_size = logits.shape[-1]
-            return through_modules(
-                _identity, logits.as_subclass(torch.Tensor).reshape(given.targets.numel(), vocab_size), vocab_size
-            )
+            rows_NV = logits.as_subclass(Tensor).reshape(given.targets.numel(), logits.shape[-1])
+            return through_modules(nn.Identity(), rows_NV, logits.shape[-1])
 
         folded = logits.folded() if logits.head == self._logits else None
 
-        def of(rows_NH: torch.Tensor) -> LinearCrossEntropyOutput:
+        def of(rows_NH: Tensor) -> LinearCrossEntropyOutput:
             linear = self._linear(self.head)
             base_linear = None if anchor is None else self._base_linear(base, folded)
             if linear is None or folded is None or (anchor is not None and base_linear is None):
@@ -345,20 +329,14 @@ class Seam:
             anchored = anchor
             if anchored is not None and base_linear is not None and base_linear is not linear:
                 anchored = replace(anchored, head=_matrix(base_linear, folded.vocab))
-            return fused_cross_entropy(
-                rows_NH.to(weight_VH.device),
-                weight_VH,
-                replace(given, anchor=anchored),
-                bias=bias_V,
-                softcap=folded.softcap,
-                logit_scale=folded.logit_scale,
-            )
+            there_NH, todo, scale = rows_NH.to(weight_VH.device), replace(given, anchor=anchored), folded.logit_scale
+            return fused_cross_entropy(there_NH, weight_VH, todo, bias=bias_V, softcap=folded.softcap, logit_scale=scale)
 
         return self._inside_head(of, logits.rows()) if heads.gathered_by_hooks(self.head) else of(logits.rows())
 
     def _linear(self, head: nn.Module) -> nn.Linear | None:
         """`head` as a matrix, if nothing else had patched its forward before."""
-        return None if head is self.head and self._head_was is not None else heads.as_linear(head)
+        return None if head is self.head and self._were[0] is not None else heads.as_linear(head)
 
     def _base_linear(self, base: Logits | None, folded: Folded | None) -> nn.Linear | None:
         """The base model's head, where it is a matrix under the very scale, cap and vocabulary of the trained one."""
@@ -369,26 +347,24 @@ class Seam:
     def _base_logits(self, base: Logits | None) -> HeadFn:
         """From rows of what `_rows_like` gives to the base model's logits."""
         if not isinstance(base, DeferredLogits):
-            return _identity
+            return nn.Identity()
         if base.head != self._logits:  # what was changed in place is computed already
             return base.compute
         head = heads.without_adapter(self.head)
         return replace(base, head=self._head_forward if head is self.head else head).compute
 
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _logits(self, hidden: Tensor) -> Tensor:
         """What the head would have returned."""
         if not heads.gathered_by_hooks(self.head):
             return self._head_forward(hidden)
-        logits: torch.Tensor = self.head(hidden, _Inside(self._head_forward))
+        logits: Tensor = self.head(hidden, _Inside(self._head_forward))
         return logits
 
-    def _inside_head(
-        self, work: Callable[[torch.Tensor], LinearCrossEntropyOutput], rows_NH: torch.Tensor
-    ) -> LinearCrossEntropyOutput:
+    def _inside_head(self, work: Callable[[Tensor], LinearCrossEntropyOutput], rows_NH: Tensor) -> LinearCrossEntropyOutput:
         """`work` where the head's own hooks have gathered its weight, once for all chunks, and will for its backward."""
         done: list[LinearCrossEntropyOutput] = []
 
-        def loss_of(rows_NH: torch.Tensor) -> torch.Tensor:
+        def loss_of(rows_NH: Tensor) -> Tensor:
             done.append(work(rows_NH))
             return done[0].loss
 
@@ -402,32 +378,7 @@ class Seam:
             self._log_line(line)
 
 
-def _rows_like(base: Logits | None, logits: Logits, unmatched: Callable[[], Exception]) -> torch.Tensor:
-    """The base model's hidden states, or logits, at the rows of `logits`: all positions, or all but the last of each row."""
-    rows = logits.numel() // logits.shape[-1]
-    values = base.hidden if isinstance(base, DeferredLogits) else base
-    if (
-        values is None
-        or values.ndim != 3
-        or rows not in (values.shape[0] * values.shape[1], values.shape[0] * (values.shape[1] - 1))
-    ):
-        raise unmatched()
-    kept = values if rows == values.shape[0] * values.shape[1] else values[:, :-1]
-    return kept.reshape(rows, -1)
-
-
-def _identity(rows: torch.Tensor) -> torch.Tensor:
-    return rows
-
-
-def _put_back(module: nn.Module, name: str, was: Any) -> None:
-    if was is None:
-        del module.__dict__[name]
-    else:
-        module.__dict__[name] = was
-
-
-def _matrix(linear: nn.Linear, vocab: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _matrix(linear: nn.Linear, vocab: slice) -> tuple[Tensor, Tensor | None]:
     """Weight and bias, gathered if they are in pieces, of a slice of the vocabulary."""
     weight_VH, bias_V = heads.whole(linear.weight), None if linear.bias is None else heads.whole(linear.bias)
     return (weight_VH, bias_V) if vocab == slice(None) else (weight_VH[vocab], None if bias_V is None else bias_V[vocab])

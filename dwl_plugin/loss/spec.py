@@ -65,7 +65,7 @@ class PendingLoss:
     class_ids: torch.Tensor | None = None
     class_weight: torch.Tensor | None = None
     denominator: torch.Tensor | float | None = None
-    on_tokens: Callable[[ForwardMetrics], None] | None = None
+    on_tokens: Callable[[ForwardMetrics], object] | None = None
     shifted: bool = False
     base: DeferredLogits | torch.Tensor | None = field(default=None, init=False)
     """The base model's logits, where the spec has an anchor."""

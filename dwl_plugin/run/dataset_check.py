@@ -41,7 +41,5 @@ def check_dataset(block: Block, labeller: Labeller, samples: Iterable[Mapping[st
     found = survey(labeller, samples)
     if not found.rows:
         return None
-    problems = empty_class_problems(found, block.class_configs, may_be_empty(block.class_configs))
-    if problems:
-        raise ConfigError(problems)
+    ConfigError.raise_any(empty_class_problems(found, block.class_configs, may_be_empty(block.class_configs)))
     return found

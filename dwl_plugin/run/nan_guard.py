@@ -32,10 +32,10 @@ class FirstBadStep:
         first_C = torch.where(hits_C > 0, step, _NEVER)
         self._first_C = first_C if self._first_C is None else torch.minimum(self._first_C.to(first_C.device), first_C)
 
-    def found(self, minimum: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, int]:
-        """class -> first bad step, of the classes that have one; `minimum` takes the smallest over ranks, so every rank calls."""
+    def found(self, everywhere: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, int]:
+        """class -> first bad step, of the classes that have one; `everywhere` turns (1, C) into (ranks, C), so every rank calls."""
         first_C = self._first_C
         if first_C is None:
             first_C = torch.full((len(self.names),), _NEVER, dtype=torch.int64, device=device)
-        steps = minimum(first_C.to(device)).tolist()
+        steps = everywhere(first_C.to(device)[None]).amin(0).tolist()
         return {name: step for name, step in zip(self.names, steps, strict=True) if step != _NEVER}

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -44,7 +43,9 @@ class Session:
         self.names = block.class_names
         objectives = tuple(objective_of(token_loss) for token_loss in block.token_losses)
         self.spec = LossSpec(block.alpha, objectives, block.overlap, block.loss == "dwl", block.anchors)
-        self.seam = Seam(model, log_line, _base_context(model, block) if self.spec.is_anchored else None)
+        if self.spec.is_anchored and not hasattr(model, "disable_adapter"):
+            raise ConfigError(without_base_model(block))
+        self.seam = Seam(model, log_line, model.disable_adapter if self.spec.is_anchored else None)
         self.replaced = " and ".join([self.seam.replaced, *(f"`{key}`" for key in taken_over)])
         self.loop: ClosedLoop | None = None
         self.base_nll: dict[str, float] | None = None
@@ -89,8 +90,7 @@ class Session:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to keep, as plain values. Every rank has to call it."""
-        run = {"total_steps": self.length.total_steps, "steps_per_epoch": self.length.steps_per_epoch}
-        return {"run": run, "controller": None if self.loop is None else self.loop.state()}
+        return {"run": asdict(self.length), "controller": None if self.loop is None else self.loop.state()}
 
     def counts(self, batches: Sequence[Any], device: torch.device) -> torch.Tensor:
         """(C + 2,) int64 of `batches`: targets of each class, targets, samples with a target. The first label of a row predicts
@@ -108,7 +108,7 @@ class Session:
         return counts
 
     def pending_loss(
-        self, inputs: dict[str, Any], counts: torch.Tensor, denominator: Any, on_tokens: Callable[[ForwardMetrics], None]
+        self, inputs: dict[str, Any], counts: torch.Tensor, denominator: Any, on_tokens: Callable[[ForwardMetrics], object]
     ) -> PendingLoss:
         """What the seam needs for one forward; takes the class ids out of `inputs`."""
         device = counts.device  # where the counts are, so that nothing waits for them
@@ -119,15 +119,7 @@ class Session:
                 "a batch arrived without class ids: its data loader was not made by the trainer's own `get_train_dataloader` or "
                 "`get_eval_dataloader`."
             )
-        return PendingLoss(
-            self.spec,
-            labels=inputs.get("labels"),
-            class_ids=class_ids,
-            shifted="shift_labels" in inputs,
-            class_weight=weight_C,
-            denominator=denominator,
-            on_tokens=on_tokens,
-        )
+        return PendingLoss(self.spec, inputs.get("labels"), class_ids, weight_C, denominator, on_tokens, "shift_labels" in inputs)
 
     def trained_on(self, tokens: ForwardMetrics) -> None:
         """Add the tokens of a forward of the step τ + 1 that is being made."""
@@ -135,10 +127,6 @@ class Session:
         tokens_C, nll_C = self.train_sums.add(tokens)
         if self.loop is not None:
             self.loop.add(tokens_C, nll_C)
-
-    def evaluated_on(self, tokens: ForwardMetrics) -> None:
-        """Add the tokens of a forward of an evaluation."""
-        self.eval_sums.add(tokens)
 
 
 def without_base_model(block: Block) -> Iterator[Problem]:
@@ -148,11 +136,3 @@ def without_base_model(block: Block) -> Iterator[Problem]:
         if dft is not None and dft.anchor > 0:
             why = "is held to the base model, which is the model with its adapter switched off, and this run trains without one"
             yield Problem(f"{path}.anchor", why, dft.anchor, hint="write `adapter: lora` or `qlora`, or delete `anchor`")
-
-
-def _base_context(model: Any, block: Block) -> Callable[[], AbstractContextManager[Any]]:
-    """A context in which the model is its base model."""
-    if not hasattr(model, "disable_adapter"):
-        raise ConfigError(without_base_model(block))
-    disable: Callable[[], AbstractContextManager[Any]] = model.disable_adapter
-    return disable

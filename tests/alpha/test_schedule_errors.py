@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from dwl_plugin.alpha.schedules import KeyframesOptions
+from dwl_plugin.alpha.schedules import Keyframes
 from dwl_plugin.config import parse
 from dwl_plugin.errors import ConfigError
 
@@ -84,5 +84,5 @@ def test_a_keyframe_written_as_a_number_is_a_string_from_here_on() -> None:
     """The host writes its config down with sorted keys, and those must all be strings."""
     block = parse({"loss": "dwl", "dwl": {"schedule": {"type": "keyframes", "at": {200: {"rest": 1}, "50%": {"rest": 1}}}}})
     assert block is not None
-    assert isinstance(block.schedule, KeyframesOptions)
+    assert isinstance(block.schedule, Keyframes.Options)
     assert list(block.schedule.at) == ["200", "50%"]

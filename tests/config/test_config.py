@@ -133,6 +133,34 @@ dwl:
     assert len(found) == 13
 
 
+def test_a_wrong_order_or_a_missing_selector_hides_nothing_beside_it() -> None:
+    found = problems_of("""
+loss: dwl
+dwl:
+  token_loss: dft
+  focal: {gamma: 1}
+  classes:
+    a: {regex: x, dft: {schedule: {type: linear, start: 50%, end: 10%, to: {exponent: 1}}}}
+""")
+    assert found.keys() == {"dwl.focal", "dwl.classes.a.dft.schedule.end"}
+    found = problems_of("""
+loss: dwl
+dwl:
+  classes:
+    a: {dft: {schedule: {type: linear}}}
+""")
+    assert found.keys() == {"dwl.classes.a", "dwl.classes.a.dft.schedule.to"}
+
+
+def test_options_of_a_token_loss_are_dumped_beside_its_name() -> None:
+    block = parse(yaml.safe_load(GOOD))
+    assert block is not None
+    keys = list(block.model_dump()["dwl"])
+    assert keys[:5] == ["pack", "token_loss", "focal", "eaft", "classes"]
+    of_a_class = list(next(iter(block.class_configs.values())).model_dump())
+    assert of_a_class[-5:] == ["token_loss", "dft", "focal", "eaft", "allow_empty"]
+
+
 @pytest.mark.parametrize(
     ("text", "path", "words"),
     [

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 
+from dwl_plugin.classes.token_bytes import TokenTable, as_text
 from dwl_plugin.cli.analysis import LookedAt
 from dwl_plugin.cli.plots import PALETTE
 from dwl_plugin.errors import DWLError
@@ -102,19 +104,14 @@ def _without_padding(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _spelling(tokenizer: Any) -> Callable[[int], str]:
     """The text of a token; a byte that is no character by itself as ‹e2›."""
-    from dwl_plugin.classes import TokenTable
-    from dwl_plugin.classes.token_bytes import as_text
-
     try:
         table = TokenTable.of(tokenizer)
     except DWLError:  # no bytes to be had: the tokenizer's own names
         return lambda token_id: str(tokenizer.convert_ids_to_tokens(token_id))
-    cache: dict[int, str] = {}
 
+    @cache
     def spell(token_id: int) -> str:
-        if token_id not in cache:
-            text = as_text(table.spelling(token_id)) if 0 <= token_id < table.size else f"‹token {token_id}›"
-            cache[token_id] = "".join(f"‹{ord(char) - 0xDC00:02x}›" if "\udc80" <= char <= "\udcff" else char for char in text)
-        return cache[token_id]
+        text = as_text(table.spelling(token_id)) if 0 <= token_id < table.size else f"‹token {token_id}›"
+        return "".join(f"‹{ord(char) - 0xDC00:02x}›" if "\udc80" <= char <= "\udcff" else char for char in text)
 
     return spell
