@@ -7,6 +7,7 @@ divides them -> `_save_checkpoint` keeps what a resumed run needs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -136,8 +137,17 @@ class TrainerMixin(Trainer):
     def stop_if_not_finite(self) -> None:
         """Before anything is logged or saved; the checkpoints from before stay."""
         found = self._dwl.first_bad.found(self.accelerator.gather, self.args.device)
-        if found:
-            raise _not_finite(found, Path(self.args.output_dir))
+        if not found:
+            return
+        first = min(found.values())
+        classes = " and ".join(f"`{name}`" for name, step in found.items() if step == first)
+        whole = finished_checkpoints(Path(self.args.output_dir))
+        kept = f"The newest checkpoint, {whole[-1]}, is from before." if whole else "No checkpoint was written before."
+        raise NotFiniteError(
+            f"the loss of class {classes} is infinite or NaN from step {first} on, so training stops. {kept} A lower "
+            "`learning_rate`, `max_grad_norm: 1.0` or bf16 in place of fp16 are the usual remedies; if it is always this step, "
+            "look at its rows."
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -259,26 +269,11 @@ def _require_cut_sequences(accelerator: Any, batches: Sequence[Any]) -> None:
         )
 
 
-def _not_finite(found: dict[str, int], output_dir: Path) -> NotFiniteError:
-    first = min(found.values())
-    classes = " and ".join(f"`{name}`" for name, step in found.items() if step == first)
-    whole = finished_checkpoints(output_dir)
-    kept = f"The newest checkpoint, {whole[-1]}, is from before." if whole else "No checkpoint was written before."
-    return NotFiniteError(
-        f"the loss of class {classes} is infinite or NaN from step {first} on, so training stops. {kept} A lower "
-        "`learning_rate`, `max_grad_norm: 1.0` or bf16 in place of fp16 are the usual remedies; if it is always this step, look "
-        "at its rows."
-    )
-
-
 def _run_length(args: Any, state: Any, loader: Any) -> RunLength:
     try:
-        per_epoch = len(loader) if loader is not None else None
-    except TypeError:  # a stream
+        per_epoch = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1)
+    except TypeError:  # a stream, or none
         per_epoch = None
-    if per_epoch is not None:
-        accumulation = args.gradient_accumulation_steps
-        per_epoch = max(per_epoch // accumulation + int(per_epoch % accumulation > 0), 1)
     return RunLength(state.max_steps if state.max_steps > 0 else None, per_epoch)
 
 

@@ -20,14 +20,8 @@ class Attachment:
     def __init__(self, model: nn.Module, spec: LossSpec, say: Callable[[str], None]) -> None:
         self._spec = spec
         self.seam = Seam(model, say)
-        self._hooks = [
-            hook
-            for module in self.seam.called
-            for hook in (
-                module.register_forward_pre_hook(self._before, with_kwargs=True),
-                module.register_forward_hook(self._after, always_call=True),
-            )
-        ]
+        self._hooks = [module.register_forward_pre_hook(self._before, with_kwargs=True) for module in self.seam.called]
+        self._hooks += [module.register_forward_hook(self._after, always_call=True) for module in self.seam.called]
 
     def detach(self) -> None:
         """Give the model back as it was."""
@@ -36,12 +30,9 @@ class Attachment:
         self.seam.detach()
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = kwargs
-        if args:
-            given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        labels = given.get("labels")
-        if labels is not None:
-            self.seam.arm(PendingLoss(self._spec, labels, denominator=given.get("num_items_in_batch")))
+        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
+        if given.get("labels") is not None:
+            self.seam.arm(PendingLoss(self._spec, given["labels"], denominator=given.get("num_items_in_batch")))
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self.seam.disarm(completed=output is not None)

@@ -73,10 +73,8 @@ def output_head(model: Any) -> nn.Module:
 
 def uses_head(module: Any, head: nn.Module) -> bool:
     """Whether `module` computes a loss from the logits of `head`."""
-    if not (hasattr(module, "get_output_embeddings") and hasattr(type(module), "loss_function")):
-        return False
-    its_head: object = module.get_output_embeddings()
-    return its_head is head
+    has_both = hasattr(module, "get_output_embeddings") and hasattr(type(module), "loss_function")
+    return has_both and module.get_output_embeddings() is head
 
 
 def without_adapter(head: nn.Module) -> nn.Module:

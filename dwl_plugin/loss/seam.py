@@ -145,15 +145,9 @@ class Seam:
             return args[0].work(hidden)
         if self._pending is None or args or kwargs:
             return self._head_forward(hidden, *args, **kwargs)
-        device = hidden.device.type
-        return DeferredLogits(
-            hidden,
-            self._logits,
-            vocab_size=heads.vocab_size_of(self.head),
-            dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype,
-            on_materialise=self._materialised,
-            on_cross_entropy=self._cross_entropy,
-        )
+        device, vocab_size = hidden.device.type, heads.vocab_size_of(self.head)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        return DeferredLogits(hidden, self._logits, vocab_size, dtype, (), self._materialised, self._cross_entropy)
 
     # Spelled out, because trainers read the signature to learn whether the loss divides by num_items_in_batch itself.
     def _loss_function(
@@ -169,13 +163,8 @@ class Seam:
         if self._pending is not None:
             return self._causal_loss(logits, labels, shift_labels, ignore_index)
         passed = {"num_items_in_batch": num_items_in_batch, "shift_labels": shift_labels, **kwargs}
-        return self._model_loss(
-            logits,
-            labels,
-            vocab_size=vocab_size,
-            ignore_index=ignore_index,
-            **{key: value for key, value in passed.items() if value is not None},
-        )
+        given = {key: value for key, value in passed.items() if value is not None}
+        return self._model_loss(logits, labels, vocab_size=vocab_size, ignore_index=ignore_index, **given)
 
     # armed
 

@@ -57,13 +57,8 @@ class LabellingCollator:
         """The labels are made by the collator itself, so the classes are found in what it made."""
         if "labels" not in batch:  # rows to predict on
             return batch
-        class_ids = self.labeller.label_batch(
-            batch["input_ids"],
-            batch["labels"],
-            position_ids=batch.get("position_ids"),
-            attention_mask=batch.get("attention_mask"),
-            packed=self.packed,
-        )
+        layout = {key: batch.get(key) for key in ("position_ids", "attention_mask")}
+        class_ids = self.labeller.label_batch(batch["input_ids"], batch["labels"], **layout, packed=self.packed)
         batch[CLASS_IDS] = torch.from_numpy(class_ids)
         return batch
 

@@ -119,15 +119,7 @@ class Session:
                 "a batch arrived without class ids: its data loader was not made by the trainer's own `get_train_dataloader` or "
                 "`get_eval_dataloader`."
             )
-        return PendingLoss(
-            self.spec,
-            labels=inputs.get("labels"),
-            class_ids=class_ids,
-            shifted="shift_labels" in inputs,
-            class_weight=weight_C,
-            denominator=denominator,
-            on_tokens=on_tokens,
-        )
+        return PendingLoss(self.spec, inputs.get("labels"), class_ids, weight_C, denominator, on_tokens, "shift_labels" in inputs)
 
     def trained_on(self, tokens: ForwardMetrics) -> None:
         """Add the tokens of a forward of the step τ + 1 that is being made."""

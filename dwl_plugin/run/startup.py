@@ -101,10 +101,8 @@ def other_length_lines(block: Block, trained_for: RunLength, length: RunLength, 
     """A resumed run that is not as long as its checkpoint was trained for: shares and epochs lie elsewhere now."""
     if trained_for == length or not block.moves:
         return
-    for what, old, new in (
-        ("steps", trained_for.total_steps, length.total_steps),
-        ("steps per epoch", trained_for.steps_per_epoch, length.steps_per_epoch),
-    ):
+    for what, key in (("steps", "total_steps"), ("steps per epoch", "steps_per_epoch")):
+        old, new = getattr(trained_for, key), getattr(length, key)
         if old != new:
             yield f"resumed at step {tau}: the checkpoint was trained for {_known(old)} {what}, this run has {_known(new)}"
     for path in block.schedules:
