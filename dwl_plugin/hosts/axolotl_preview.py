@@ -277,8 +277,10 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     cfg = copy.deepcopy(cfg)
     cfg.dataset_num_proc, cfg.dataset_keep_in_memory = None, True
     prepared = load_preprocessed_dataset(cfg, generate_dataset_hash_from_config(cfg, cfg.datasets, tokenizer.name_or_path))
-    sources = _raw_datasets(cfg, tokenizer) if prepared is None else []
-    order = _order_of_the_run([len(dataset) for dataset, _ in sources], cfg) if prepared is None else prepared
+    sources, order = [], prepared
+    if prepared is None:
+        sources = _raw_datasets(cfg, tokenizer)
+        order = _order_of_the_run([len(dataset) for dataset, _ in sources], cfg)
     total = _training_rows(len(order), cfg)
     head = order.select(picked_rows(total, cfg.seed or 0, count) if spread else range(min(count, total)))
     if prepared is not None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dwl_plugin.loss.heads import LinearHead, logits_of
 from dwl_plugin.loss.matmul import add_product, add_transposed_product, product
@@ -31,16 +32,16 @@ class Anchor:
             of the call. `module_cross_entropy` takes a callable (R, H) -> (R, V), and always needs it.
     """
 
-    weight: torch.Tensor
-    hidden: torch.Tensor
-    head: tuple[torch.Tensor, torch.Tensor | None] | Callable[[torch.Tensor], torch.Tensor] | None = None
+    weight: Tensor
+    hidden: Tensor
+    head: tuple[Tensor, Tensor | None] | Callable[[Tensor], Tensor] | None = None
 
 
 class BasePass:
     """The base model's softmax beside ours, over one block of rows: Σ e^b, Σ e^b·(b − z) and Σ e^b·slope·W, b its logits."""
 
     def __init__(
-        self, hidden_RH: torch.Tensor, base: LinearHead, ours: LinearHead, operand: torch.dtype, *, hidden: bool, saves_exp: bool
+        self, hidden_RH: Tensor, base: LinearHead, ours: LinearHead, operand: torch.dtype, *, hidden: bool, saves_exp: bool
     ) -> None:
         self._hidden_RH = hidden_RH.to(base.multiplied).to(operand)
         self._base, self._ours, self._operand, self._saves_exp = base, ours, operand, saves_exp
@@ -48,9 +49,9 @@ class BasePass:
         self._sum_exp_R, self._cross_R = zeros_R, zeros_R
         self._running_max_R = torch.full_like(zeros_R, torch.finfo(ours.summed).min)
         self._grad_RH = torch.zeros(hidden_RH.shape, dtype=ours.summed, device=hidden_RH.device) if hidden else None
-        self._saved_exp: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
+        self._saved_exp: list[tuple[slice, Tensor, Tensor]] = []
 
-    def update(self, logits_RW: torch.Tensor, weight_WH: torch.Tensor, tile: slice) -> None:
+    def update(self, logits_RW: Tensor, weight_WH: Tensor, tile: slice) -> None:
         """Our logits of a tile, in units of a softcap, and the weight they came from."""
         base, unit = self._base, self._ours.unit
         base_WH = weight_WH
@@ -75,18 +76,13 @@ class BasePass:
         if self._saves_exp:
             self._saved_exp.append((tile, exp_RW, running_max_R))
 
-    def kl(self, log_total_R: torch.Tensor) -> torch.Tensor:
+    def kl(self, log_total_R: Tensor) -> Tensor:
         """KL of each row; `log_total` is log Σ e^z."""
         base_log_total_R = self._running_max_R * self._ours.unit + self._sum_exp_R.log()
         return (self._cross_R / self._sum_exp_R - base_log_total_R + log_total_R).clamp_(min=0)
 
     def add_gradients(
-        self,
-        coef_R: torch.Tensor,
-        grad_RH: torch.Tensor | None,
-        hidden_RH: torch.Tensor,
-        weight_VH: torch.Tensor | None,
-        bias_V: torch.Tensor | None,
+        self, coef_R: Tensor, grad_RH: Tensor | None, hidden_RH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None
     ) -> None:
         """Take coef·q, the base model's part of coef·(p − q), from the gradients."""
         share_R = coef_R / self._sum_exp_R

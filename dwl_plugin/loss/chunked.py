@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dwl_plugin.loss.stable_nll import LinearCrossEntropyOutput, exact_nll, refuse_second_derivative, spread
+from dwl_plugin.loss.stable_nll import LinearCrossEntropyOutput, exact_nll, output_at, refuse_second_derivative
 from dwl_plugin.loss.tokens import Targets, Tokens, require, select_tokens
 from dwl_plugin.loss.top_logits import TopLogits
 
@@ -22,8 +23,8 @@ _CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}  # of fp32 logits; about
 
 
 def module_cross_entropy(
-    hidden: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
     given: Targets,
     *,
     vocab_size: int | None = None,
@@ -35,13 +36,11 @@ def module_cross_entropy(
         loss = sum((term.weight * term.objective(nll)).sum() for term in given.terms)
 
     `head` maps (R, H) to (R, V), row by row, and is called on chunks of target tokens; each chunk's logits are computed
-    again in the backward, so only one chunk of them exists at a time. Gradients reach whatever parameters `head` uses.
-
-    The result is that of `linear_cross_entropy`.
+    again in the backward, so only one chunk of them exists at a time. Gradients reach whatever parameters `head` uses. The result
+    is that of `linear_cross_entropy`.
 
     Args:
         hidden: (…, H) floating.
-        head: see above.
         given: the targets (…) and what they pay; the `head` of an anchor has to be a callable like `head`.
         vocab_size: V, if it is known; otherwise one row is sent through `head` to learn it.
         chunk_tokens: rows of a chunk; None takes as many as fit a byte budget.
@@ -49,10 +48,8 @@ def module_cross_entropy(
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range.
     """
-    require(
-        chunk_tokens is None or (isinstance(chunk_tokens, int) and chunk_tokens > 0),
-        f"chunk_tokens must be a positive integer or None, got {chunk_tokens!r}",
-    )
+    is_size = chunk_tokens is None or (isinstance(chunk_tokens, int) and chunk_tokens > 0)
+    require(is_size, f"chunk_tokens must be a positive integer or None, got {chunk_tokens!r}")
     require(given.anchor is None or callable(given.anchor.head), "anchor.head must be a callable here")
     require(hidden.ndim >= 1, "hidden must be floating (..., H), got a scalar")
     hidden_TH = hidden.reshape(-1, hidden.shape[-1])
@@ -68,14 +65,13 @@ def module_cross_entropy(
         nothing = loss.new_zeros(targets.shape)
         return LinearCrossEntropyOutput(loss, nothing, (nothing,) * len(tokens.terms), None if tokens.anchor is None else nothing)
 
-    def chunk_loss(rows_RH: torch.Tensor, chunk: slice) -> _Part:
+    def chunk_loss(rows_RH: Tensor, chunk: slice) -> _Part:
         base_RV = None
         if tokens.anchor is not None:
             assert callable(tokens.anchor.head)
             with torch.no_grad():
-                base_RV = tokens.anchor.head(tokens.anchor.hidden[_rows(tokens, chunk)])
-        part: _Part = _LogitsLoss.apply(head(rows_RH), base_RV, tokens, chunk)
-        return part
+                base_RV = tokens.anchor.head(tokens.anchor.hidden[tokens.positions(chunk)])
+        return _LogitsLoss.apply(head(rows_RH), base_RV, tokens, chunk)  # type: ignore[no-any-return]
 
     if chunk_tokens is None:
         assert vocab_size is not None
@@ -85,32 +81,19 @@ def module_cross_entropy(
     parts = []
     for start in range(0, N, rows):
         chunk = slice(start, min(start + rows, N))
-        rows_RH = hidden_TH[_rows(tokens, chunk)]
+        rows_RH = hidden_TH[tokens.positions(chunk)]
         again = torch.is_grad_enabled() and rows < N
-        part = checkpoint(chunk_loss, rows_RH, chunk, use_reentrant=False) if again else chunk_loss(rows_RH, chunk)
-        parts.append(part)
+        parts.append(checkpoint(chunk_loss, rows_RH, chunk, use_reentrant=False) if again else chunk_loss(rows_RH, chunk))
     losses, nlls, factors, kls = zip(*parts, strict=True)
-
-    def at_positions(values_N: torch.Tensor) -> torch.Tensor:
-        return spread(values_N, tokens.rows_N, targets.shape)
-
-    return LinearCrossEntropyOutput(
-        torch.stack(losses).sum(),
-        at_positions(torch.cat(nlls)),
-        tuple(at_positions(factor_N) for factor_N in torch.cat(factors, 1)),
-        None if tokens.anchor is None else at_positions(torch.cat(kls)),
-    )
+    kl_N = None if tokens.anchor is None else torch.cat(kls)
+    return output_at(tokens.rows_N, targets.shape, torch.stack(losses).sum(), torch.cat(nlls), torch.cat(factors, 1), kl_N)
 
 
-_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+_Part = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """Of a chunk: the loss; nll, factors and KL of its tokens."""
 
 
-def _rows(tokens: Tokens, chunk: slice) -> slice | torch.Tensor:
-    return chunk if tokens.rows_N is None else tokens.rows_N[chunk]
-
-
-def _summed(tensor: torch.Tensor) -> torch.dtype:
+def _summed(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
@@ -118,7 +101,7 @@ class _LogitsLoss(torch.autograd.Function):
     """What the tokens of a chunk pay, summed, their nll and factors; in fp32 or wider whatever the logits are."""
 
     @staticmethod
-    def forward(ctx: Any, logits_RV: torch.Tensor, base_RV: torch.Tensor | None, tokens: Tokens, chunk: slice) -> _Part:
+    def forward(ctx: Any, logits_RV: Tensor, base_RV: Tensor | None, tokens: Tokens, chunk: slice) -> _Part:
         exp_RV = logits_RV.to(_summed(logits_RV), copy=True)
         top_Rk, share_RV = None, None
         if tokens.top_k:
@@ -137,10 +120,8 @@ class _LogitsLoss(torch.autograd.Function):
         exp_RV.sub_(max_R[:, None]).exp_()
         sum_exp_others_R = exp_RV.sum(1)
         nll_R, one_minus_p_R = exact_nll(sum_exp_others_R, max_R, target_R)
-        kl_R = anchor_R = None
-        if share_RV is not None:
-            assert tokens.anchor is not None
-            anchor_R, kl_R = tokens.anchor.weight[chunk], (cross_R + nll_R + target_R).clamp_(min=0)
+        kl_R = None if share_RV is None else (cross_R + nll_R + target_R).clamp_(min=0)
+        anchor_R = None if tokens.anchor is None else tokens.anchor.weight[chunk]
         value = tokens.token_losses(nll_R, one_minus_p_R, top_Rk, kl_R, chunk, slope=ctx.needs_input_grad[0])
         ctx.save_for_backward(exp_RV, sum_exp_others_R, value.grad_coef_R, value.target_coef_R, targets_R1, share_RV, anchor_R)
         ctx.dtype = logits_RV.dtype
@@ -148,7 +129,7 @@ class _LogitsLoss(torch.autograd.Function):
         return value.loss_R.sum(), nll_R, value.factors_KR, kl_R
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
         refuse_second_derivative()
         exp_RV, sum_exp_others_R, grad_coef_R, target_coef_R, targets_R1, share_RV, anchor_R = ctx.saved_tensors
         exp_coef_R = grad * grad_coef_R / sum_exp_others_R.clamp(min=torch.finfo(sum_exp_others_R.dtype).tiny)

@@ -82,10 +82,9 @@ class ClassSums:
 
         Every rank has to call it, also one that saw no token.
         """
-        sums_RC = self._sums_RC
+        sums_RC, self._sums_RC = self._sums_RC, None
         if sums_RC is None:
             sums_RC = torch.zeros(len(_ROWS), len(self.names) + 1, dtype=widest(device), device=device)
-        self._sums_RC = None
         return self._ratios(reduce(sums_RC.to(device)).tolist())
 
     def _ratios(self, rows: list[list[float]]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dwl_plugin.errors import PREFIX
 from dwl_plugin.loss.anchor import BasePass
@@ -34,7 +35,7 @@ from dwl_plugin.loss.top_logits import TopLogits
 
 __all__ = ["Gradients", "NeedsGrad", "WalkResult", "forward_backward"]
 
-OnTile = Callable[[torch.Tensor, torch.Tensor, slice], None]
+OnTile = Callable[[Tensor, Tensor, slice], None]
 """Gets the logits (R, W) of a tile in units of a softcap, the weight (W, H) they came from, and the tile. Must change neither."""
 
 _MIB = 2**20
@@ -63,31 +64,31 @@ class NeedsGrad:
 class Gradients:
     """∂loss in the accumulation dtype: of the target rows of hidden, of the weight, of the bias."""
 
-    hidden_NH: torch.Tensor | None
-    weight_VH: torch.Tensor | None
-    bias_V: torch.Tensor | None
+    hidden_NH: Tensor | None
+    weight_VH: Tensor | None
+    bias_V: Tensor | None
 
 
 @dataclass
 class WalkResult:
     """The summed loss, its gradients, and of each token nll, the factor of each term, and KL(base‖θ) where there is an anchor."""
 
-    loss: torch.Tensor
-    nll_N: torch.Tensor
-    factors_KN: torch.Tensor
-    kl_N: torch.Tensor | None
+    loss: Tensor
+    nll_N: Tensor
+    factors_KN: Tensor
+    kl_N: Tensor | None
     gradients: Gradients
 
 
 def forward_backward(
-    hidden: torch.Tensor, tokens: Tokens, head: LinearHead, base: LinearHead | None, needs_grad: NeedsGrad
+    hidden: Tensor, tokens: Tokens, head: LinearHead, base: LinearHead | None, needs_grad: NeedsGrad
 ) -> WalkResult:
     """Everything about Σ_t Σ_k w_tk·ℓ_k(t), plus the anchor of `tokens` to the model whose head is `base`."""
     N, (V, H), device = len(tokens), head.weight_VH.shape, hidden.device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         hidden_TH = hidden.detach().reshape(-1, H)
 
-        def new(*shape: int, zero: bool = False) -> torch.Tensor:
+        def new(*shape: int, zero: bool = False) -> Tensor:
             return (torch.zeros if zero else torch.empty)(shape, dtype=head.summed, device=device)
 
         gradients = Gradients(
@@ -101,23 +102,15 @@ def forward_backward(
             plan = _plan(N, V, H, needs_grad.head, 1 if base is None else 2, operands, device)
             space = _Workspace(plan, head, operands, device, needs_grad.head)
             for block in plan.blocks():
-                _block(hidden_TH, tokens, block, head, base, space, result)
+                _block(hidden_TH, tokens, block, base, space, result)
         result.loss = result.loss.sum()
         return result
 
 
-def _block(
-    hidden_TH: torch.Tensor,
-    tokens: Tokens,
-    block: slice,
-    head: LinearHead,
-    base: LinearHead | None,
-    space: _Workspace,
-    result: WalkResult,
-) -> None:
+def _block(hidden_TH: Tensor, tokens: Tokens, block: slice, base: LinearHead | None, space: _Workspace, result: WalkResult) -> None:
     """One block of rows through the whole vocabulary: its losses, its rows of ∂hidden, its share of ∂W and ∂bias."""
-    gradients, operands, unit = result.gradients, space.operands, head.unit
-    rows = block if tokens.rows_N is None else tokens.rows_N[block]
+    gradients, operands, head, rows = result.gradients, space.operands, space.head, tokens.positions(block)
+    unit = head.unit
     hidden_RH = hidden_TH[rows].to(head.multiplied).to(operands.first)
     targets_R = tokens.targets_N[block]
     grad_RH = None if gradients.hidden_NH is None else gradients.hidden_NH[block]
@@ -129,19 +122,11 @@ def _block(
         assert tokens.anchor is not None
         base_RH = tokens.anchor.hidden[rows]
         base_pass = BasePass(base_RH, base, head, operands.first, hidden=grad_RH is not None, saves_exp=space.saves_exp)
-
-    def on_tile(logits_RW: torch.Tensor, weight_WH: torch.Tensor, tile: slice) -> None:
-        if top is not None:
-            top.update(logits_RW)
-        if base_pass is not None:
-            base_pass.update(logits_RW, weight_WH, tile)
-
-    seen_by = on_tile if top is not None or base_pass is not None else None
-    saved_exp: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
+    watchers: list[OnTile] = [one.update for one in (top, base_pass) if one is not None]
+    saved_exp: list[tuple[slice, Tensor, Tensor]] = []
     for index, tile in enumerate(space.plan.tiles()):
         weight_WH = space.weight(tile)
-        out_RW = space.logits(index, targets_R.numel(), tile.stop - tile.start)
-        exp_RW, rescale_R = space.step(state, hidden_RH, weight_WH, targets_R - tile.start, tile, out_RW, seen_by)
+        exp_RW, rescale_R = space.step(state, hidden_RH, weight_WH, targets_R, tile, watchers)
         if grad_RH is not None:
             if rescale_R is not None and index:
                 grad_RH.mul_(rescale_R[:, None])
@@ -194,9 +179,9 @@ def _block(
 class _Softmax:
     """Per row: Σ_{j≠y} exp(z_j − running max) so far, that maximum, the target's logit (in units of a softcap)."""
 
-    sum_exp_others_R: torch.Tensor
-    running_max_R: torch.Tensor
-    target_logit_R: torch.Tensor
+    sum_exp_others_R: Tensor
+    running_max_R: Tensor
+    target_logit_R: Tensor
 
     @classmethod
     def start(cls, rows: int, device: torch.device, dtype: torch.dtype) -> _Softmax:
@@ -258,15 +243,16 @@ class _Workspace:
         if not operands.first == head.multiplied == head.weight_VH.dtype:
             self._weight = torch.empty(plan.width, head.weight_VH.shape[1], dtype=operands.first, device=device)
 
-    def logits(self, tile: int, rows: int, width: int) -> torch.Tensor | None:
-        """(rows, width) to write into, None where products are new tensors."""
+    def _logits_buffer(self, rows: int, tile: slice) -> Tensor | None:
+        """(rows, width of the tile) to write into, None where products are new tensors."""
+        width = tile.stop - tile.start
         if self._logits is None:
             return None
         if not self._in_place:
             return self._logits.view(-1)[: rows * width].view(rows, width)
-        return self._logits[tile if len(self._logits) > 1 else 0, :rows, :width]
+        return self._logits[tile.start // self.plan.width if len(self._logits) > 1 else 0, :rows, :width]
 
-    def weight(self, tile: slice) -> torch.Tensor:
+    def weight(self, tile: slice) -> Tensor:
         """A tile of W as the first two matmuls want it, a view where it is so already."""
         weight_WH = self.head.weight_VH[tile]
         if self._weight is None:
@@ -276,23 +262,19 @@ class _Workspace:
         return self._weight[: weight_WH.shape[0]].copy_(weight_WH)
 
     def step(
-        self,
-        state: _Softmax,
-        hidden_RH: torch.Tensor,
-        weight_WH: torch.Tensor,
-        local_R: torch.Tensor,
-        tile: slice,
-        out_RW: torch.Tensor | None,
-        on_tile: OnTile | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Advance `state` by a tile, whose logits `on_tile` gets to see; its exponentials, and what earlier ones must be multiplied
-        by (None: 1)."""
+        self, state: _Softmax, hidden_RH: Tensor, weight_WH: Tensor, targets_R: Tensor, tile: slice, watchers: list[OnTile]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Advance `state` by a tile whose logits the watchers see; its exponentials, and what multiplies earlier ones (None: 1)."""
         bias_W = None if self._bias_V is None else self._bias_V[tile]
         scale, softcap = self.head.scale / (self.head.softcap or 1.0), self.head.softcap
+        local_R, out_RW = targets_R - tile.start, self._logits_buffer(len(targets_R), tile)
         logits_RW = product(hidden_RH, weight_WH.t(), self.head.summed, out=out_RW)
         if not self._in_place:
-            if on_tile is not None:
-                on_tile(logits_of(logits_RW, bias_W, scale, softcap), weight_WH, tile)
+            if watchers:
+                seen_RW = logits_of(logits_RW, bias_W, scale, softcap)
+                for watch in watchers:
+                    watch(seen_RW, weight_WH, tile)
+                del seen_RW  # before the step makes its own
             before = (state.sum_exp_others_R, state.running_max_R, state.target_logit_R)
             exp_RW, rescale_R, *now = _fused_step()(logits_RW, local_R, bias_W, scale, softcap, self.operands.first, *before)
             state.sum_exp_others_R, state.running_max_R, state.target_logit_R = now
@@ -303,8 +285,8 @@ class _Workspace:
             logits_RW.mul_(scale)
         if softcap is not None:
             logits_RW.tanh_()
-        if on_tile is not None:
-            on_tile(logits_RW, weight_WH, tile)
+        for watch in watchers:
+            watch(logits_RW, weight_WH, tile)
         slope_RW = None
         if self._slope is not None:
             slope_RW = self._slope[: logits_RW.shape[0], : logits_RW.shape[1]]
@@ -312,9 +294,7 @@ class _Workspace:
         return logits_RW, _step_in_place(state, logits_RW, local_R, softcap or 1.0, slope_RW)
 
 
-def _step_in_place(
-    state: _Softmax, logits_RW: torch.Tensor, local_R: torch.Tensor, unit: float, slope_RW: torch.Tensor | None
-) -> torch.Tensor | None:
+def _step_in_place(state: _Softmax, logits_RW: Tensor, local_R: Tensor, unit: float, slope_RW: Tensor | None) -> Tensor | None:
     """On a CPU: one buffer from logits to exponentials. Returns what earlier ones must be multiplied by."""
     rows_E = ((local_R >= 0) & (local_R < logits_RW.shape[1])).nonzero()[:, 0]
     here = (rows_E, local_R[rows_E])
@@ -336,16 +316,16 @@ def _step_in_place(
 
 
 def _step_fused(
-    logits_RW: torch.Tensor,
-    local_R: torch.Tensor,
-    bias_W: torch.Tensor | None,
+    logits_RW: Tensor,
+    local_R: Tensor,
+    bias_W: Tensor | None,
     scale: float,
     softcap: float | None,
     operand: torch.dtype,
-    sum_exp_others_R: torch.Tensor,
-    running_max_R: torch.Tensor,
-    target_logit_R: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:
+    sum_exp_others_R: Tensor,
+    running_max_R: Tensor,
+    target_logit_R: Tensor,
+) -> tuple[Tensor, ...]:
     """The same step without branches on values and without writes in place: what a compiler can make one kernel of."""
     logits_RW = logits_of(logits_RW, bias_W, scale, softcap)
     unit, width = softcap or 1.0, logits_RW.shape[1]
@@ -365,11 +345,11 @@ def _step_fused(
 
 
 @functools.cache
-def _fused_step() -> Callable[..., tuple[torch.Tensor, ...]]:
+def _fused_step() -> Callable[..., tuple[Tensor, ...]]:
     """`_step_fused`, compiled at its first use, or plain if that fails (said once)."""
-    compiled: list[Callable[..., tuple[torch.Tensor, ...]]] = [torch.compile(_step_fused)]
+    compiled: list[Callable[..., tuple[Tensor, ...]]] = [torch.compile(_step_fused)]
 
-    def step(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    def step(*arguments: Any) -> tuple[Tensor, ...]:
         if compiled:
             try:
                 return compiled[0](*arguments)

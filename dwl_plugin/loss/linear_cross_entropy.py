@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.fused_walk import Gradients, NeedsGrad, WalkResult, forward_backward
 from dwl_plugin.loss.heads import LinearHead
-from dwl_plugin.loss.stable_nll import LinearCrossEntropyOutput, refuse_second_derivative, spread
+from dwl_plugin.loss.stable_nll import LinearCrossEntropyOutput, output_at, refuse_second_derivative, spread
 from dwl_plugin.loss.token_losses import Term
-from dwl_plugin.loss.tokens import Targets, brief, require, require_number, select_tokens, terms_of
+from dwl_plugin.loss.tokens import Targets, brief, is_finite, require, select_tokens, terms_of
 
 __all__ = ["LinearCrossEntropyOutput", "fused_cross_entropy", "linear_cross_entropy"]
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
     *,
-    token_weight: torch.Tensor | None = None,
-    exponent: torch.Tensor | float = 0.0,
-    min_weight: torch.Tensor | float = 0.0,
+    token_weight: Tensor | None = None,
+    exponent: Tensor | float = 0.0,
+    min_weight: Tensor | float = 0.0,
     terms: Sequence[Term] | None = None,
     anchor: Anchor | None = None,
-    bias: torch.Tensor | None = None,
+    bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float | None = None,
     ignore_index: int = -100,
@@ -83,40 +82,25 @@ def linear_cross_entropy(
 
 
 def fused_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    given: Targets,
-    *,
-    bias: torch.Tensor | None = None,
-    softcap: float | None = None,
-    logit_scale: float | None = None,
+    hidden: Tensor, weight: Tensor, given: Targets, *, bias: Tensor | None, softcap: float | None, logit_scale: float | None
 ) -> LinearCrossEntropyOutput:
     """`linear_cross_entropy`, for callers who have the terms."""
     if torch.compiler.is_compiling():
         return _uncompiled()(hidden, weight, given, bias=bias, softcap=softcap, logit_scale=logit_scale)
-    require(
-        weight.ndim == 2 and weight.is_floating_point() and hidden.ndim >= 1 and weight.shape[1] == hidden.shape[-1],
-        f"weight must be floating (V, H) with the H of hidden {tuple(hidden.shape)}, got {brief(weight)}",
-    )
-    require(weight.shape[0] > 0, "weight must have at least one row, got (0, H)")
-    require(weight.device == hidden.device, f"weight must be on {hidden.device} like hidden, got {weight.device}")
+    fits = weight.ndim == 2 and weight.is_floating_point() and hidden.ndim >= 1 and weight.shape[1] == hidden.shape[-1]
+    require(fits, f"weight must be floating (V, H) with the H of hidden {tuple(hidden.shape)}, got {brief(weight)}")
+    V, device = weight.shape[0], hidden.device
+    require(V > 0, "weight must have at least one row, got (0, H)")
+    require(weight.device == device, f"weight must be on {device} like hidden, got {weight.device}")
     if bias is not None:
-        require(
-            bias.shape == weight.shape[:1] and bias.is_floating_point() and bias.device == hidden.device,
-            f"bias must be floating ({weight.shape[0]},) on {hidden.device}, got {brief(bias)} on {bias.device}",
-        )
-    if softcap is not None:
-        require_number("softcap", softcap, above=0.0)
-    if logit_scale is not None:
-        require_number("logit_scale", logit_scale, above=-math.inf)
-    head = LinearHead(
-        weight.detach(),
-        None if bias is None else bias.detach(),
-        1.0 if logit_scale is None else float(logit_scale),
-        None if softcap is None else float(softcap),
-        _multiplied_dtype(hidden, weight),
-    )
-    tokens = select_tokens(hidden, given, vocab_size=weight.shape[0], dtype=head.summed)
+        fits = bias.shape == (V,) and bias.is_floating_point() and bias.device == device
+        require(fits, f"bias must be floating ({V},) on {device}, got {brief(bias)} on {bias.device}")
+    require(softcap is None or (is_finite(softcap) and softcap > 0), f"softcap must be a finite number above 0, got {softcap!r}")
+    require(logit_scale is None or is_finite(logit_scale), f"logit_scale must be a finite number, got {logit_scale!r}")
+    scale = 1.0 if logit_scale is None else float(logit_scale)
+    softcap = None if softcap is None else float(softcap)
+    head = LinearHead(weight.detach(), _detached(bias), scale, softcap, _multiplied_dtype(hidden, weight))
+    tokens = select_tokens(hidden, given, vocab_size=V, dtype=head.summed)
     base = None if given.anchor is None else _base_head(given.anchor, head)
     learns = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     needs_grad = NeedsGrad(*(torch.is_grad_enabled() and learn for learn in learns))
@@ -126,12 +110,7 @@ def fused_cross_entropy(
     else:
         result = run(hidden)
         loss, nll_N, factors_KN, kl_N = result.loss, result.nll_N, result.factors_KN, result.kl_N
-
-    def at_positions(values_N: torch.Tensor) -> torch.Tensor:
-        return spread(values_N, tokens.rows_N, given.targets.shape)
-
-    factors = tuple(at_positions(factor_N) for factor_N in factors_KN)
-    return LinearCrossEntropyOutput(loss, at_positions(nll_N), factors, None if kl_N is None else at_positions(kl_N))
+    return output_at(tokens.rows_N, given.targets.shape, loss, nll_N, factors_KN, kl_N)
 
 
 def _base_head(anchor: Anchor, ours: LinearHead) -> LinearHead:
@@ -140,22 +119,24 @@ def _base_head(anchor: Anchor, ours: LinearHead) -> LinearHead:
         return ours
     assert isinstance(anchor.head, tuple)
     weight, bias = anchor.head
-    require(
-        weight.shape == (ours.weight_VH.shape[0], anchor.hidden.shape[-1]) and (bias is None or bias.shape == weight.shape[:1]),
-        f"anchor.head must be a (V, H) weight with V = {ours.weight_VH.shape[0]} and a (V,) bias or None, got {brief(weight)}",
-    )
-    bias = None if bias is None else bias.detach()
-    return LinearHead(weight.detach(), bias, ours.scale, ours.softcap, _multiplied_dtype(anchor.hidden, weight))
+    V = len(ours.weight_VH)
+    fits = weight.shape == (V, anchor.hidden.shape[-1]) and (bias is None or bias.shape == (V,))
+    require(fits, f"anchor.head must be a (V, H) weight with V = {V} and a (V,) bias or None, got {brief(weight)}")
+    return LinearHead(weight.detach(), _detached(bias), ours.scale, ours.softcap, _multiplied_dtype(anchor.hidden, weight))
 
 
-@functools.cache
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
+
+
+@cache
 def _uncompiled() -> Callable[..., LinearCrossEntropyOutput]:
     # Built at first use: the decorator would import torch's compiler into every process.
     eager: Callable[..., LinearCrossEntropyOutput] = torch.compiler.disable(fused_cross_entropy)  # type: ignore[no-untyped-call]
     return eager
 
 
-def _multiplied_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+def _multiplied_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype F.linear multiplies in."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
@@ -166,13 +147,8 @@ def _multiplied_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> torch.dtype
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        run: Callable[[torch.Tensor], WalkResult],
-        rows_N: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, run: Callable[[Tensor], WalkResult], rows_N: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         result = run(hidden)
         ctx.run, ctx.gradients = run, result.gradients
         ctx.save_for_backward(hidden, weight, bias, rows_N)
@@ -181,23 +157,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return result.loss, *detached
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         hidden, weight, bias, rows_N = ctx.saved_tensors
         # Handed out and forgotten, so that ∂W is scaled where it lies: a copy would be the largest tensor of all.
         gradients: Gradients = ctx.gradients or ctx.run(hidden).gradients
         ctx.gradients = None
-        grad_hidden = None
-        if gradients.hidden_NH is not None:
-            grad_hidden = spread(_scaled(gradients.hidden_NH, grad_loss, hidden.dtype), rows_N, hidden.shape)
-        grad_weight = None if gradients.weight_VH is None else _scaled(gradients.weight_VH, grad_loss, weight.dtype)
-        grad_bias = None if gradients.bias_V is None else _scaled(gradients.bias_V, grad_loss, bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        grad_NH = _scaled(gradients.hidden_NH, grad_loss, hidden)
+        grad_hidden = None if grad_NH is None else spread(grad_NH, rows_N, hidden.shape)
+        return grad_hidden, _scaled(gradients.weight_VH, grad_loss, weight), _scaled(gradients.bias_V, grad_loss, bias), None, None
 
 
-def _scaled(gradient: torch.Tensor, by: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """gradient · by in `dtype`, rounded once; where it lies, if the dtype allows."""
-    on_cpu = by.device.type == "cpu"
+def _scaled(gradient: Tensor | None, by: Tensor, like: Tensor) -> Tensor | None:
+    """gradient · by in the dtype of `like`, rounded once; where it lies, if the dtype allows."""
+    if gradient is None:
+        return None
+    dtype, on_cpu = like.dtype, by.device.type == "cpu"
     if gradient.dtype != dtype and not on_cpu:  # one kernel; a CPU would convert all of it beforehand
         return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))
     if not (on_cpu and by.item() == 1.0):

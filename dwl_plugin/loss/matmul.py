@@ -105,8 +105,7 @@ def _add_mm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) ->
 
 
 def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-    return result
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")  # type: ignore[no-any-return]
 
 
 def _filled_up(a_RX: torch.Tensor) -> torch.Tensor:
@@ -138,9 +137,8 @@ def _onednn_is_faster(device: torch.device, dtype: torch.dtype) -> bool:
 @functools.cache
 def _multiplies_bf16() -> bool:
     """Whether this CPU has instructions for it that oneDNN may use: without, bf16 takes longer than fp32."""
-    if not (_has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return False
-    return any(name in _processor() for name in ("avx512_bf16", "amx_bf16"))
+    supported = _has_onednn() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bool(supported) and any(name in _processor() for name in ("avx512_bf16", "amx_bf16"))
 
 
 @functools.cache

@@ -9,23 +9,22 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-__all__ = ["LinearCrossEntropyOutput", "exact_nll", "refuse_second_derivative", "spread"]
+__all__ = ["LinearCrossEntropyOutput", "exact_nll", "output_at", "refuse_second_derivative", "spread"]
 
 
 class LinearCrossEntropyOutput(NamedTuple):
     """`loss`: the weighted sum, with gradient. `nll`: −log p of each position in nats. `factors`: for each term (…), ℓ/nll of its
     token loss. `kl`: KL(base‖θ) of each position, where there is an anchor. All but the loss are detached, and 0 where ignored."""
 
-    loss: torch.Tensor
-    nll: torch.Tensor
-    factors: tuple[torch.Tensor, ...] = ()
-    kl: torch.Tensor | None = None
+    loss: Tensor
+    nll: Tensor
+    factors: tuple[Tensor, ...] = ()
+    kl: Tensor | None = None
 
 
-def exact_nll(
-    sum_exp_others_N: torch.Tensor, max_N: torch.Tensor, target_logit_N: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def exact_nll(sum_exp_others_N: Tensor, max_N: Tensor, target_logit_N: Tensor) -> tuple[Tensor, Tensor]:
     """nll = −log softmax(z)[y] and 1 − p = 1 − exp(−nll), from Σ_{j≠y} exp(z_j − max) and z_y.
 
     With x = log Σ_{j≠y} exp(z_j) − z_y they are softplus(x) and sigmoid(x); for x < 0 taken from odds = exp(x) itself,
@@ -38,12 +37,20 @@ def exact_nll(
     return nll_N, torch.where(likely_N, odds_N / (1 + odds_N), torch.sigmoid(x_N))
 
 
-def spread(values_N: torch.Tensor, rows_N: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+def spread(values_N: Tensor, rows_N: Tensor | None, shape: torch.Size) -> Tensor:
     """Values of the target tokens, numbers or rows, back at their positions in `shape`, 0 everywhere else."""
     if rows_N is not None:
         positions = shape[: len(shape) + 1 - values_N.ndim].numel()
         values_N = values_N.new_zeros(positions, *values_N.shape[1:]).index_copy_(0, rows_N, values_N)
     return values_N.reshape(shape)
+
+
+def output_at(
+    rows_N: Tensor | None, shape: torch.Size, loss: Tensor, nll_N: Tensor, factors_KN: Tensor, kl_N: Tensor | None
+) -> LinearCrossEntropyOutput:
+    """What the target tokens have, back at their positions in `shape`."""
+    nll, *factors = (spread(values_N, rows_N, shape) for values_N in (nll_N, *factors_KN))
+    return LinearCrossEntropyOutput(loss, nll, tuple(factors), None if kl_N is None else spread(kl_N, rows_N, shape))
 
 
 def refuse_second_derivative() -> None:

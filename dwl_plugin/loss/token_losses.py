@@ -4,10 +4,8 @@ A formula is called with what is known of some tokens and returns what they pay.
 the paper holds a factor constant. The gradient of ℓ in the logits is dℓ/dnll·∂nll/∂z with one number dℓ/dnll per token, which
 autograd takes from the expression: the pass over the vocabulary gives nll and its gradient, so any token loss costs what nll costs.
 
-A new one is a pair of the two here and an entry in `TOKEN_LOSSES`, or comes from another package:
-
-    [project.entry-points."dwl_plugin.token_losses"]
-    clipped = "my_package:Clipped"          # derived from TokenLoss; its Options from TokenLossOptions
+A new one is a pair of the two here and an entry in `TOKEN_LOSSES`, or an entry point of another package (`extensions.py`): derived
+from `TokenLoss`, its `Options` from `TokenLossOptions`.
 
 Shapes: R tokens, k the largest logits of each.
 """
@@ -24,22 +22,19 @@ from pydantic_core import CoreSchema, InitErrorDetails
 
 from dwl_plugin.alpha.schedules import Schedule, vectors
 from dwl_plugin.errors import ConfigError, did_you_mean
-from dwl_plugin.extensions import class_of, installed
+from dwl_plugin.extensions import class_of, installed, load
 from dwl_plugin.values import Strict, Weight, invalid, line_error
 
 if TYPE_CHECKING:
-    import torch
-    from pydantic_core import InitErrorDetails
+    from torch import Tensor
     from typing_extensions import Self
 
 __all__ = [
     "SCHEDULED",
     "TOKEN_LOSSES",
     "DFTConfig",
-    "EAFTConfig",
     "EntropyGate",
     "Focal",
-    "FocalConfig",
     "Power",
     "Term",
     "TokenLoss",
@@ -55,21 +50,18 @@ SCHEDULED = ("exponent", "min_weight")
 
 
 class TokenStats(NamedTuple):
-    """What a formula may look at.
+    """What a formula may look at: `nll` (R,) in nats, finite and above 0, and `top_logits` (R, k) in falling order, None if no
+    token loss looks at them."""
 
-    `nll` (R,) is in nats, finite and above 0; p and 1 − p follow from it. `top_logits` (R, k) are in falling order, None if no
-    token loss looks at them.
-    """
-
-    nll: torch.Tensor
-    top_logits: torch.Tensor | None
+    nll: Tensor
+    top_logits: Tensor | None
 
     @property
-    def p(self) -> torch.Tensor:
+    def p(self) -> Tensor:
         return self.nll.neg().exp()
 
     @property
-    def one_minus_p(self) -> torch.Tensor:
+    def one_minus_p(self) -> Tensor:
         """With all its digits as p → 1."""
         return self.nll.neg().expm1().neg()
 
@@ -90,15 +82,11 @@ class TokenLoss:
         """How many of the largest logits the formula looks at."""
         return 0
 
-    @classmethod
-    def of(cls, options: TokenLossConfig) -> Self:
-        return cls(**{field.name: getattr(options, field.name) for field in fields(cls)})  # type: ignore[arg-type]
-
-    def at(self, rows: slice | torch.Tensor) -> Self:
+    def at(self, rows: slice | Tensor) -> Self:
         """The formula of some of the tokens, where it has a number for each."""
         return self
 
-    def __call__(self, token: TokenStats) -> torch.Tensor:
+    def __call__(self, token: TokenStats) -> Tensor:
         """What each token pays, (R,)."""
         raise NotImplementedError
 
@@ -144,21 +132,18 @@ class DFTConfig(Strict):
 
 @dataclass(frozen=True)
 class Power(TokenLoss):
-    """ℓ = sg(w)·nll with w = max(p^exponent, min_weight) where p < threshold, 1 from there on.
-
-    exponent 0 is nll. `exponent` and `min_weight` may be one number per token.
-    """
+    """ℓ = sg(w)·nll, w = max(p^exponent, min_weight) if p < threshold, else 1; the first two may be one number per token."""
 
     Options = DFTConfig
-    exponent: torch.Tensor | float = 0.0
-    min_weight: torch.Tensor | float = 0.0
+    exponent: Tensor | float = 0.0
+    min_weight: Tensor | float = 0.0
     threshold: float = 1.0
 
-    def at(self, rows: slice | torch.Tensor) -> Power:
+    def at(self, rows: slice | Tensor) -> Power:
         exponent, floor = (v if isinstance(v, (int, float)) else v[rows] for v in (self.exponent, self.min_weight))
         return replace(self, exponent=exponent, min_weight=floor)
 
-    def __call__(self, token: TokenStats) -> torch.Tensor:
+    def __call__(self, token: TokenStats) -> Tensor:
         nll_R = token.nll.detach()
         weight_R = (nll_R * -self.exponent).exp().clamp(min=self.min_weight)
         if self.threshold < 1:
@@ -179,7 +164,7 @@ class Focal(TokenLoss):
     Options = FocalConfig
     gamma: float
 
-    def __call__(self, token: TokenStats) -> torch.Tensor:
+    def __call__(self, token: TokenStats) -> Tensor:
         return token.one_minus_p**self.gamma * token.nll
 
 
@@ -192,10 +177,7 @@ class EAFTConfig(Strict):
 
 @dataclass(frozen=True)
 class EntropyGate(TokenLoss):
-    """ℓ = sg(H/ln k)^exponent·nll, H the entropy of the softmax over the k largest logits.
-
-    k is the vocabulary if that is smaller.
-    """
+    """ℓ = sg(H/ln k)^exponent·nll, H the entropy of the softmax over the k largest logits, over all if there are fewer."""
 
     Options = EAFTConfig
     exponent: float
@@ -205,7 +187,7 @@ class EntropyGate(TokenLoss):
     def needs_top(self) -> int:
         return self.top_k
 
-    def __call__(self, token: TokenStats) -> torch.Tensor:
+    def __call__(self, token: TokenStats) -> Tensor:
         assert token.top_logits is not None
         top_Rk = token.top_logits[:, : self.top_k].detach()
         # H = log Σ e^(z_j − z_1) + Σ p_j·(z_1 − z_j): no term is negative, so a certain token keeps its digits. A gap of 1e4 is as
@@ -224,16 +206,16 @@ TOKEN_LOSSES: dict[str, type[TokenLoss]] = {  # a new one goes here
     "focal": Focal,
     "eaft": EntropyGate,
 }
-"""By the name that a YAML has for it. The options of these stand under a key of their name; those of a token loss whose options
-derive from `TokenLossOptions` stand in `token_loss: {type: name, ...}`. `nll` is dft with exponent 0."""
+"""By the name that a YAML has for it, which is also the key of its options. Those of another package's token loss stand in
+`token_loss: {type: name, ...}`. `nll` is dft with exponent 0."""
 
-_WITH_A_KEY = ("nll", *(name for name, formula in TOKEN_LOSSES.items() if not issubclass(formula.Options, TokenLossOptions)))
+_WITH_A_KEY = ("nll", *TOKEN_LOSSES)
 _PART_OF_DFT = {"asft": "anchor: 0.05", "gft": "threshold: 0.7", "sft": "exponent: 0"}
 """Names from papers that are `dft` with an option."""
 
 
 def _others() -> list[str]:
-    return sorted({*TOKEN_LOSSES, *installed("token_loss")} - set(_WITH_A_KEY))
+    return sorted(set(installed("token_loss")) - set(_WITH_A_KEY))
 
 
 def _chosen(value: object) -> object:
@@ -243,11 +225,12 @@ def _chosen(value: object) -> object:
     if isinstance(value, str) and value.lower() in _PART_OF_DFT:
         raise invalid(f"is `token_loss: dft` with `dft: {{{_PART_OF_DFT[value.lower()]}}}`")
     written = value if isinstance(value, Mapping) else {"type": value}
-    name, known = written.get("type"), [*_WITH_A_KEY, *_others()]
-    if not isinstance(name, str) or name not in known or name in _WITH_A_KEY:
+    name, others = written.get("type"), _others()
+    if not isinstance(name, str) or name not in others:
+        known = [*_WITH_A_KEY, *others]
         raise invalid("not a known value", ", ".join(known), did_you_mean(name, known))
     try:
-        found = class_of("token_loss", name, TOKEN_LOSSES, TokenLossOptions, "")
+        found = load("token_loss", name, "", TokenLossOptions)
     except ConfigError as error:
         raise invalid(error.problems[0].message, hint=error.problems[0].hint) from None
     return found.Options.model_validate(written)
@@ -269,12 +252,14 @@ TokenLossName = Annotated[str | SerializeAsAny[TokenLossOptions], BeforeValidato
 
 def objective_of(options: TokenLossConfig, path: str = "dwl.token_loss") -> TokenLoss:
     """The formula with these options. Raises `ConfigError` at `path` where another package's is none."""
-    if not isinstance(options, TokenLossOptions):
-        return next(formula for formula in TOKEN_LOSSES.values() if formula.Options is type(options)).of(options)
-    formula: type[TokenLoss] = class_of("token_loss", options.type, TOKEN_LOSSES, TokenLossOptions, f"{path}.type")
-    if not issubclass(formula, TokenLoss):
-        raise ConfigError.at(f"{path}.type", f"`{formula.__name__}` is no token loss: it has to derive from `TokenLoss`")
-    return formula.of(options)
+    formula: type[TokenLoss]
+    if isinstance(options, TokenLossOptions):
+        formula = class_of("token_loss", options.type, TOKEN_LOSSES, TokenLossOptions, f"{path}.type")
+        if not issubclass(formula, TokenLoss):
+            raise ConfigError.at(f"{path}.type", f"`{formula.__name__}` is no token loss: it has to derive from `TokenLoss`")
+    else:
+        formula = next(one for one in TOKEN_LOSSES.values() if one.Options is type(options))
+    return formula(**{field.name: getattr(options, field.name) for field in fields(formula)})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -282,4 +267,4 @@ class Term:
     """A part of what tokens pay: weight · token loss. The weight has one number per token; None is 1 everywhere."""
 
     objective: TokenLoss
-    weight: torch.Tensor | None = None
+    weight: Tensor | None = None

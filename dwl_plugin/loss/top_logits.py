@@ -22,7 +22,7 @@ class TopLogits:
         self._rows_E = asked_R.nonzero()[:, 0] if some and asked_R is not None else None
         self._top_Ek: torch.Tensor | None = None
 
-    def update(self, logits_RW: torch.Tensor) -> None:
+    def update(self, logits_RW: torch.Tensor, *_: object) -> None:
         logits_EW = logits_RW if self._rows_E is None else logits_RW[self._rows_E]
         best_Ek = logits_EW.topk(min(self._k, logits_EW.shape[1]), 1).values
         if self._top_Ek is not None:
