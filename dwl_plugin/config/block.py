@@ -150,9 +150,8 @@ class Block(Strict):
         if name == "nll":
             return DFTConfig.model_validate({"exponent": 0.0})
         whole = self.dft if name == "dft" else getattr(self.dwl, name)
-        own = None if spec is None else getattr(spec, name)
-        found: TokenLossConfig | None = own if own is not None else whole
-        return found if found is not None else TOKEN_LOSSES[name].Options.model_validate({})
+        found: TokenLossConfig | None = getattr(spec, name, None) or whole
+        return found or TOKEN_LOSSES[name].Options.model_validate({})
 
     def dump(self) -> dict[str, Any]:
         """Plain YAML types; `parse(block.dump()) == block`."""

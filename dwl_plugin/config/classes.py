@@ -13,7 +13,7 @@ from dwl_plugin.errors import Problem
 from dwl_plugin.loss.token_losses import TOKEN_LOSSES, DFTConfig, TokenLossName
 from dwl_plugin.values import REST
 
-__all__ = ["CLASSES", "ClassConfig", "Classes", "as_class", "may_be_empty", "name_problems", "with_token_losses"]
+__all__ = ["CLASSES", "ClassConfig", "Classes", "may_be_empty", "name_problems", "with_token_losses"]
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -47,10 +47,9 @@ class ClassConfig(_TokenLoss):
     allow_empty: bool = Field(False, description="Do not stop when the class matches nothing in a sample of the data.")
 
 
-def _with_options(selector: type[SelectorConfig]) -> type[ClassConfig]:
-    bases: tuple[type[Any], ...] = (ClassConfig, selector)
+def _with_options(selector: type[Any]) -> type[ClassConfig]:
     name = selector.__name__.replace("Selector", "Class")
-    return create_model(name, __base__=bases, __doc__=selector.__doc__, __module__=__name__)
+    return create_model(name, __base__=(ClassConfig, selector), __doc__=selector.__doc__, __module__=__name__)
 
 
 CLASSES: dict[str, type[ClassConfig]] = {key: _with_options(selector) for key, selector in SELECTORS.items()}
@@ -68,12 +67,6 @@ if TYPE_CHECKING:
     Classes = dict[str, ClassConfig]
 else:
     Classes = Annotated[dict[str, one_of(CLASSES, "a class")], BeforeValidator(_by_name)]
-
-
-def as_class(selector: SelectorConfig, options: Mapping[str, object]) -> ClassConfig:
-    """The class of a selector and the options beside it."""
-    fields = {name: getattr(selector, name) for name in type(selector).model_fields}
-    return CLASSES[selector.key].model_validate({**fields, **options})
 
 
 def may_be_empty(classes: Mapping[str, ClassConfig]) -> frozenset[str]:

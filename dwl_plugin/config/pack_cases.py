@@ -39,30 +39,23 @@ class ByteTokenizer:
         self._id_of = {token.content: token_id for token_id, token in self.added_tokens_decoder.items()}
 
     def get_vocab(self) -> dict[bytes, int]:
-        """Every token's bytes."""
         return {bytes([byte]): byte for byte in range(256)} | {as_bytes(text): token_id for text, token_id in self._id_of.items()}
 
     @property
     def all_special_ids(self) -> list[int]:
-        """The ids of the special tokens."""
         return [token_id for token_id, token in self.added_tokens_decoder.items() if token.special]
 
     @cached_property
     def _pieces(self) -> regex.Pattern[str] | None:
         longest_first = sorted(self._id_of, key=len, reverse=True)
-        return regex.compile("|".join(map(regex.escape, longest_first))) if longest_first else None
+        return regex.compile(f"({'|'.join(map(regex.escape, longest_first))})") if longest_first else None
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Ids of a text; nothing is put around it."""
-        ids: list[int] = []
-        at = 0
-        for match in self._pieces.finditer(text) if self._pieces is not None else ():
-            ids += [*as_bytes(text[at : match.start()]), self._id_of[match.group()]]
-            at = match.end()
-        return [*ids, *as_bytes(text[at:])]
+        parts = [text] if self._pieces is None else self._pieces.split(text)
+        return [i for part in parts for i in ([self._id_of[part]] if part in self._id_of else as_bytes(part))]
 
     def spelling(self, token_id: int) -> bytes:
-        """The bytes of one token."""
         return bytes([token_id]) if token_id < 256 else as_bytes(self.added_tokens_decoder[token_id].content)
 
 
@@ -76,7 +69,6 @@ class CaseResult:
 
     @property
     def passed(self) -> bool:
-        """True where the two are equal."""
         return self.expected == self.found
 
 

@@ -29,7 +29,6 @@ MAX_BYTES = 128 * 1024
 _SHIPPED = Path(__file__).parents[1] / "classes" / "packs"
 _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 _FILE = regex.compile(rf"(?P<pack>.+?\.ya?ml)(?:\.(?P<member>{_NAME}))?")
-_IDENTIFIER = regex.compile(_NAME)
 _MEMBER = regex.compile(rf"(?P<pack>{_NAME})(?:\.(?P<member>{_NAME}))?")
 _HUB = regex.compile(r"hf://(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<commit>[^/]*))?/(?P<file>.+)")
 _COMMIT = regex.compile(r"[0-9a-f]{40}")
@@ -85,7 +84,7 @@ def read_pack(reference: PackReference, folders: Sequence[Path] | None, path: st
     if name in known:
         source = _SHIPPED / f"{name}.yml" if name in shipped else load("pack", name, path)
         return PackText(name, _limited(source, name, path).decode("utf-8", "replace"))
-    if _IDENTIFIER.fullmatch(name):
+    if name.isidentifier():
         hint = did_you_mean(name, known) or "a pack of your own is `./its_file.yml`"
         raise ConfigError.at(path, "no such pack", name, ", ".join(known), hint)
     if folders is None:

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dwl_plugin.classes.selectors import AllSelector, AnySelector, Context, PackSelector, SelectorConfig, as_selector, walk
 from dwl_plugin.config.block import Reduction
-from dwl_plugin.config.classes import ClassConfig, Classes, as_class, name_problems
+from dwl_plugin.config.classes import CLASSES, ClassConfig, Classes, name_problems
 from dwl_plugin.config.pack_files import PackReference, PackText, read_pack
 from dwl_plugin.config.problems import alpha_problems, nodes, unique, validate
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
@@ -182,7 +182,8 @@ class PackLibrary:
         if not isinstance(config, ClassConfig):
             return selector
         options = {} if member is None else _options(self._measured(pack.classes[member]))
-        return as_class(selector, {**options, **_options(config)})
+        fields = {key: getattr(selector, key) for key in type(selector).model_fields}
+        return CLASSES[selector.key].model_validate({**fields, **options, **_options(config)})
 
     def with_pack(self, dwl: Mapping[str, Any]) -> dict[str, Any]:
         """The `dwl` block with its `pack` replaced by classes, α and reduction; keys beside `pack` win.
@@ -203,13 +204,11 @@ class PackLibrary:
             return beside
         added = {name: spec for name, spec in own.items() if name not in pack.classes}
         classes = {**added, **{name: own.get(name, self._measured(config)) for name, config in pack.classes.items()}}
-        suggested: dict[str, Any] = {}
-        if self.with_losses:
-            if added and "alpha" not in beside and pack.alpha is not None:
-                message = f"is needed: the pack suggests α for its own classes, not for {', '.join(map(str, added))}"
-                raise ConfigError.at("dwl.alpha", message, allowed=", ".join([*map(str, classes), REST]))
-            suggested = {"alpha": pack.alpha, "reduction": pack.reduction}
-        return {**{key: value for key, value in suggested.items() if value is not None}, **beside, "classes": classes}
+        suggested = pack.model_dump(include={"alpha", "reduction"}, exclude_none=True) if self.with_losses else {}
+        if added and "alpha" in suggested and "alpha" not in beside:
+            message = f"is needed: the pack suggests α for its own classes, not for {', '.join(map(str, added))}"
+            raise ConfigError.at("dwl.alpha", message, allowed=", ".join([*map(str, classes), REST]))
+        return {**suggested, **beside, "classes": classes}
 
     def _measured(self, config: ClassConfig) -> ClassConfig:
         if self.with_losses:

@@ -68,9 +68,7 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     ours = {key: raw[key] for key in Block.model_fields if raw.get(key) is not None}
     if not ours:
         return None
-    unfit = list(_unfit(ours))
-    if unfit:
-        raise ConfigError(unique(unfit))
+    ConfigError.raise_any(unique(list(_unfit(ours))))
     if "loss" not in ours:
         which, hint = " and ".join(f"`{key}`" for key in ours), f"add the line `loss: {'dwl' if 'dwl' in ours else 'dft'}`"
         raise ConfigError.at(next(iter(ours)), f"{which} without `loss` would change nothing", allowed=_LOSSES, hint=hint)
@@ -98,7 +96,10 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
         problems.append(Problem("dwl", "`loss: dwl` needs a `dwl` block", hint=hint))
     if sound is not None and not in_fields and not packs.problems:
         problems += _useless_options(sound)
-        problems += _too_many_classes(sound)
+        count = len(sound.class_configs)
+        if sound.overlap == "sum" and count > MOST_OVERLAPPING:  # class ids are the bits of an int64
+            why = f"`sum` takes at most {MOST_OVERLAPPING} classes, and there are {count}"
+            problems.append(Problem("dwl.overlap", why, "sum", hint="write `overlap: first`, or join classes"))
     if problems or block is None:
         raise ConfigError(unique(problems))
     return block
@@ -161,14 +162,14 @@ def _useless_keys(loss: object, dwl: Mapping[str, Any], classes: Mapping[str, An
     if loss not in ("nll", "dft"):
         return
     hint = "write `loss: dwl`, or delete this line"
+    why = f"has no effect under `loss: {loss}`, where classes are only measured"
     for key in ("alpha", "schedule", "controller", "reduction", "token_loss", *_OPTIONS):
         if dwl.get(key) is not None and dwl[key] != DWLConfig.model_fields[key].default:
-            why = f"has no effect under `loss: {loss}`, where classes are only measured"
             yield Problem(f"dwl.{key}", why, dwl[key], hint=hint)
     for name, spec in classes.items():
         for key in ("token_loss", *TOKEN_LOSSES):
             if isinstance(spec, Mapping) and spec.get(key) is not None:
-                yield Problem(f"dwl.classes.{name}.{key}", f"has no effect under `loss: {loss}`", spec[key], hint=hint)
+                yield Problem(f"dwl.classes.{name}.{key}", why, spec[key], hint=hint)
 
 
 def _useless_options(block: Block) -> Iterator[Problem]:
@@ -179,7 +180,7 @@ def _useless_options(block: Block) -> Iterator[Problem]:
         kind = default if spec.token_loss is None else _name(spec.token_loss)
         used.add(kind)
         for option in TOKEN_LOSSES:
-            if block.loss == "dwl" and getattr(spec, option, None) is not None and kind != option:
+            if getattr(spec, option, None) is not None and kind != option:
                 why = f"this class pays {kind}, so the options do nothing"
                 hint = f"add `token_loss: {option}` to the class, or delete `{option}`"
                 yield Problem(f"dwl.classes.{name}.{option}", why, hint=hint)
@@ -187,18 +188,10 @@ def _useless_options(block: Block) -> Iterator[Problem]:
         hint = "write `loss: dft`, or `dwl.token_loss: dft`, or delete `dft`"
         yield Problem("dft", "no token pays dft, so the options do nothing", hint=hint)
     for option in _OPTIONS:
-        if block.loss == "dwl" and getattr(block.dwl, option, None) is not None and option not in used:
+        if getattr(block.dwl, option, None) is not None and option not in used:
             hint = f"write `token_loss: {option}`, or delete `{option}`"
             yield Problem(f"dwl.{option}", f"no token pays {option}, so the options do nothing", hint=hint)
 
 
 def _name(token_loss: str | TokenLossOptions) -> str:
     return token_loss if isinstance(token_loss, str) else token_loss.type
-
-
-def _too_many_classes(block: Block) -> Iterator[Problem]:
-    """Class ids under `overlap: sum` are the bits of an int64."""
-    count = len(block.class_configs)
-    if block.overlap == "sum" and count > MOST_OVERLAPPING:
-        why = f"`sum` takes at most {MOST_OVERLAPPING} classes, and there are {count}"
-        yield Problem("dwl.overlap", why, "sum", hint="write `overlap: first`, or join classes")

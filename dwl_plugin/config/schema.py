@@ -10,7 +10,6 @@ from dwl_plugin.values import REST
 
 __all__ = ["json_schema", "merged_into"]
 
-_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _NAMES = {"pattern": f"^(?!{REST}$)[A-Za-z_][A-Za-z0-9_]*$"}
 
 
@@ -20,7 +19,7 @@ def json_schema() -> dict[str, Any]:
     block["$defs"]["DWLConfig"]["properties"]["classes"]["propertyNames"] = _NAMES
     properties = {key: _without_null(schema) for key, schema in block["properties"].items()}
     return {
-        "$schema": _DIALECT,
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "dwl_plugin",
         "description": "`loss`, `dft` and `dwl` in an Axolotl config.",
         "type": "object",
@@ -42,6 +41,5 @@ def merged_into(host: Mapping[str, Any]) -> dict[str, Any]:
 
 def _without_null(schema: Mapping[str, Any]) -> dict[str, Any]:
     """A key that is not wanted is left out; `null` would only be offered for completion."""
-    choices = [choice for choice in schema.get("anyOf", ()) if choice != {"type": "null"}]
     kept = {key: value for key, value in schema.items() if key not in ("anyOf", "default", "title")}
-    return {**kept, **choices[0]} if len(choices) == 1 else {**kept, **({"anyOf": choices} if choices else {})}
+    return {**kept, **next((choice for choice in schema.get("anyOf", ()) if choice != {"type": "null"}), {})}
