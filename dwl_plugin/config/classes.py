@@ -32,7 +32,7 @@ def with_token_losses(model: type[_Model], description: str) -> type[_Model]:
 
 class _TokenLoss(SelectorConfig):
     token_loss: TokenLossName | None = Field(
-        None, description="What a token of this class pays: nll, dft, focal or eaft. Default: dwl.token_loss."
+        None, description=f"What a token of this class pays: {', '.join(('nll', *TOKEN_LOSSES))}. Default: dwl.token_loss."
     )
     dft: DFTConfig | None = Field(None, description="Options of this class's dft token loss. Default: the top-level `dft`.")
 

@@ -66,7 +66,11 @@ class TokenStats(NamedTuple):
         return self.nll.neg().expm1().neg()
 
 
-class TokenLossOptions(Strict):
+class TokenLossConfig(Strict):
+    """Base of the options of token losses."""
+
+
+class TokenLossOptions(TokenLossConfig):
     """Base of the options of token losses from other packages."""
 
     type: str = Field(description="Which token loss.")
@@ -91,7 +95,7 @@ class TokenLoss:
         raise NotImplementedError
 
 
-class DFTConfig(Strict):
+class DFTConfig(TokenLossConfig):
     """Token loss −sg(max(p^exponent, min_weight))·log p (arXiv 2508.05629 with the exponent of 2510.00526)."""
 
     exponent: Weight = Field(1.0, ge=0.0, description="a in the token weight p^a: 0 is plain NLL, 1 is DFT.")
@@ -151,7 +155,7 @@ class Power(TokenLoss):
         return weight_R * token.nll
 
 
-class FocalConfig(Strict):
+class FocalConfig(TokenLossConfig):
     """Token loss −(1 − p)^gamma·log p, differentiated through its factor (arXiv 1708.02002, eq. 4)."""
 
     gamma: Weight = Field(2.0, ge=0.0, description="γ in the factor (1 − p)^γ: 0 is plain NLL.")
@@ -168,7 +172,7 @@ class Focal(TokenLoss):
         return token.one_minus_p**self.gamma * token.nll
 
 
-class EAFTConfig(Strict):
+class EAFTConfig(TokenLossConfig):
     """Token loss −sg(H/ln k)^exponent·log p, H the entropy over the top_k most likely tokens (arXiv 2601.02151)."""
 
     exponent: Weight = Field(1.0, ge=0.0, description="Power of the normalised entropy: 0 is plain NLL.")
@@ -198,8 +202,6 @@ class EntropyGate(TokenLoss):
         entropy_R = others_R.log1p() + (gap_Rk * odds_Rk).sum(1) / (1 + others_R)
         return (entropy_R / math.log(max(2, top_Rk.shape[1]))) ** self.exponent * token.nll
 
-
-TokenLossConfig = DFTConfig | FocalConfig | EAFTConfig | TokenLossOptions
 
 TOKEN_LOSSES: dict[str, type[TokenLoss]] = {  # a new one goes here
     "dft": Power,
