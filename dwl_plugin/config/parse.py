@@ -84,12 +84,14 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     block = validate(Block, ours, problems, Context(packs))
     sound = block or validate(Block, ours, in_fields, Context(packs, cross_checks=False))
     problems += packs.problems
-    problems += _schedule_problems(classes)
+    if block is None:
+        problems += _schedule_problems(classes)
     problems += name_problems(classes)
     problems += _number_problems(dwl, names)
-    alone = validate(DWLConfig, {"controller": dwl.get("controller")}, [])  # it may be right in a block that is not
-    if ours["loss"] == "dwl" and "pack" not in dwl and alone is not None:
-        problems += controller_problems(alone.controller, dwl.get("alpha"), names)
+    if ours["loss"] == "dwl" and "pack" not in dwl:
+        # A controller may be right in a block that is not.
+        holder = block or validate(DWLConfig, {"controller": dwl.get("controller")}, [])
+        problems += controller_problems(None if holder is None else holder.controller, dwl.get("alpha"), names)
     problems += _useless_keys(ours["loss"], dwl, classes)
     if ours["loss"] == "dwl" and "dwl" not in ours:
         hint = "name at least one class under `dwl.classes`"

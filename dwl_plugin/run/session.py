@@ -74,8 +74,11 @@ class Session:
         self.tau = tau
         self.alpha = self.alpha_at(tau) if self.loop is None else self.loop.controller.alpha
         if self.token_losses_at is not None:
-            self.token_losses = self.token_losses_at(tau)
-            self.spec = replace(self.spec, objective=tuple(map(objective_of, self.token_losses)))
+            before, self.token_losses = self.token_losses, self.token_losses_at(tau)
+            # To ask for a formula of another package means to look through all that is installed.
+            objectives = zip(before, self.token_losses, self.spec.objective, strict=True)
+            kept_or_new = tuple(kept if new is old else objective_of(new) for old, new, kept in objectives)
+            self.spec = replace(self.spec, objective=kept_or_new)
 
     def moving_numbers(self) -> dict[str, float]:
         """α, the controller's signal and scheduled options of token losses, as metrics."""
