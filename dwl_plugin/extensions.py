@@ -8,7 +8,7 @@ A class has its pydantic model as `Options`. `docs/alpha.md` has an example of e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
@@ -19,19 +19,36 @@ from pydantic_core import CoreSchema, ValidationError, core_schema
 from dwl_plugin.errors import ConfigError, did_you_mean
 from dwl_plugin.values import line_error
 
-__all__ = ["ChosenByType", "Kind", "class_of", "installed", "load"]
+__all__ = ["ChosenByType", "Kind", "class_of", "installed", "load", "other_names", "schema_of_others"]
 
 Kind = Literal["schedule", "controller", "token_loss", "pack"]
+
+
+_GROUPS: dict[Kind, str] = {
+    "schedule": "dwl_plugin.schedules",
+    "controller": "dwl_plugin.controllers",
+    "token_loss": "dwl_plugin.token_losses",
+    "pack": "dwl_plugin.packs",
+}
 
 
 def installed(kind: Kind) -> dict[str, list[EntryPoint]]:
     """name -> who offers it, without importing anything."""
     found: dict[str, list[EntryPoint]] = {}
-    plural = f"{kind}es" if kind.endswith("s") else f"{kind}s"
-    for point in entry_points(group=f"dwl_plugin.{plural}"):
+    for point in entry_points(group=_GROUPS[kind]):
         if point not in found.setdefault(point.name, []):
             found[point.name].append(point)
     return found
+
+
+def other_names(kind: Kind, built_in: Collection[str]) -> list[str]:
+    """What installed packages offer beside the names that are `built_in`, which always mean what is built in."""
+    return sorted(set(installed(kind)) - set(built_in))
+
+
+def schema_of_others(names: Sequence[str]) -> dict[str, Any]:
+    """JSON Schema of `{type: name, **options}`: the options are known to the packages of these names alone."""
+    return {"type": "object", "properties": {"type": {"enum": names}}, "required": ["type"]}
 
 
 def load(kind: Kind, name: str, path: str, options: type[BaseModel] | None = None) -> Any:
@@ -60,10 +77,10 @@ def class_of(kind: Kind, name: object, built_in: Mapping[str, Any], options: typ
     """The class that `name` stands for: a built-in one, else an installed package's. Raises `ConfigError` at `path`."""
     if isinstance(name, str) and name in built_in:
         return built_in[name]
-    others, what = installed(kind), kind.replace("_", " ")
+    others, what = other_names(kind, built_in), kind.replace("_", " ")
     if isinstance(name, str) and name in others:
         return load(kind, name, path, options)
-    known = [*built_in, *sorted(set(others) - set(built_in))]
+    known = [*built_in, *others]
     hint = did_you_mean(name, known) if name is not None else f"a {what} is a mapping with a `type`"
     if isinstance(name, str) and not hint:
         hint = f"a {what} of another package is known once that package is installed here"
@@ -89,9 +106,8 @@ class ChosenByType:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         choices = handler(schema)["anyOf"]
-        others = sorted(set(installed(self.kind)) - set(self.built_in))
-        if others:  # their options are known to their packages alone
-            choices.append({"type": "object", "properties": {"type": {"enum": others}}, "required": ["type"]})
+        if others := other_names(self.kind, self.built_in):
+            choices.append(schema_of_others(others))
         return {"oneOf": choices}
 
     def _validated(self, value: object, _: object, info: core_schema.ValidationInfo) -> BaseModel:

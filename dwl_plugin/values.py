@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from math import isfinite
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +12,7 @@ import regex
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, WithJsonSchema, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError
 
-from dwl_plugin.errors import did_you_mean
+from dwl_plugin.errors import Problem, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic import ModelWrapValidatorHandler
@@ -34,6 +34,7 @@ __all__ = [
     "Word",
     "invalid",
     "line_error",
+    "missing_or_unknown",
     "position",
 ]
 
@@ -72,6 +73,16 @@ def invalid(message: str, allowed: str = "", hint: str = "") -> PydanticCustomEr
 def line_error(path: Sequence[int | str], message: str, value: object, allowed: str = "", hint: str = "") -> InitErrorDetails:
     """An error at `path` below what a validator looks at, for `ValidationError.from_exception_data`."""
     return InitErrorDetails(type=invalid(message, allowed, hint), loc=tuple(path), input=value)
+
+
+def missing_or_unknown(path: str, numbers: Mapping[Any, object], names: Sequence[str], hint: str = "") -> Iterator[Problem]:
+    """Names of no class in numbers by class, then the classes without a number. `hint` is for the latter."""
+    for name in numbers:
+        if name not in names:
+            yield Problem(f"{path}.{name}", "no such class", allowed=", ".join(names), hint=did_you_mean(name, names))
+    missing = [name for name in names if name not in numbers]
+    if missing:
+        yield Problem(path, f"every class needs a number; missing: {', '.join(missing)}", hint=hint)
 
 
 def _title(model: type) -> str:

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from dwl_plugin.alpha.run_length import RunLength
-from dwl_plugin.errors import ConfigError, Problem, RunError, did_you_mean
+from dwl_plugin.errors import ConfigError, Problem, RunError
 from dwl_plugin.extensions import ChosenByType, class_of
-from dwl_plugin.values import Position, Strict, Weight
+from dwl_plugin.values import Position, Strict, Weight, missing_or_unknown
 
 __all__ = ["CONTROLLERS", "Controller", "ControllerConfig", "ControllerOptions", "LossControllerOptions", "controller_problems"]
 
@@ -238,12 +238,7 @@ def _reference_problems(options: LossControllerOptions, path: str, names: Sequen
         why, hint = f"has no effect with `signal: {options.signal}`", "write `signal: excess_over_ref`, or delete this line"
         yield Problem(path, why, reference, hint=hint)
     if isinstance(reference, Mapping):
-        for name in reference:
-            if name not in names:
-                yield Problem(f"{path}.{name}", "no such class", allowed=", ".join(names), hint=did_you_mean(name, names))
-        missing = [name for name in names if name not in reference]
-        if missing:
-            yield Problem(path, f"every class needs a number; missing: {', '.join(missing)}")
+        yield from missing_or_unknown(path, reference, names)
 
 
 class Controller:

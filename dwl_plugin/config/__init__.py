@@ -6,10 +6,10 @@ the rest of the package reads; `Block.dump` gives back a mapping that parses to 
 
 from dwl_plugin.alpha.controllers import ControllerOptions, LossControllerOptions
 from dwl_plugin.alpha.schedules import ScheduleOptions
-from dwl_plugin.config.block import Block, DWLConfig, LossName, Reduction
+from dwl_plugin.config.block import Block, DWLConfig, LossName
 from dwl_plugin.config.classes import ClassConfig
 from dwl_plugin.config.parse import parse, read_block
-from dwl_plugin.values import Position, Weight
+from dwl_plugin.values import Position, Reduction, Weight
 
 __all__ = [
     "Block",

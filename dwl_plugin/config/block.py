@@ -14,7 +14,7 @@ from dwl_plugin.config.classes import ClassConfig, Classes, with_token_losses
 from dwl_plugin.loss.token_losses import TOKEN_LOSSES, DFTConfig, TokenLossConfig, TokenLossName, TokenLossOptions
 from dwl_plugin.values import REST, Overlap, Reduction, Strict, Weight
 
-__all__ = ["Block", "DWLConfig", "LossName", "Reduction"]
+__all__ = ["Block", "DWLConfig", "LossName"]
 
 LossName = Literal["nll", "dft", "dwl"]
 

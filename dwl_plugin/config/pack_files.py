@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import regex
 
 from dwl_plugin.errors import PREFIX, ConfigError, did_you_mean
-from dwl_plugin.extensions import installed, load
+from dwl_plugin.extensions import load, other_names
 
 __all__ = ["MAX_BYTES", "PackReference", "PackText", "known_packs", "read_pack", "shipped_packs"]
 
@@ -68,7 +68,7 @@ def shipped_packs() -> list[str]:
 def known_packs() -> list[str]:
     """The names of packs that can be used here: of this package, then of others that are installed."""
     shipped = shipped_packs()
-    return [*shipped, *sorted(set(installed("pack")) - set(shipped))]
+    return [*shipped, *other_names("pack", shipped)]
 
 
 def read_pack(reference: PackReference, folders: Sequence[Path] | None, path: str) -> PackText:

@@ -16,12 +16,11 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from dwl_plugin.classes.selectors import AllSelector, AnySelector, Context, PackSelector, SelectorConfig, as_selector, walk
-from dwl_plugin.config.block import Reduction
 from dwl_plugin.config.classes import CLASSES, ClassConfig, Classes, name_problems
 from dwl_plugin.config.pack_files import PackReference, PackText, read_pack
 from dwl_plugin.config.problems import alpha_problems, nodes, unique, validate
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
-from dwl_plugin.values import REST, Strict, Weight, invalid
+from dwl_plugin.values import REST, Reduction, Strict, Weight, invalid
 from dwl_plugin.yaml_io import load_plain_yaml
 
 __all__ = ["Pack", "PackCase", "PackLibrary", "PackTurn", "parse_pack"]

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
+from dwl_plugin.values import missing_or_unknown
 
 __all__ = ["alpha_problems", "collected", "nodes", "unique", "validate"]
 
@@ -72,12 +73,7 @@ def alpha_problems(path: str, alpha: object, names: Sequence[str]) -> Iterator[P
     """What is wrong with proportions, class by class."""
     if not isinstance(alpha, Mapping):
         return  # absent, or the schema says so already
-    for name in alpha:
-        if name not in names:
-            yield Problem(f"{path}.{name}", "no such class", allowed=", ".join(names), hint=did_you_mean(name, names))
-    missing = [name for name in names if name not in alpha]
-    if missing:
-        yield Problem(path, f"every class needs a number; missing: {', '.join(missing)}", hint="0 leaves a class out of the loss")
+    yield from missing_or_unknown(path, alpha, names, hint="0 leaves a class out of the loss")
     numbers = {name: value for name, value in alpha.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
     for name, value in numbers.items():
         if value < 0:

@@ -22,7 +22,7 @@ from pydantic_core import CoreSchema, InitErrorDetails
 
 from dwl_plugin.alpha.schedules import Schedule, vectors
 from dwl_plugin.errors import ConfigError, did_you_mean
-from dwl_plugin.extensions import class_of, installed, load
+from dwl_plugin.extensions import class_of, load, other_names, schema_of_others
 from dwl_plugin.values import Strict, Weight, invalid, line_error
 
 if TYPE_CHECKING:
@@ -216,10 +216,6 @@ _PART_OF_DFT = {"asft": "anchor: 0.05", "gft": "threshold: 0.7", "sft": "exponen
 """Names from papers that are `dft` with an option."""
 
 
-def _others() -> list[str]:
-    return sorted(set(installed("token_loss")) - set(_WITH_A_KEY))
-
-
 def _chosen(value: object) -> object:
     """A token loss with a key for its options stays a name; any other becomes its options."""
     if isinstance(value, TokenLossOptions) or (isinstance(value, str) and value in _WITH_A_KEY):
@@ -227,7 +223,7 @@ def _chosen(value: object) -> object:
     if isinstance(value, str) and value.lower() in _PART_OF_DFT:
         raise invalid(f"is `token_loss: dft` with `dft: {{{_PART_OF_DFT[value.lower()]}}}`")
     written = value if isinstance(value, Mapping) else {"type": value}
-    name, others = written.get("type"), _others()
+    name, others = written.get("type"), other_names("token_loss", _WITH_A_KEY)
     if not isinstance(name, str) or name not in others:
         known = [*_WITH_A_KEY, *others]
         raise invalid("not a known value", ", ".join(known), did_you_mean(name, known))
@@ -242,10 +238,9 @@ class _ByName:
     """In the JSON Schema: names, and where there are token losses without a key a mapping, which is checked when it is parsed."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        others = _others()
+        others = other_names("token_loss", _WITH_A_KEY)
         names = {"enum": [*_WITH_A_KEY, *others], "type": "string"}
-        mapping = {"type": "object", "properties": {"type": {"enum": others}}, "required": ["type"]}
-        return {"anyOf": [names, mapping]} if others else names
+        return {"anyOf": [names, schema_of_others(others)]} if others else names
 
 
 TokenLossName = Annotated[str | SerializeAsAny[TokenLossOptions], BeforeValidator(_chosen), _ByName()]
