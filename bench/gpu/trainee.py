@@ -49,6 +49,7 @@ class InTurn(TrainerCallback):
         self._turn, self._answers = os.fdopen(turn), os.fdopen(answers, "w")
         self._watched: Any = None
         self._started = 0.0
+        self.peak_mib = 0.0
 
     def say(self, what: dict[str, Any]) -> None:
         print(json.dumps(what), file=self._answers, flush=True)
@@ -64,6 +65,8 @@ class InTurn(TrainerCallback):
             self._said = self._watched.__enter__()
             warnings.simplefilter("always")
         synchronize()
+        if CUDA:  # Axolotl resets it with every line that it logs
+            torch.cuda.reset_peak_memory_stats()
         self._started = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -74,6 +77,8 @@ class InTurn(TrainerCallback):
             found = [said for said in self._said if "synchroniz" in str(said.message)]
             waits.update(f"{'/'.join(said.filename.split('/')[-2:])}:{said.lineno}" for said in found)
         synchronize()
+        if CUDA:
+            self.peak_mib = max(self.peak_mib, torch.cuda.max_memory_allocated() / MIB)
         self.say({"seconds": time.perf_counter() - self._started, "waits": waits})
 
 
@@ -91,8 +96,7 @@ def main() -> None:
     trainer.add_callback(in_turn)
     trainer.train()
     head = trainer.model.get_output_embeddings().weight
-    peak = torch.cuda.max_memory_allocated() / MIB if CUDA else 0.0
-    in_turn.say({"peak_mib": peak, "head": str(head.dtype), "loss": trainer.state.log_history[-1].get("train_loss")})
+    in_turn.say({"peak_mib": in_turn.peak_mib, "head": str(head.dtype), "loss": trainer.state.log_history[-1].get("train_loss")})
 
 
 if __name__ == "__main__":

@@ -39,10 +39,12 @@ OnTile = Callable[[Tensor, Tensor, slice], None]
 """Gets the logits (R, W) of a tile in units of a softcap, the weight (W, H) they came from, and the tile. Must change neither."""
 
 _MIB = 2**20
-# A tile of logits should stay in cache on a CPU, and be a large matmul on a GPU.
-_TILE_BYTES = {"cpu": 4 * _MIB, "cuda": 128 * _MIB}
+# A tile of logits should stay in cache on a CPU, and be a large matmul on a GPU: bench/gpu's `plans` measures both sizes.
+_TILE_BYTES = {"cpu": 4 * _MIB, "cuda": 64 * _MIB}
 _LEAST_WIDTH = 256
-_ROWS = {"cpu": 1024, "cuda": 8192}
+_ROWS = {"cpu": 1024, "cuda": 2048}
+# An odd stride keeps the matrix units of a GPU from loading 16 bytes at a time: the same product takes six times as long.
+_WIDTH_MULTIPLE = {"cpu": 1, "cuda": 128}
 # A row's running maximum is left behind by this much before it follows: e^20 is far from overflow, and rescaling costs.
 _LAG = 20.0
 # Columns beside a tile, so that row strides avoid powers of two.
@@ -185,9 +187,9 @@ class _Softmax:
 
     @classmethod
     def start(cls, rows: int, device: torch.device, dtype: torch.dtype) -> _Softmax:
-        zeros_R = torch.zeros(rows, dtype=dtype, device=device)
+        sum_R, target_R = torch.zeros(2, rows, dtype=dtype, device=device)  # two tensors: one for both would be compiled for alone
         # Not −inf: a row may see nothing but its own target at first, and −inf − (−inf) is no number.
-        return cls(zeros_R, torch.full_like(zeros_R, torch.finfo(dtype).min), zeros_R)
+        return cls(sum_R, torch.full_like(sum_R, torch.finfo(dtype).min), target_R)
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ def _plan(N: int, V: int, H: int, head_trained: bool, softmaxes: int, operands: 
         most_rows = min(most_rows, in_budget)
     rows = tiling.round_up(max(1, math.ceil(N / max(1, math.ceil(N / most_rows)))))
     even_width = math.ceil(V / math.ceil(V / max(_LEAST_WIDTH, _TILE_BYTES[kind] // (4 * rows))))
+    even_width = min(V, even_width + -even_width % _WIDTH_MULTIPLE[kind])
     return _Plan(N, V, rows, even_width if tiling.any_shape else min(V, tiling.width), reuses_buffers=tiling.any_shape)
 
 
@@ -330,8 +333,9 @@ def _step_fused(
     logits_RW = logits_of(logits_RW, bias_W, scale, softcap)
     unit, width = softcap or 1.0, logits_RW.shape[1]
     here_R = (local_R >= 0) & (local_R < width)
-    at_target_R = logits_RW.gather(1, local_R.clamp(0, width - 1)[:, None])[:, 0]
     is_target_RW = local_R[:, None] == torch.arange(width, device=local_R.device)
+    # A sum of one number and zeros is that number; `gather` brings a bounds check that Triton 3.6 does not compile.
+    at_target_R = torch.where(is_target_RW, logits_RW, 0.0).sum(1)
     other_RW = torch.where(is_target_RW, -math.inf, logits_RW)
     # fp16 ends at 6e-8 below but only at 65504 above: a running max under the maximum uses that room.
     lift = 10.0 / unit if operand == torch.float16 else 0.0

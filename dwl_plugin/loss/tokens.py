@@ -156,7 +156,8 @@ def select_tokens(hidden: Tensor, given: Targets, *, vocab_size: int | None, dty
     for term in given.terms:
         objective, weight = term.objective, term.weight
         if weight is not None:
-            require(isinstance(weight, Tensor), f"token_weight must be None or a tensor like targets, got {weight!r}")
+            got = type(weight).__name__  # showing a tensor would wait for the device
+            require(isinstance(weight, Tensor), f"token_weight must be None or a tensor like targets, got {got}")
             weight = at_targets("token_weight", weight)
         if isinstance(objective, Power):
             exponent = not_negative("exponent", objective.exponent)

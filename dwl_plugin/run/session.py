@@ -115,7 +115,8 @@ class Session:
     ) -> PendingLoss:
         """What the seam needs for one forward; takes the class ids out of `inputs`."""
         device = counts.device  # where the counts are, so that nothing waits for them
-        weight_C = class_weights(self.block.reduction, torch.tensor(self.alpha, dtype=widest(device), device=device), counts)
+        alpha_C = torch.tensor(self.alpha, dtype=widest(device)).to(device, non_blocking=True)
+        weight_C = class_weights(self.block.reduction, alpha_C, counts)
         class_ids = inputs.pop(CLASS_IDS, None)
         if class_ids is None and self.labeller is not None:
             raise LossNotTakenError(

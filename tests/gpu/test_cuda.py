@@ -84,9 +84,10 @@ def test_the_compiled_body_is_the_one_that_runs() -> None:
         run(linear_cross_entropy, on_device(random_case(2, 32, vocab=512, width=32)))
 
 
-def test_it_waits_for_the_device_once_at_most() -> None:
+@pytest.mark.parametrize("made", [random_case, full_case], ids=["plain", "full"])
+def test_it_waits_for_the_device_once_at_most(made: Callable[..., Case]) -> None:
     """The number of targets is the one thing the host has to know."""
-    case = on_device(random_case(4, 256, vocab=1009, width=64, dtype=torch.bfloat16))
+    case = on_device(made(4, 256, vocab=1009, width=64, dtype=torch.bfloat16))
     run(linear_cross_entropy, case)  # compiled by now
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
