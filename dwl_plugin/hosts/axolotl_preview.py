@@ -33,6 +33,7 @@ __all__ = [
     "NotSeenError",
     "Rows",
     "host_schema",
+    "import_axolotl",
     "load_cfg",
     "load_model",
     "load_rows",
@@ -119,6 +120,14 @@ def _scratch() -> str:
     folder = tempfile.mkdtemp(prefix="dwl-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def import_axolotl() -> None:
+    """All of it that a look needs."""
+    with quiet():
+        import axolotl.cli.config
+        import axolotl.loaders
+        import axolotl.utils.data.sft  # noqa: F401
 
 
 def load_cfg(raw: Mapping[str, Any], path: Path, *, to_run: bool = False) -> tuple[Any, list[str]]:
