@@ -42,10 +42,10 @@ class _Look:
 
     def __init__(self) -> None:
         self.refused: list[Danger] = []
-        self._places = tuple(os.path.join(os.path.realpath(place), "") for place in _installed())
+        self._places = tuple(map(_folder, _installed()))
 
     def trusts(self, file: str) -> bool:
-        return file.startswith("<") or os.path.realpath(file).startswith((*self._places, *_compiled()))
+        return file.startswith("<") or os.path.realpath(file).startswith((*self._places, *map(_folder, _compiled())))
 
     def refuse(self, does: Literal["runs code", "fetches"], what: str, value: object) -> NoReturn:
         danger = Danger("while it was loaded", str(value), does, what)
@@ -142,7 +142,13 @@ def _offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-def _compiled() -> tuple[str, ...]:
-    """Where torch writes the Python that it compiles to; nowhere before it has compiled."""
+def _compiled() -> Iterator[str]:
+    """Where torch and Triton write what they compile."""
+    yield os.environ.get("TRITON_CACHE_DIR") or os.path.join(os.environ.get("TRITON_HOME") or os.path.expanduser("~"), ".triton")
     module = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
-    return () if module is None else (os.path.join(os.path.realpath(module.cache_dir()), ""),)
+    if module is not None:  # it has compiled
+        yield module.cache_dir()
+
+
+def _folder(place: str) -> str:
+    return os.path.join(os.path.realpath(place), "")
