@@ -129,24 +129,21 @@ def analyse(path: Path, samples: int, trust: bool, to_run: bool = False, spread:
             for name, value in _ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
             status.update("Axolotl reads the config …")
-            host.import_axolotl()
+            with looking(found, trust) as lost:
+                lost.append("; without it there is no tokenizer and no data")
+                cfg = _host_config(raw, found, to_run)
+                status.update("The tokenizer …")
+                lost.append("; without it there is no data either")
+                tokenizer = host.load_tokenizer(cfg)
+                block, labeller = _labeller(block, tokenizer, found)
+                status.update(f"{samples} rows …")
+                lost.append(_beside_the_config(raw, path))
+                rows = host.load_rows(cfg, tokenizer, samples, spread=spread)
+                return found, _look_at(LookedAt(cfg, tokenizer, block, labeller, rows, run_length(cfg, rows)), found)
         except ConfigError as error:
             found.add(error)
-            return found, None
         except ImportError as error:
             found.unseen.append(f"everything that Axolotl does: it cannot be imported here ({error})")
-            return found, None
-        with looking(found, trust) as lost:
-            lost.append("; without it there is no tokenizer and no data")
-            cfg = _host_config(raw, found, to_run)
-            status.update("The tokenizer …")
-            lost.append("; without it there is no data either")
-            tokenizer = host.load_tokenizer(cfg)
-            block, labeller = _labeller(block, tokenizer, found)
-            status.update(f"{samples} rows …")
-            lost.append(_beside_the_config(raw, path))
-            rows = host.load_rows(cfg, tokenizer, samples, spread=spread)
-            return found, _look_at(LookedAt(cfg, tokenizer, block, labeller, rows, run_length(cfg, rows)), found)
     return found, None
 
 

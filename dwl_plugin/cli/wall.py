@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NoReturn
 
 from dwl_plugin.cli.trust import Danger
+from dwl_plugin.hosts.axolotl_preview import import_axolotl
 
 __all__ = ["RefusedError", "came_from_wall", "look_only"]
 
@@ -42,10 +43,10 @@ class _Look:
 
     def __init__(self) -> None:
         self.refused: list[Danger] = []
-        self._places = tuple(os.path.join(os.path.realpath(place), "") for place in _installed())
+        self._places = tuple(map(_folder, _installed()))
 
     def trusts(self, file: str) -> bool:
-        return file.startswith("<") or os.path.realpath(file).startswith((*self._places, *_compiled()))
+        return file.startswith("<") or os.path.realpath(file).startswith((*self._places, *map(_folder, _compiled())))
 
     def refuse(self, does: Literal["runs code", "fetches"], what: str, value: object) -> NoReturn:
         danger = Danger("while it was loaded", str(value), does, what)
@@ -114,13 +115,14 @@ def _listen() -> None:
 
 @contextlib.contextmanager
 def look_only(trust: bool) -> Iterator[list[Danger]]:
-    """Without `trust`, until the end of the block: what was refused. Import the host before; what it is made of is trusted."""
+    """Without `trust`, until the end of the block: what was refused. Raises ImportError where there is no Axolotl."""
     global _look
     if trust:
         yield []
         return
     _listen()
     with _offline():
+        import_axolotl()  # as it is installed, before anything of the config is read
         _look = look = _Look()
         try:
             yield look.refused
@@ -130,19 +132,32 @@ def look_only(trust: bool) -> Iterator[list[Danger]]:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """The hub's own switch, so that what is in its cache is used and nothing waits for a connection that is refused."""
-    import datasets.config
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    """The hub's own switch: what is in its cache is used, no import asks for news, nothing waits for a connection to be refused."""
+    said = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        yield
+        import datasets.config
+        from huggingface_hub import constants
+
+        before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        del os.environ["HF_HUB_OFFLINE"]
+        if said is not None:
+            os.environ["HF_HUB_OFFLINE"] = said
 
 
-def _compiled() -> tuple[str, ...]:
-    """Where torch writes the Python that it compiles to; nowhere before it has compiled."""
+def _compiled() -> Iterator[str]:
+    """Where torch and Triton write what they compile."""
+    yield os.environ.get("TRITON_CACHE_DIR") or os.path.join(os.environ.get("TRITON_HOME") or os.path.expanduser("~"), ".triton")
     module = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
-    return () if module is None else (os.path.join(os.path.realpath(module.cache_dir()), ""),)
+    if module is not None:  # it has compiled
+        yield module.cache_dir()
+
+
+def _folder(place: str) -> str:
+    return os.path.join(os.path.realpath(place), "")

@@ -143,6 +143,17 @@ def test_nobody_is_reached(unlisted: Path, write_config: WriteConfig, dwl: Dwl, 
     assert asked, "the attack is none"
 
 
+def test_what_compilers_wrote_is_not_the_config_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: None) -> None:
+    """On a GPU `preflight` compiles kernels, and Triton imports the launcher that it wrote."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "launcher.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(tmp_path / "triton")
+    with look_only(trust=False) as refused:
+        import launcher  # type: ignore[import-not-found]
+    assert (launcher.value, refused) == (1, [])
+
+
 def test_the_wall_is_gone_after_the_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: None) -> None:
     (tmp_path / "own_module.py").write_text("value = 1\n")
     monkeypatch.chdir(tmp_path)
