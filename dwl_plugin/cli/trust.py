@@ -60,9 +60,13 @@ def _module_path(value: Any, beside: Mapping[str, Any]) -> bool:
     return isinstance(value, str) and "." in value and (value.startswith(".") or not own)
 
 
+def _like(pattern: str) -> Test:
+    return lambda value, beside: bool(re.fullmatch(pattern, str(value)))
+
+
 def _not_like(pattern: str) -> Test:
     """Whether a name that is looked up in transformers is none of the kind that belongs there."""
-    return lambda value, beside: value is not None and not re.fullmatch(pattern, str(value))
+    return lambda value, beside: not re.fullmatch(pattern, str(value))
 
 
 def _any_string(test: Callable[[str], bool]) -> Callable[[Any], bool]:
@@ -282,6 +286,7 @@ RULES: tuple[Rule, ...] = (
     Rule("runs code", "Axolotl imports this function", ("trl.reward_funcs.*", "trl.rollout_func", "hatchery.reward_funcs.*")),
     Rule("runs code", "this module serves the model", ("vllm.serve_module", "vllm.worker_extension_cls")),
     Rule("runs code", "programs in this folder are run", ("export.llama_cpp_dir", "nemo_gym_dir")),
+    Rule("runs code", "a server is fetched, built and started as soon as Axolotl reads the config", ("nemo_gym_enabled",)),
     Rule("runs code", "torch's compiler is told which programs to run", _COMPILED, _opens),
     Rule("runs code", "a compiled kernel is downloaded and run", ("attn_implementation", "experts_implementation"), _repository),
     Rule("runs code", "compiled kernels are downloaded and run", ("use_kernels",)),
@@ -290,9 +295,16 @@ RULES: tuple[Rule, ...] = (
     Rule("fetches", "config and tokenizer, and for a run the weights, come from the hub", _MODELS, _model_asked),
     Rule("fetches", "the adapter comes from the hub", ("lora_model_dir",), _adapter_asked),
     Rule("fetches", "the adapter in this folder is for a model on the hub", _MODELS, _folder_fetches),
+    Rule(
+        "fetches",
+        "which layers are trained is looked up on the network",
+        ("plugins.*",),
+        _like(r"axolotl\.integrations\.spectrum\b.*"),
+    ),
+    Rule("fetches", "as the model is loaded a server is told of it", ("use_swanlab", "swanlab_project")),
     Rule("fetches", "the data comes over the network", _data("path", of=_DATA), _data_asked),
-    Rule("fetches", "the data comes over the network", (*_STREAMED, *_data("path", of=_STREAMED)), _stream_asked),
-    Rule("fetches", "the data comes over the network", _data("data_files"), _url),
+    Rule("fetches", "the data is streamed over the network", (*_STREAMED, *_data("path", of=_STREAMED)), _stream_asked),
+    Rule("fetches", "files of the data come over the network", _data("data_files"), _url),
     Rule("fetches", "the card in this folder says that the data lies elsewhere", _PATHS, _card_fetches),
 )
 PACKS = Rule("fetches", "a pack of classes comes from the hub", ("dwl.**",), _pack_on_hub)

@@ -186,7 +186,7 @@ def unknown_keys(raw: Mapping[str, Any]) -> dict[str, str]:
 @functools.cache
 def other_names() -> frozenset[tuple[str, str]]:
     """Each alias in Axolotl's schema, blocks inside it included, with the key that it stands for."""
-    import datasets.config  # keeps the switch as it finds it, for good
+    import datasets.config  # noqa: F401  (keeps the switch as it finds it, for good)
     from huggingface_hub import constants
 
     offline = constants.HF_HUB_OFFLINE
