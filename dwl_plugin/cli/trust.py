@@ -53,15 +53,16 @@ def _foreign_plugin(name: Any, beside: Mapping[str, Any]) -> bool:
     return not re.match(r"(dwl_plugin|axolotl\.integrations)(\.|$)", module)
 
 
+def _reports(name: Any, beside: Mapping[str, Any]) -> bool:
+    return bool(re.match(r"axolotl\.integrations\.(spectrum|swanlab)\b", str(name)))
+
+
 def _module_path(value: Any, beside: Mapping[str, Any]) -> bool:
     """A dataset type with dots in it is imported, wherever it lies; `x.load_y` only names a function of the host's own x."""
-    last = value.rsplit(".", 1)[-1] if isinstance(value, str) else ""
-    own = last == "load" or last.startswith("load_")
-    return isinstance(value, str) and "." in value and (value.startswith(".") or not own)
-
-
-def _like(pattern: str) -> Test:
-    return lambda value, beside: bool(re.fullmatch(pattern, str(value)))
+    if not isinstance(value, str) or "." not in value:
+        return False
+    own = re.fullmatch(r"[^.].*\.load(_[^.]*)?", value, re.DOTALL)
+    return not own and _foreign_plugin(value, beside)
 
 
 def _not_like(pattern: str) -> Test:
@@ -295,13 +296,7 @@ RULES: tuple[Rule, ...] = (
     Rule("fetches", "config and tokenizer, and for a run the weights, come from the hub", _MODELS, _model_asked),
     Rule("fetches", "the adapter comes from the hub", ("lora_model_dir",), _adapter_asked),
     Rule("fetches", "the adapter in this folder is for a model on the hub", _MODELS, _folder_fetches),
-    Rule(
-        "fetches",
-        "which layers are trained is looked up on the network",
-        ("plugins.*",),
-        _like(r"axolotl\.integrations\.spectrum\b.*"),
-    ),
-    Rule("fetches", "as the model is loaded a server is told of it", ("use_swanlab", "swanlab_project")),
+    Rule("fetches", "as the model is loaded, it asks or tells a server", ("plugins.*",), _reports),
     Rule("fetches", "the data comes over the network", _data("path", of=_DATA), _data_asked),
     Rule("fetches", "the data is streamed over the network", (*_STREAMED, *_data("path", of=_STREAMED)), _stream_asked),
     Rule("fetches", "files of the data come over the network", _data("data_files"), _url),

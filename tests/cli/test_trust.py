@@ -36,6 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "model_type": {"model_type": "RagRetriever"},
     "trainer_cls": {"trainer_cls": "somebody.Trainer"},
     "datasets[1].type": {"datasets": [{"path": "x.jsonl", "type": "alpaca"}, {"path": "y.jsonl", "type": "mine.strategy"}]},
+    "datasets[0].type": {"datasets": [{"path": "x.jsonl", "type": "..load"}]},
     "test_datasets[0].type": {"test_datasets": [{"path": "x.jsonl", "type": "mine.strategy"}]},
     "pretraining_dataset.type": {"pretraining_dataset": {"path": "json", "type": "mine.strategy"}},
     "datasets[0].input_transform": {"datasets": [{"path": "x.jsonl", "input_transform": "mine:change"}]},
@@ -76,8 +77,7 @@ FETCHES: dict[str, dict[str, Any]] = {
     "pretraining_dataset[0].path": {"pretraining_dataset": [{"path": "s3://bucket/corpus"}]},
     "pretraining_dataset.data_files": {"pretraining_dataset": {"path": "json", "data_files": "file://a::https://b.org/c"}},
     "plugins[0]": {"plugins": ["axolotl.integrations.spectrum.SpectrumPlugin"]},
-    "use_swanlab": {"use_swanlab": True},
-    "swanlab_project": {"swanlab_project": "p"},
+    "plugins[1]": {"plugins": ["dwl_plugin.DWLPlugin", "axolotl.integrations.swanlab.SwanLabPlugin"]},
     "dwl.pack": {"dwl": {"pack": "hf://somebody/pack@0123456789abcdef/pack.yaml"}},
     "dwl.classes.a.any[1].pack": {"dwl": {"classes": {"a": {"any": [{"regex": "x"}, {"pack": "hf://u/r@c/f.yaml"}]}}}},
 }
@@ -411,7 +411,7 @@ def test_an_ordinary_local_config_is_trusted() -> None:
         "datasets": [
             {"path": "rows.jsonl", "type": "chat_template", "ds_type": "json"},
             {"path": "./no/such.jsonl", "type": "context_qa.load_v2"},
-            {"path": "./rows", "type": "chat_template"},
+            {"path": "./rows", "type": "axolotl.integrations.kd.chat_template"},
         ],
         "pretraining_dataset": {"path": "json", "data_files": "rows.jsonl"},
         "loss": "dwl",
