@@ -65,6 +65,11 @@ def _module_path(value: Any, beside: Mapping[str, Any]) -> bool:
     return not own and _foreign_plugin(value, beside)
 
 
+def _dotted_types(value: Any, beside: Mapping[str, Any]) -> bool:
+    """Under `rl` the x of `x.load_y` is no module of the host's own."""
+    return any("." in str(name) for key in _DATA for _, name, _ in _at(beside, [key, "*", "type"], "", frozenset()))
+
+
 def _not_like(pattern: str) -> Test:
     """Whether a name that is looked up in transformers is none of the kind that belongs there."""
     return lambda value, beside: not re.fullmatch(pattern, str(value))
@@ -267,13 +272,19 @@ RULES: tuple[Rule, ...] = (
     Rule("runs code", "Python that lies beside the data is run", _data("trust_remote_code")),
     Rule("runs code", "goes to a loader as it stands: it turns on code, or could name some", _FREE, _opens),
     Rule("runs code", "Axolotl imports this class by its path", ("cls_model_config",), _not_like(r"\w+Config")),
-    Rule("runs code", "Axolotl takes what has this name for the tokenizer", ("tokenizer_type",), _not_like(r"\w+Tokenizer(Fast)?")),
+    Rule(
+        "runs code",
+        "Axolotl takes what has this name for the tokenizer",
+        ("tokenizer_type",),
+        _not_like(r"\w+(Tokenizer|TokenizerFast|Backend)"),
+    ),
     Rule("runs code", "Axolotl takes what has this name for the processor", ("processor_type",), _not_like(r"\w+Processor")),
     Rule(
         "runs code", "Axolotl takes what has this name for the model", ("type_of_model",), _not_like(r"\w+(For\w+|HeadModel|Model)")
     ),
     Rule("runs code", "Axolotl imports this class and trains with it", ("trainer_cls",)),
     Rule("runs code", "Axolotl imports this module to read the data", _data("type"), _module_path),
+    Rule("runs code", "with it Axolotl imports what stands before the dot in a dataset's type", ("rl",), _dotted_types),
     Rule("runs code", "Axolotl imports this function to read the data", _data("input_transform")),
     Rule(
         "runs code",
