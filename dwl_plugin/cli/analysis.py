@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.classes import ClassSurvey, Labeller, empty_class_problems, survey
 from dwl_plugin.cli.config_file import read_config
+from dwl_plugin.cli.output import Console
 from dwl_plugin.cli.trust import Danger, dangers
 from dwl_plugin.cli.wall import came_from_wall, look_only
 from dwl_plugin.config import Block
