@@ -197,7 +197,7 @@ def _has(file: str) -> Callable[[str], bool]:
 
 
 _MAX_BYTES = 16 << 20
-"""Of settings beside a model or data; the index of a large model's weights is the largest, and has two."""
+"""Of settings that lie beside a model or data."""
 
 _UNASKED = ("btlm", "stablelm_epoch")
 """Kinds of models whose code Axolotl runs whatever `trust_remote_code` says."""
