@@ -134,6 +134,7 @@ def analyse(path: Path, samples: int, trust: bool, to_run: bool = False, spread:
                 status.update(f"{samples} rows …")
                 lost.append(_beside_the_config(raw, path))
                 rows = host.load_rows(cfg, tokenizer, samples, spread=spread)
+                found.problems.extend(host.vocabulary_problems(cfg, tokenizer, rows.samples))
                 return found, _look_at(LookedAt(cfg, tokenizer, block, labeller, rows, run_length(cfg, rows)), found)
         except ConfigError as error:
             found.add(error)
