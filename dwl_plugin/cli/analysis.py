@@ -4,9 +4,10 @@ validate it, and rows are looked at. Each stage works on what the one before it 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +19,7 @@ from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.classes import ClassSurvey, Labeller, empty_class_problems, survey
 from dwl_plugin.cli.config_file import read_config
 from dwl_plugin.cli.trust import Danger, dangers
+from dwl_plugin.cli.wall import came_from_wall, look_only
 from dwl_plugin.config import Block
 from dwl_plugin.config.classes import may_be_empty
 from dwl_plugin.config.overrides import overridden, overrides_of
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
     from dwl_plugin.loss.reduction import ClassWeight
 
-__all__ = ["ClassFigures", "Findings", "LookedAt", "analyse"]
+__all__ = ["ClassFigures", "Findings", "LookedAt", "analyse", "looking"]
 
 _ENVIRONMENT = {"AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 """Before the host is imported: it is to report to nobody and to write no log of its own."""
@@ -60,7 +62,9 @@ class Findings:
         return 1 if self.problems else 2 if self.unseen or self.dangers else 0
 
     def add(self, error: ConfigError) -> None:
-        """The problems of an error that are not known yet."""
+        """The problems of an error that are not known yet; none where the wall is what they come from."""
+        if came_from_wall(error):
+            return
         self.problems.extend(problem for problem in error.problems if problem not in self.problems)
 
 
@@ -116,7 +120,7 @@ def analyse(path: Path, samples: int, trust: bool, to_run: bool = False, spread:
         to_run: the model is about to be loaded here.
         spread: take the rows from all over the data, as a run does that looks at it before its first step; else from its head.
     """
-    found, lost = Findings(path), "; without it there is no tokenizer and no data"
+    found = Findings(path)
     with Console(stderr=True).status("") as status:
         try:
             raw, block = _read(path, found, trust)
@@ -125,22 +129,40 @@ def analyse(path: Path, samples: int, trust: bool, to_run: bool = False, spread:
             for name, value in _ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
             status.update("Axolotl reads the config …")
-            cfg = _host_config(raw, found, to_run)
-            status.update("The tokenizer …")
-            lost = "; without it there is no data either"
-            tokenizer = host.load_tokenizer(cfg)
-            block, labeller = _labeller(block, tokenizer, found)
-            status.update(f"{samples} rows …")
-            lost = _beside_the_config(raw, path)
-            rows = host.load_rows(cfg, tokenizer, samples, spread=spread)
-            return found, _look_at(LookedAt(cfg, tokenizer, block, labeller, rows, run_length(cfg, rows)), found)
+            with looking(found, trust) as lost:
+                lost.append("; without it there is no tokenizer and no data")
+                cfg = _host_config(raw, found, to_run)
+                status.update("The tokenizer …")
+                lost.append("; without it there is no data either")
+                tokenizer = host.load_tokenizer(cfg)
+                block, labeller = _labeller(block, tokenizer, found)
+                status.update(f"{samples} rows …")
+                lost.append(_beside_the_config(raw, path))
+                rows = host.load_rows(cfg, tokenizer, samples, spread=spread)
+                return found, _look_at(LookedAt(cfg, tokenizer, block, labeller, rows, run_length(cfg, rows)), found)
         except ConfigError as error:
             found.add(error)
-        except host.NotSeenError as error:
-            found.unseen.append(f"{error}{lost}")
         except ImportError as error:
             found.unseen.append(f"everything that Axolotl does: it cannot be imported here ({error})")
     return found, None
+
+
+@contextlib.contextmanager
+def looking(found: Findings, trust: bool) -> Iterator[list[str]]:
+    """Behind the wall, unless the config is trusted; what goes wrong in the block is found, and does not leave it.
+
+    The block may append what is lost with a part that cannot be loaded: the last is said.
+    """
+    lost = [""]
+    with look_only(trust) as refused:
+        try:
+            yield lost
+        except ConfigError as error:
+            found.add(error)
+        except host.NotSeenError as error:
+            if not came_from_wall(error):
+                found.unseen.append(f"{error}{lost[-1]}")
+    found.dangers.extend(refused)
 
 
 def _read(path: Path, found: Findings, trust: bool) -> tuple[dict[str, Any], Block | None]:

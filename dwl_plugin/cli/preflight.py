@@ -18,10 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from dwl_plugin.cli.analysis import Findings, LookedAt, analyse
+from dwl_plugin.cli.analysis import LookedAt, analyse, looking
 from dwl_plugin.cli.check import print_findings
 from dwl_plugin.cli.output import number, say, table_of_classes
-from dwl_plugin.errors import ConfigError, DWLError
 from dwl_plugin.values import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -52,12 +51,15 @@ class ClassProbabilities:
 def preflight(console: Console, config: Path, samples: int, trust: bool, as_json: bool) -> int:
     """The whole command; the exit status."""
     found, seen = analyse(config, samples, trust, to_run=True)
-    model = None if found.status or seen is None else _model(found, seen)
-    if seen is None or model is None:
+    measured = None
+    if seen is not None and not found.status:
+        with looking(found, trust):
+            measured = measure(_model(seen), seen)
+    if seen is None or measured is None or found.dangers:
         print_findings(console, found, seen, as_json)
         return found.status
     rows = len(seen.rows.samples)
-    nll_N, members_CN = measure(model, seen)
+    nll_N, members_CN = measured
     *classes, everything = summarise(seen.class_names, nll_N, members_CN)
     verdict = advice(everything.mean)
     if as_json:
@@ -71,17 +73,11 @@ def preflight(console: Console, config: Path, samples: int, trust: bool, as_json
     return 0
 
 
-def _model(found: Findings, seen: LookedAt) -> Any:
+def _model(seen: LookedAt) -> Any:
     from dwl_plugin.hosts import axolotl_preview as host
 
-    try:
-        with Console(stderr=True).status("The model …"):
-            return host.load_model(seen.cfg, seen.tokenizer)
-    except ConfigError as error:
-        found.add(error)
-    except DWLError as error:
-        found.unseen.append(str(error))
-    return None
+    with Console(stderr=True).status("The model …"):
+        return host.load_model(seen.cfg, seen.tokenizer)
 
 
 def measure(model: Any, seen: LookedAt) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

@@ -16,7 +16,7 @@ from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.cli.config_file import read_config
 from dwl_plugin.cli.output import say
-from dwl_plugin.cli.trust import dangers
+from dwl_plugin.cli.trust import fetched_packs
 from dwl_plugin.config import Block, parse
 from dwl_plugin.config.overrides import overridden, overrides_of
 from dwl_plugin.errors import ConfigError, DWLError
@@ -91,7 +91,7 @@ def _tables(block: Block, length: RunLength) -> Iterator[_Numbers]:
 def _read(config: Path, trust: bool) -> Mapping[str, Any]:
     raw, odd = read_config(config)
     ConfigError.raise_any(odd)
-    packs = [danger for danger in dangers(raw) if danger.path.startswith("dwl.")]
+    packs = fetched_packs(raw)
     if packs and not trust:
         listed = "\n".join(f"  {danger}" for danger in packs)
         raise DWLError(f"{config} fetches:\n{listed}\nNothing was fetched. If you trust it, say so with --trust.")

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from dwl_plugin.config.overrides import SWEEP_FILE, VARIABLE
 from dwl_plugin.errors import ConfigError, DWLError, Problem, did_you_mean
@@ -33,10 +33,12 @@ __all__ = [
     "NotSeenError",
     "Rows",
     "host_schema",
+    "import_axolotl",
     "load_cfg",
     "load_model",
     "load_rows",
     "load_tokenizer",
+    "other_names",
     "plugin_is_active",
     "quiet",
     "unknown_keys",
@@ -54,6 +56,8 @@ _CPU_ONLY = {
     **{f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")},
 }
 """What a model needs to run where there is no GPU."""
+
+_ENVIRONMENT = {"AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 
 _COLUMNS = ("input_ids", "labels", "position_ids", "attention_mask")
 
@@ -121,6 +125,16 @@ def _scratch() -> str:
     return folder
 
 
+def import_axolotl() -> None:
+    """All of it that a look needs. It is to report to nobody and to write no log of its own."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with quiet():
+        import axolotl.cli.config
+        import axolotl.loaders
+        import axolotl.utils.data.sft  # noqa: F401
+
+
 def load_cfg(raw: Mapping[str, Any], path: Path, *, to_run: bool = False) -> tuple[Any, list[str]]:
     """The validated config, and what was changed in it. `to_run`: it is about to run here, so a CPU gets a CPU's settings.
 
@@ -164,12 +178,42 @@ def unknown_keys(raw: Mapping[str, Any]) -> dict[str, str]:
     """Top-level keys that Axolotl drops without a word, and what each may have been meant to be."""
     from axolotl.integrations.config import merge_input_args
 
-    schema = merge_input_args()[0]
-    known = set(schema.model_fields)
-    for info in schema.model_fields.values():
-        alias = info.validation_alias or info.alias
-        known |= {str(choice) for choice in getattr(alias, "choices", [alias]) if choice}
-    return {key: did_you_mean(key, list(schema.model_fields)) for key in raw if key not in known}
+    fields = merge_input_args()[0].model_fields
+    known = {name for key, info in fields.items() for name in (key, *_aliases(info))}
+    return {key: did_you_mean(key, list(fields)) for key in raw if key not in known}
+
+
+@functools.cache
+def other_names() -> frozenset[tuple[str, str]]:
+    """Each alias in Axolotl's schema, blocks inside it included, with the key that it stands for."""
+    import datasets.config  # noqa: F401  (keeps the switch as it finds it, for good)
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True  # there are packages that look for compiled kernels as soon as they are imported
+    try:
+        import_axolotl()
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    names, seen = set[tuple[str, str]](), set[Any]()
+    left: list[Any] = [AxolotlInputConfig]
+    while left:
+        kind = left.pop()
+        left.extend(get_args(kind))
+        if kind not in seen and hasattr(kind, "model_fields"):
+            seen.add(kind)
+            left.extend(info.annotation for info in kind.model_fields.values())
+            names |= {(alias, key) for key, info in kind.model_fields.items() for alias in _aliases(info) if alias != key}
+    return frozenset(names)
+
+
+def _aliases(info: Any) -> Iterator[str]:
+    for alias in (info.alias, info.validation_alias):
+        for choice in getattr(alias, "choices", [alias]):
+            if choice is not None:
+                yield str(getattr(choice, "path", [choice])[0])
 
 
 def host_schema() -> dict[str, Any]:

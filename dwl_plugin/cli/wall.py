@@ -1,0 +1,163 @@
+"""The second wall: while a stranger's config is looked at, this process runs no code of theirs, unpickles nothing, reaches nobody.
+
+`trust` lists what is known to do such things, and the look ends there. What it does not know ends here, in a hook of the
+interpreter (`sys.addaudithook`) that hears of every import, unpickling and connection before it happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import glob
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from typing import Any, Literal, NoReturn
+
+from dwl_plugin.cli.trust import Danger
+from dwl_plugin.hosts.axolotl_preview import import_axolotl
+
+__all__ = ["RefusedError", "came_from_wall", "look_only"]
+
+_CODE = tuple(importlib.machinery.all_suffixes())
+_OWN_PICKLES = ("numba", "torch/_inductor", "torch/_dynamo", "torch/_functorch", "multiprocessing", "multiprocess", "concurrent")
+"""Libraries that unpickle what they pickled themselves, to compile or to talk to their own processes."""
+
+
+class RefusedError(PermissionError):
+    """What the hook raises in the middle of whatever tried it; an OSError, which libraries are ready for."""
+
+
+def came_from_wall(error: BaseException | None) -> bool:
+    """Whether a refusal is what `error` was raised for, by whatever it went through."""
+    while error is not None and not isinstance(error, RefusedError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+class _Look:
+    """One look at a config: whose code may run meanwhile, and what was refused."""
+
+    def __init__(self) -> None:
+        self.refused: list[Danger] = []
+        self._places = tuple(map(_folder, _installed()))
+
+    def trusts(self, file: str) -> bool:
+        return file.startswith("<") or os.path.realpath(file).startswith((*self._places, *map(_folder, _compiled())))
+
+    def refuse(self, does: Literal["runs code", "fetches"], what: str, value: object) -> NoReturn:
+        danger = Danger("while it was loaded", str(value), does, what)
+        if danger not in self.refused:
+            self.refused.append(danger)
+        raise RefusedError(f"refused {what}: {value}")
+
+    def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("exec", "import", "open"):
+            file = _code_file(event, arguments)
+            if file is not None and not self.trusts(file):
+                self.refuse("runs code", "Python that is no installed package's", file)
+        elif event == "pickle.find_class":
+            if not any(f"/{library}/" in _reader() for library in _OWN_PICKLES):
+                self.refuse("runs code", "a pickle, which names what is called when it is read", ".".join(map(str, arguments)))
+        elif event == "socket.connect":
+            if isinstance(arguments[1], tuple):  # else a socket of this machine
+                self.refuse("fetches", "a connection that no line of the config announces", arguments[1][0])
+        elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+            self.refuse("fetches", "a connection that no line of the config announces", arguments[0])
+
+
+def _code_file(event: str, arguments: tuple[Any, ...]) -> str | None:
+    """The file whose code is about to run, or to be read for that."""
+    file = getattr(arguments[0], "co_filename", None) if event == "exec" else arguments[1 if event == "import" else 0]
+    if not isinstance(file, (str, bytes)):
+        return None
+    name = os.fsdecode(file)
+    if event == "open" and not name.endswith(_CODE):
+        return None
+    with contextlib.suppress(ValueError):  # what was compiled before is named by its source
+        return importlib.util.source_from_cache(name)
+    return name
+
+
+def _reader() -> str:
+    """The file of what asked for the pickle that is being read."""
+    frame = sys._getframe(3)
+    while frame.f_back is not None and os.path.basename(frame.f_code.co_filename) in ("pickle.py", "_dill.py"):
+        frame = frame.f_back
+    return frame.f_code.co_filename.replace(os.sep, "/")
+
+
+def _installed() -> set[str]:
+    """Where Python, installed packages and what is imported by now lie; never where the command was started, or above."""
+    places = {*sysconfig.get_paths().values()}
+    places |= {place for place in sys.path if any(glob.iglob(os.path.join(glob.escape(place), "*.dist-info")))}
+    here = os.path.realpath(os.getcwd())
+    places = {place for place in places if os.path.commonpath([here, os.path.realpath(place)]) != os.path.realpath(place)}
+    # An editable install lies anywhere.
+    return places.union(*(getattr(module, "__path__", ()) for name, module in [*sys.modules.items()] if "." not in name))
+
+
+_look: _Look | None = None
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if _look is not None:
+        _look.hear(event, arguments)
+
+
+@functools.cache
+def _listen() -> None:
+    sys.addaudithook(_hook)  # for as long as the process lives
+
+
+@contextlib.contextmanager
+def look_only(trust: bool) -> Iterator[list[Danger]]:
+    """Without `trust`, until the end of the block: what was refused. Raises ImportError where there is no Axolotl."""
+    global _look
+    if trust:
+        yield []
+        return
+    _listen()
+    with _offline():
+        import_axolotl()  # as it is installed, before anything of the config is read
+        _look = look = _Look()
+        try:
+            yield look.refused
+        finally:
+            _look = None
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """The hub's own switch: what is in its cache is used, no import asks for news, nothing waits for a connection to be refused."""
+    said = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        import datasets.config
+        from huggingface_hub import constants
+
+        before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+    finally:
+        del os.environ["HF_HUB_OFFLINE"]
+        if said is not None:
+            os.environ["HF_HUB_OFFLINE"] = said
+
+
+def _compiled() -> Iterator[str]:
+    """Where torch and Triton write what they compile."""
+    yield os.environ.get("TRITON_CACHE_DIR") or os.path.join(os.environ.get("TRITON_HOME") or os.path.expanduser("~"), ".triton")
+    module = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
+    if module is not None:  # it has compiled
+        yield module.cache_dir()
+
+
+def _folder(place: str) -> str:
+    return os.path.join(os.path.realpath(place), "")
