@@ -81,6 +81,10 @@ class DWLPlugin(BasePlugin):
             meta = load_datasets(cfg=cfg, cli_args=cli_args)
         except StopIteration:  # of a reader of the `datasets` library
             raise ConfigError.at("datasets", "a file of the training or evaluation data is empty", _paths(cfg)) from None
+        except ValueError as error:  # of a sampler, where the rows are to be packed
+            if "num_samples=0" in str(error):
+                require_rows(())
+            raise
         require_rows(meta.train_dataset)
         if block.moves:
             require_places(block, *_planned_length(cfg, meta))
