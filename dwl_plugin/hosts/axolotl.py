@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from traceback import extract_tb
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
@@ -81,8 +82,8 @@ class DWLPlugin(BasePlugin):
             meta = load_datasets(cfg=cfg, cli_args=cli_args)
         except StopIteration:  # of a reader of the `datasets` library
             raise ConfigError.at("datasets", "a file of the training or evaluation data is empty", _paths(cfg)) from None
-        except ValueError as error:  # of a sampler, where the rows are to be packed
-            if "num_samples=0" in str(error):
+        except (ValueError, IndexError) as error:
+            if _is_for_want_of_rows(error):
                 require_rows(())
             raise
         require_rows(meta.train_dataset)
@@ -131,6 +132,12 @@ def _sample(dataset: Any, seed: int) -> list[dict[str, Any]]:
 
 def _paths(cfg: Any) -> list[Any]:
     return [dataset.get("path") for key in ("datasets", "test_datasets") for dataset in cfg.get(key) or ()]
+
+
+def _is_for_want_of_rows(error: Exception) -> bool:
+    """The sampler of a packed set says so; the reader of rows that were prepared earlier only fails."""
+    where = extract_tb(error.__traceback__)[-1].filename
+    return "num_samples=0" in str(error) or (isinstance(error, IndexError) and where.endswith("datasets/table.py"))
 
 
 def _planned_length(cfg: Any, meta: Any) -> tuple[int | None, float | None]:

@@ -77,9 +77,8 @@ def named_in(folder: Path | None, place: str) -> Iterator[None]:
     except ValidationError as error:
         told = [_told(place, item) for item in error.errors(include_url=False, include_context=False)]
         more = f"; and {len(told) - 3} more" if len(told) > 3 else ""
-        why = f"this checkpoint is damaged: in its {_STATE}, {'; '.join(told[:3])}{more}"
-        hint = "resume from another checkpoint, or start a new run"
-        raise ConfigError.at("resume_from_checkpoint", why, str(folder), hint=hint) from None
+        why = f"the checkpoint `{folder}` is damaged: in its {_STATE}, {'; '.join(told[:3])}{more}"
+        raise ConfigError.at("resume_from_checkpoint", why, hint="resume from another checkpoint, or start a new run") from None
 
 
 def finished_checkpoints(output_dir: Path) -> list[Path]:

@@ -8,6 +8,7 @@ divides them -> `_save_checkpoint` keeps what a resumed run needs.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -179,15 +179,16 @@ class TrainerMixin(Trainer):
         self.state.stateful_callbacks[_STATE] = self._dwl.state()
         try:
             return super()._save_checkpoint(*args, **kwargs)
-        except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk is to each writer
+        except Exception as error:  # a full disk: each of four writers has another
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            why = unfinished(folder) if folder.is_dir() else "it could not be made"
+            why = unfinished(folder) if folder.is_dir() else "it is not there"
             if why is None:
                 raise
+            free = shutil.disk_usage(self.args.output_dir).free / 1e6
             raise RunError(
-                f"the checkpoint of step {self.state.global_step} could not be written ({_first_line(error)}), so training "
-                f"stops. {self._kept('is whole: resume from it when there is room')} {folder.name} is not ({why}), and can be "
-                "deleted."
+                f"the checkpoint of step {self.state.global_step} could not be written ({_first_line(error)}; {free:,.1f} MB are "
+                f"free on the disk), so training stops. {self._kept('is whole: resume from it when there is room')} "
+                f"{folder.name} is not ({why}), and can be deleted."
             ) from error
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

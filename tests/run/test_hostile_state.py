@@ -262,8 +262,7 @@ def refused(kind: str, field: str, value: Any) -> str:
 def test_the_error_names_checkpoint_and_field(field: str, value: Any, words: str) -> None:
     said = refused("group_dro", field, value)
     assert f"in its trainer_state.json, `stateful_callbacks.dwl.controller.{words}" in said
-    assert said.startswith("resume_from_checkpoint: this checkpoint is damaged")
-    assert str(FOLDER) in said
+    assert said.startswith(f"resume_from_checkpoint: the checkpoint `{FOLDER}` is damaged")
 
 
 def test_a_reference_that_was_measured_is_not_measured_again() -> None:
