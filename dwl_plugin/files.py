@@ -1,14 +1,41 @@
-"""A file is whole or it is not there: what we write appears under its name only when all of it is on the disk."""
+"""Files of which nothing else is known: one that is written is whole or not there, one that is read is a file and has an end."""
 
 from __future__ import annotations
 
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
 from dwl_plugin.errors import DWLError
 
-__all__ = ["write_whole"]
+__all__ = ["read_regular", "write_whole"]
+
+_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """All that is in `path`, links followed. Raises `DWLError` where it cannot be read, is no file, or has over `limit` bytes."""
+    try:
+        _need_regular(path, os.stat(path))  # before it is opened: some devices act on that alone
+        with open(path, "rb", opener=_without_waiting) as file:
+            _need_regular(path, os.fstat(file.fileno()))
+            content = file.read(limit + 1) or b""  # None: a file of the kernel that has nothing yet
+    except OSError as error:
+        raise DWLError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if len(content) > limit:
+        raise DWLError(f"{path} is not read: it has more than {limit >> 10:,} KiB.")
+    return content
+
+
+def _need_regular(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise DWLError(f"{path} is not read: it is a {_KINDS.get(stat.S_IFMT(found.st_mode), 'special file')}.")
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    """A pipe that took the place of the file since would wait for its other end."""
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -16,8 +16,8 @@ import dwl_plugin
 ROOT = Path(dwl_plugin.__file__).parent
 FLOORS = (
     ("errors",),
-    ("values",),
-    ("yaml_io", "files", "extensions"),
+    ("values", "files"),
+    ("yaml_io", "extensions"),
     ("alpha", "classes"),
     ("loss",),
     ("config",),

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.classes import ClassSurvey, Labeller, empty_class_problems, survey
 from dwl_plugin.cli.config_file import read_config
+from dwl_plugin.cli.output import Console
 from dwl_plugin.cli.trust import Danger, dangers
 from dwl_plugin.cli.wall import came_from_wall, look_only
 from dwl_plugin.config import Block
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from dwl_plugin.loss.reduction import ClassWeight
 
 __all__ = ["ClassFigures", "Findings", "LookedAt", "analyse", "looking"]
-
-_ENVIRONMENT = {"AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-"""Before the host is imported: it is to report to nobody and to write no log of its own."""
 
 _STAND_INS = {"learning_rate": 1e-5}
 """For what Axolotl must be given and is given wrongly: a value that changes nothing of what is looked at."""
@@ -126,8 +123,6 @@ def analyse(path: Path, samples: int, trust: bool, to_run: bool = False, spread:
             raw, block = _read(path, found, trust)
             if found.dangers:
                 return found, None
-            for name, value in _ENVIRONMENT.items():
-                os.environ.setdefault(name, value)
             status.update("Axolotl reads the config …")
             with looking(found, trust) as lost:
                 lost.append("; without it there is no tokenizer and no data")

@@ -16,6 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from dwl_plugin.errors import DWLError
+from dwl_plugin.files import read_regular
+
 __all__ = ["PACKS", "RULES", "Danger", "Rule", "dangers", "fetched_packs"]
 
 Does = Literal["runs code", "fetches"]
@@ -63,6 +66,11 @@ def _module_path(value: Any, beside: Mapping[str, Any]) -> bool:
         return False
     own = re.fullmatch(r"[^.].*\.load(_[^.]*)?", value, re.DOTALL)
     return not own and _foreign_plugin(value, beside)
+
+
+def _dotted_types(value: Any, beside: Mapping[str, Any]) -> bool:
+    """Under `rl` the x of `x.load_y` is no module of the host's own."""
+    return any("." in str(name) for key in _DATA for _, name, _ in _at(beside, [key, "*", "type"], "", frozenset()))
 
 
 def _not_like(pattern: str) -> Test:
@@ -188,6 +196,9 @@ def _has(file: str) -> Callable[[str], bool]:
     return lambda folder: os.path.isfile(os.path.join(folder, file))
 
 
+_MAX_BYTES = 16 << 20
+"""Of settings that lie beside a model or data."""
+
 _UNASKED = ("btlm", "stablelm_epoch")
 """Kinds of models whose code Axolotl runs whatever `trust_remote_code` says."""
 
@@ -234,8 +245,8 @@ def _settings(folder: str, file: str) -> Any:
 
 
 def _text(folder: str, file: str) -> str:
-    with contextlib.suppress(OSError, ValueError):
-        return Path(folder, file).read_text(encoding="utf-8")
+    with contextlib.suppress(DWLError, ValueError):  # no file, or none of a size that settings have
+        return read_regular(Path(folder, file), _MAX_BYTES).decode()
     return ""
 
 
@@ -267,13 +278,19 @@ RULES: tuple[Rule, ...] = (
     Rule("runs code", "Python that lies beside the data is run", _data("trust_remote_code")),
     Rule("runs code", "goes to a loader as it stands: it turns on code, or could name some", _FREE, _opens),
     Rule("runs code", "Axolotl imports this class by its path", ("cls_model_config",), _not_like(r"\w+Config")),
-    Rule("runs code", "Axolotl takes what has this name for the tokenizer", ("tokenizer_type",), _not_like(r"\w+Tokenizer(Fast)?")),
+    Rule(
+        "runs code",
+        "Axolotl takes what has this name for the tokenizer",
+        ("tokenizer_type",),
+        _not_like(r"\w+(Tokenizer|TokenizerFast|Backend)"),
+    ),
     Rule("runs code", "Axolotl takes what has this name for the processor", ("processor_type",), _not_like(r"\w+Processor")),
     Rule(
         "runs code", "Axolotl takes what has this name for the model", ("type_of_model",), _not_like(r"\w+(For\w+|HeadModel|Model)")
     ),
     Rule("runs code", "Axolotl imports this class and trains with it", ("trainer_cls",)),
     Rule("runs code", "Axolotl imports this module to read the data", _data("type"), _module_path),
+    Rule("runs code", "with it Axolotl imports what stands before the dot in a dataset's type", ("rl",), _dotted_types),
     Rule("runs code", "Axolotl imports this function to read the data", _data("input_transform")),
     Rule(
         "runs code",

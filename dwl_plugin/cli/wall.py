@@ -1,7 +1,7 @@
 """The second wall: while a stranger's config is looked at, this process runs no code of theirs, unpickles nothing, reaches nobody.
 
 `trust` lists what is known to do such things, and the look ends there. What it does not know ends here, in a hook of the
-interpreter (`sys.addaudithook`) that hears of every import, unpickling and connection before it happens.
+interpreter (`sys.addaudithook`) that hears of every import, program, unpickling and connection before it happens.
 """
 
 from __future__ import annotations
@@ -12,17 +12,26 @@ import glob
 import importlib.machinery
 import importlib.util
 import os
+import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NoReturn
 
 from dwl_plugin.cli.trust import Danger
-from dwl_plugin.hosts.axolotl_preview import import_axolotl
+from dwl_plugin.hosts.axolotl_preview import import_axolotl, offline
 
 __all__ = ["RefusedError", "came_from_wall", "look_only"]
 
 _CODE = tuple(importlib.machinery.all_suffixes())
+_STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+_PROGRAMS = frozenset(
+    (
+        *("uname", "hostname", "nproc", "lscpu", "ldconfig", "nvidia-smi", "rocminfo", "rocm-smi", "amd-smi", "xpu-smi"),
+        *("cc", "c++", "gcc", "g++", "clang", "clang++", "ld", "nvcc", "ptxas"),
+    )
+)
+"""What libraries ask for the hardware, and what they compile for it with."""
 _OWN_PICKLES = ("numba", "torch/_inductor", "torch/_dynamo", "torch/_functorch", "multiprocessing", "multiprocess", "concurrent")
 """Libraries that unpickle what they pickled themselves, to compile or to talk to their own processes."""
 
@@ -54,11 +63,25 @@ class _Look:
             self.refused.append(danger)
         raise RefusedError(f"refused {what}: {value}")
 
+    def _may_start(self, program: str, given: list[str]) -> bool:
+        """Whether it is one of `_PROGRAMS` on the PATH, or this Python with code of an installed package."""
+        found = shutil.which(program)
+        if found is None:  # it would not start
+            return True
+        if os.path.samefile(found, sys.executable):
+            return len(given) > 1 and given[1].endswith(".py") and self.trusts(given[1])
+        folder, name = os.path.split(os.path.abspath(found))
+        return name in _PROGRAMS and (self.trusts(found) or folder in filter(os.path.isabs, os.get_exec_path()))
+
     def hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event in ("exec", "import", "open"):
             file = _code_file(event, arguments)
             if file is not None and not self.trusts(file):
                 self.refuse("runs code", "Python that is no installed package's", file)
+        elif event in _STARTS:
+            program, given = _started(event, arguments)
+            if not self._may_start(program, given):
+                self.refuse("runs code", "a program", " ".join([program, *given[1:]]))
         elif event == "pickle.find_class":
             if not any(f"/{library}/" in _reader() for library in _OWN_PICKLES):
                 self.refuse("runs code", "a pickle, which names what is called when it is read", ".".join(map(str, arguments)))
@@ -80,6 +103,15 @@ def _code_file(event: str, arguments: tuple[Any, ...]) -> str | None:
     with contextlib.suppress(ValueError):  # what was compiled before is named by its source
         return importlib.util.source_from_cache(name)
     return name
+
+
+def _started(event: str, arguments: tuple[Any, ...]) -> tuple[str, list[str]]:
+    """The program, and all of its line."""
+    if event == "os.system":
+        return "sh", ["sh", "-c", os.fsdecode(arguments[0])]
+    program, given = arguments[:2]
+    line = [given] if isinstance(given, (str, bytes)) or not isinstance(given, Iterable) else given
+    return os.fsdecode(program), [os.fsdecode(word) for word in line]
 
 
 def _reader() -> str:
@@ -121,34 +153,13 @@ def look_only(trust: bool) -> Iterator[list[Danger]]:
         yield []
         return
     _listen()
-    with _offline():
+    with offline():
         import_axolotl()  # as it is installed, before anything of the config is read
         _look = look = _Look()
         try:
             yield look.refused
         finally:
             _look = None
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """The hub's own switch: what is in its cache is used, no import asks for news, nothing waits for a connection to be refused."""
-    said = os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        import datasets.config
-        from huggingface_hub import constants
-
-        before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-        try:
-            yield
-        finally:
-            constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-    finally:
-        del os.environ["HF_HUB_OFFLINE"]
-        if said is not None:
-            os.environ["HF_HUB_OFFLINE"] = said
 
 
 def _compiled() -> Iterator[str]:

@@ -38,6 +38,7 @@ __all__ = [
     "load_model",
     "load_rows",
     "load_tokenizer",
+    "offline",
     "other_names",
     "plugin_is_active",
     "quiet",
@@ -125,11 +126,25 @@ def _scratch() -> str:
     return folder
 
 
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """By the hub's own switch: what is in its cache is used, and nothing else is asked for."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
 def import_axolotl() -> None:
     """All of it that a look needs. It is to report to nobody and to write no log of its own."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with quiet():
+    with quiet(), offline():  # there are packages that look for compiled kernels as soon as they are imported
         import axolotl.cli.config
         import axolotl.loaders
         import axolotl.utils.data.sft  # noqa: F401
@@ -186,15 +201,7 @@ def unknown_keys(raw: Mapping[str, Any]) -> dict[str, str]:
 @functools.cache
 def other_names() -> frozenset[tuple[str, str]]:
     """Each alias in Axolotl's schema, blocks inside it included, with the key that it stands for."""
-    import datasets.config  # noqa: F401  (keeps the switch as it finds it, for good)
-    from huggingface_hub import constants
-
-    offline = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True  # there are packages that look for compiled kernels as soon as they are imported
-    try:
-        import_axolotl()
-    finally:
-        constants.HF_HUB_OFFLINE = offline
+    import_axolotl()
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
     names, seen = set[tuple[str, str]](), set[Any]()

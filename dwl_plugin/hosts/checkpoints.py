@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from dwl_plugin.errors import ConfigError, shortened
+from dwl_plugin.errors import ConfigError
 
 __all__ = ["choose_checkpoint", "finished_checkpoints", "named_in", "require_whole", "unfinished"]
 
@@ -109,9 +109,9 @@ def unfinished(folder: Path) -> str | None:
         if file.is_dir():
             continue
         if not file.is_file():  # to open a pipe means to wait
-            return f"its {_printable(file.name)} is no file"
+            return f"its {file.name} is no file"
         if not _is_whole(file):
-            return f"its {_printable(file.name)} breaks off"
+            return f"its {file.name} breaks off"
     return None
 
 
@@ -121,11 +121,7 @@ def _told(place: str, item: Any) -> str:
     for part in item["loc"][:8]:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     got = "" if item["type"] == "missing" else f" (got {_SHORT.repr(item['input'])})"
-    return f"`{_printable(path)}`: {item['msg'][:1].lower()}{item['msg'][1:]}{got}"
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() and len(text) < 200 else shortened(text)
+    return f"`{path[:200]}`: {item['msg'][:1].lower()}{item['msg'][1:]}{got}"
 
 
 def _is_whole(file: Path) -> bool:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.config import Block, ControllerOptions, LossControllerOptions
-from dwl_plugin.errors import PREFIX, ConfigError, DWLError, shortened
+from dwl_plugin.errors import PREFIX, ConfigError, DWLError, printable, shortened
 from dwl_plugin.files import write_whole
 from dwl_plugin.loss.reduction import class_weight_table
 from dwl_plugin.loss.token_losses import SCHEDULED, DFTConfig
@@ -30,7 +30,7 @@ def log_line(line: str) -> None:
     """Print `line`, of several lines each, on the main process."""
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         with tqdm.external_write_mode():  # not behind the progress bar that the host has begun
-            print("\n".join(f"{PREFIX} {part}" for part in line.splitlines()), flush=True)
+            print("\n".join(f"{PREFIX} {printable(part)}" for part in line.splitlines()), flush=True)
 
 
 def keep_config(block: Block, folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -66,7 +68,24 @@ def a_config_class(folder: Path, code: str, model: Path) -> dict[str, Any]:
     return {"cls_model_config": "evil_config.Config"}
 
 
-ATTACKS: list[Attack] = [pickled_rows, code_beside_the_model, a_plugin, a_dataset_type, a_config_class]
+def a_program(folder: Path, code: str, model: Path) -> dict[str, Any]:
+    """Which Axolotl's own plugin starts as soon as it reads the config."""
+    program = folder / "gym" / ".venv" / "bin" / "ng_run"
+    program.parent.mkdir(parents=True)
+    program.write_text(f"#!{sys.executable}\n{code}\n")
+    program.chmod(0o755)
+    program.with_name("python").touch()
+    plugins = ["dwl_plugin.DWLPlugin", "axolotl.integrations.nemo_gym.NemoGymPlugin"]
+    return {
+        "plugins": plugins,
+        "nemo_gym_enabled": True,
+        "nemo_gym_dir": str(folder / "gym"),
+        "nemo_gym_config_paths": ["a.yaml"],
+        "nemo_gym_datasets": [{"path": "a", "server_name": "b"}],
+    }
+
+
+ATTACKS: list[Attack] = [a_program, pickled_rows, code_beside_the_model, a_plugin, a_dataset_type, a_config_class]
 
 
 @pytest.fixture
@@ -105,7 +124,7 @@ def test_a_model_is_loaded_behind_the_wall(unlisted: Path, write_config: WriteCo
     result = dwl("preflight", write_config(loss="dft", model_kwargs={"trust_remote_code": True}, **changes), "--samples", "2")
     assert not mark.exists()
     assert result.exit_code == 2, result.output
-    assert "evil.py" in result.output
+    assert "while it was loaded" in result.output
 
 
 @pytest.fixture
@@ -141,6 +160,24 @@ def test_nobody_is_reached(unlisted: Path, write_config: WriteConfig, dwl: Dwl, 
     assert "fetches" in result.output
     dwl("check", config, "--trust")
     assert asked, "the attack is none"
+
+
+@pytest.mark.parametrize("line", [["sh", "-c", "true"], ["git", "clone"], ["./tool"], [sys.executable, "tool.py"]])
+def test_programs_of_a_stranger_do_not_start(line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: None) -> None:
+    for name in ("tool", "tool.py"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    with look_only(trust=False) as refused, pytest.raises(PermissionError, match="refused"):
+        subprocess.run(line)
+    assert len(refused) == 1
+
+
+def test_programs_of_this_machine_start(host: None) -> None:
+    """Libraries ask them what hardware there is."""
+    with look_only(trust=False) as refused:
+        assert subprocess.run(["uname"], capture_output=True, check=True).stdout
+    assert refused == []
 
 
 def test_what_compilers_wrote_is_not_the_config_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: None) -> None:
