@@ -243,9 +243,10 @@ def _look_at(seen: LookedAt, found: Findings) -> LookedAt:
     from dwl_plugin.run.startup import hints
 
     block, rows, length, classes = seen.block, seen.rows, seen.length, None
-    if rows.looked_at and not rows.samples:
+    if not rows.samples:
         why = f"{rows.too_long:,} are too long or too short, {rows.masked:,} have no target"
-        found.problems.append(Problem("datasets", f"none of the {rows.looked_at:,} rows looked at is left: {why}"))
+        none_left = f"none of the {rows.looked_at:,} rows looked at is left: {why}"
+        found.problems.append(Problem("datasets", none_left if rows.looked_at else "there is no row to train on"))
         return seen
     if block is None:
         return seen
