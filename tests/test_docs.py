@@ -63,6 +63,12 @@ def test_files_that_are_named_exist(document: Path) -> None:
     assert [name for name in named if not MADE_UP.search(name) and not any((place / name).exists() for place in places)] == []
 
 
+@each
+def test_tests_that_are_named_exist(document: Path) -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text(document))
+    assert [(file, test) for file, test in named if f"def {test}(" not in text(ROOT / file)] == []
+
+
 def test_links_into_a_document_find_their_heading() -> None:
     headings = {
         document: {
