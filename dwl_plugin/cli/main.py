@@ -25,7 +25,9 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except DWLError as error:
-            raise click.ClickException(str(error)) from error
+            from dwl_plugin.cli.output import printable
+
+            raise click.ClickException(printable(str(error), keep="\n\t")) from error  # it may quote a stranger's name
 
 
 _INPUT = click.Path(exists=True, dir_okay=False, path_type=Path)

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["number", "printable", "say", "table_of_classes"]
+__all__ = ["number", "printable", "say", "short", "table_of_classes"]
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -17,6 +17,12 @@ def printable(text: str, keep: str = "") -> str:
     return "".join(
         char if char in keep or unicodedata.category(char) not in ("Cc", "Cf", "Cs") else f"‹{ord(char):02x}›" for char in text
     )
+
+
+def short(text: str, letters: int) -> str:
+    """`text` printable, in so many letters: of a long one its two ends, which is where names differ."""
+    text = printable(text if len(text) <= 2 * letters else text[:letters] + text[-letters:])
+    return text if len(text) <= letters else f"{text[: letters // 2]}…{text[-(letters // 2) :]}"
 
 
 def say(console: Console, line: object) -> None:
