@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["number", "printable", "say", "short", "table_of_classes"]
+__all__ = ["fixed", "number", "printable", "say", "short", "table_of_classes"]
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -37,4 +37,9 @@ def table_of_classes(title: str, show_edge: bool = True) -> Table:
 
 
 def number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "–"
+    return fixed(value, 3) if math.isfinite(value) else "–"
+
+
+def fixed(value: float, digits: int) -> str:
+    """`value` with so many digits behind the point, if that is not longer than a column."""
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.1e}"

@@ -251,23 +251,25 @@ def _log(history: Sequence[object]) -> tuple[list[Entry], list[str]]:
             continue
         entry = {key: _number(value) for key, value in row.items()}
         if any(map(_ours, entry)):
-            large += sum(1 for key, value in entry.items() if math.isnan(value) and _ours(key) and _is_large(row[key]))
+            large += sum(
+                1 for key, value in entry.items() if math.isnan(value) and (_ours(key) or key == "loss") and _is_large(row[key])
+            )
             if _whole(row.get("step")) is None:
                 unplaced += 1
                 entry["step"] = math.nan
         log.append(entry)
     notes = []
     if strange:
-        notes.append(f"{_counted(strange, 'entry', 'entries')} of the log left out: not a mapping of names to numbers.")
+        notes.append(f"{_entries_were(strange)} left out, no mapping of names to numbers.")
     if unplaced:
-        notes.append(f"{_counted(unplaced, 'entry', 'entries')} of the log left out: without a step, or with one that is none.")
+        notes.append(f"{_entries_were(unplaced)} left out, without a step or with one that is none.")
     if large:
-        notes.append(f"{_counted(large, 'number', 'numbers')} left out, infinite or beyond ±{_LARGEST:.0e}.")
+        notes.append(f"{'1 number was' if large == 1 else f'{large:,} numbers were'} left out, infinite or beyond ±{_LARGEST:.0e}.")
     return log, notes
 
 
-def _counted(count: int, one: str, many: str) -> str:
-    return f"{count:,} {one} was" if count == 1 else f"{count:,} {many} were"
+def _entries_were(count: int) -> str:
+    return "1 entry of the log was" if count == 1 else f"{count:,} entries of the log were"
 
 
 def _number(value: object) -> float:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dwl_plugin.cli.output import number, printable, say, short, table_of_classes
+from dwl_plugin.cli.output import fixed, number, printable, say, short, table_of_classes
 from dwl_plugin.cli.report.run import MOST_CLASSES, Run, largest
 from dwl_plugin.values import REST
 
@@ -84,7 +85,12 @@ def print_run(console: Console, run: Run) -> None:
     for title in ("tokens", "share of loss", "α", "nll", "change"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows_of(run):
-        cells = (percent(row.token_share), arrow(row.loss_share, _brief), arrow(row.alpha, "{:.2f}".format), arrow(row.nll))
+        cells = (
+            percent(row.token_share),
+            arrow(row.loss_share, _brief),
+            arrow(row.alpha, partial(fixed, digits=2)),
+            arrow(row.nll),
+        )
         _add_row(table, row.name, [*map(Text, cells), Text(change_of(row.nll), style=_colour(row.nll))])
     console.print(table)
     if loss := run.curve("loss"):
@@ -159,11 +165,11 @@ def _add_row(table: Table, name: str | None, cells: Sequence[Text]) -> None:
 
 
 def percent(value: float) -> str:
-    return f"{100 * value:.1f} %" if math.isfinite(value) else NONE
+    return f"{fixed(100 * value, 1)} %" if math.isfinite(value) else NONE
 
 
 def _brief(value: float) -> str:
-    return percent(value) if abs(value) < 0.0995 else f"{100 * value:.0f} %"
+    return percent(value) if abs(value) < 0.0995 else f"{fixed(100 * value, 0)} %"
 
 
 def arrow(ends: Ends, form: Callable[[float], str] = number) -> str:
@@ -173,7 +179,7 @@ def arrow(ends: Ends, form: Callable[[float], str] = number) -> str:
 def change_of(ends: Ends) -> str:
     before, after = ends
     change = 100 * (after / before - 1) if before > 0 else math.nan
-    return f"{change:+{'.1f' if change < 1e9 else '.1e'}} %".replace("-", "−") if math.isfinite(change) else NONE
+    return f"{'+' * (change >= 0)}{fixed(change, 1)} %".replace("-", "−") if math.isfinite(change) else NONE
 
 
 def _colour(ends: Ends) -> str:
