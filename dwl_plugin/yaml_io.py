@@ -6,18 +6,16 @@ stranger's config names it: an error quotes nothing of it.
 
 from __future__ import annotations
 
-import errno
-import os
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dwl_plugin.errors import ConfigError
+from dwl_plugin.files import UnreadableError, read_regular
 
-__all__ = ["Twice", "decoded", "load_plain_yaml", "load_yaml", "read_regular", "read_yaml"]
+__all__ = ["Twice", "decoded", "load_plain_yaml", "load_yaml", "read_yaml"]
 
 Twice = tuple[str, int, int]
 """A key that stands twice, and the two lines."""
@@ -34,14 +32,6 @@ _FOUND = re.compile(r"(alias|anchor|handle|tag) (['\"])(?!tag:yaml\.org,2002:pyt
 """What PyYAML quotes of the text, where that is more than one character."""
 
 
-def read_regular(path: Path, limit: int) -> bytes:
-    """Up to `limit` bytes of a regular file; raises OSError for any other, without waiting for a pipe to be written to."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        return file.read(limit)
-
-
 def decoded(data: bytes, path: str) -> str:
     """The text in UTF-8; raises `ConfigError` at `path` with the byte that is none."""
     try:
@@ -53,11 +43,9 @@ def decoded(data: bytes, path: str) -> str:
 def read_yaml(path: Path, twice: list[Twice] | None = None) -> Any:
     """`load_yaml` of a file; raises `ConfigError` at its name also where it cannot be read."""
     try:
-        data = read_regular(path, _MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ConfigError.at(str(path), f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if len(data) > _MAX_BYTES:
-        raise ConfigError.at(str(path), f"larger than {_MAX_BYTES >> 20} MiB; this is no config")
+        data = read_regular(path, _MAX_BYTES)
+    except UnreadableError as error:
+        raise ConfigError.at(str(path), error.why) from None
     return load_yaml(decoded(data, str(path)), str(path), twice)
 
 

@@ -20,7 +20,8 @@ import regex
 
 from dwl_plugin.errors import PREFIX, ConfigError, did_you_mean, printable
 from dwl_plugin.extensions import load, other_names
-from dwl_plugin.yaml_io import decoded, read_regular
+from dwl_plugin.files import UnreadableError, read_regular
+from dwl_plugin.yaml_io import decoded
 
 __all__ = ["MAX_BYTES", "PackReference", "PackText", "known_packs", "read_pack", "shipped_packs"]
 
@@ -113,11 +114,11 @@ def _leads_out(folder: Path, name: str) -> bool:
 def _limited(source: object, name: str, path: str) -> bytes:
     """The bytes of a file, or of the text that another package has."""
     try:
-        data = read_regular(source, MAX_BYTES + 1) if isinstance(source, Path) else str(source).encode()
-    except OSError as error:
-        raise ConfigError.at(path, f"{source} cannot be read: {error.strerror}", name) from None
+        data = read_regular(source, MAX_BYTES) if isinstance(source, Path) else str(source).encode()
+    except UnreadableError as error:
+        raise ConfigError.at(path, f"{source} {error.why}", name) from None
     if len(data) > MAX_BYTES:
-        raise ConfigError.at(path, f"a pack has at most {MAX_BYTES // 1024} KiB; this file is larger", name)
+        raise ConfigError.at(path, f"is not read: it has more than {MAX_BYTES >> 10:,} KiB", name)
     return data
 
 
