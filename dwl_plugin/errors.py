@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import regex
+
 __all__ = [
     "PREFIX",
     "ConfigError",
@@ -16,6 +18,7 @@ __all__ = [
     "Problem",
     "RunError",
     "did_you_mean",
+    "printable",
     "shortened",
 ]
 
@@ -23,6 +26,8 @@ PREFIX = "[dwl]"
 """In front of what is printed, or raised, in the middle of a host's own output."""
 
 _ABSENT: Any = object()
+
+_UNSEEN = regex.compile(r"[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]")
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,9 @@ class Problem:
 
     def __str__(self) -> str:
         received = f" (got {shortened(self.value)})" if self.has_value else ""
-        allowed = f"\n    allowed: {self.allowed}" if self.allowed else ""
-        hint = f"\n    hint: {self.hint}" if self.hint else ""
-        return f"{self.path}: {self.message}{received}{allowed}{hint}"
+        allowed = [f"    allowed: {self.allowed}"] if self.allowed else []
+        hint = [f"    hint: {self.hint}"] if self.hint else []
+        return "\n".join(map(printable, (f"{self.path}: {self.message}{received}", *allowed, *hint)))
 
 
 class DWLError(Exception):
@@ -52,6 +57,9 @@ class DWLError(Exception):
 
     Not a ValueError: pydantic would wrap one raised inside the host's schema and bury the message.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, keep="\n\t"))  # hosts print it as it is
 
 
 class ConfigError(DWLError):
@@ -104,6 +112,11 @@ def did_you_mean(word: object, known: Sequence[str]) -> str:
     """A hint naming the closest known word, or an empty string."""
     close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
     return f"did you mean `{close[0]}`?" if close else ""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with what drives a terminal, turns text around or ends a line shown by its number, as ‹1b›; not what is in `keep`."""
+    return _UNSEEN.sub(lambda match: match[0] if match[0] in keep else f"‹{ord(match[0]):02x}›", text)
 
 
 def shortened(value: Any, limit: int = 120) -> str:

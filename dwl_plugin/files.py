@@ -9,28 +9,36 @@ from pathlib import Path
 
 from dwl_plugin.errors import DWLError
 
-__all__ = ["read_regular", "write_whole"]
+__all__ = ["UnreadableError", "read_regular", "write_whole"]
 
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 
 
+class UnreadableError(DWLError):
+    """A path that is not read, and `why`."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path} {why}.")
+        self.why = why
+
+
 def read_regular(path: Path, limit: int) -> bytes:
-    """All that is in `path`, links followed. Raises `DWLError` where it cannot be read, is no file, or has over `limit` bytes."""
+    """All that is in `path`, links followed. Raises `UnreadableError`: it cannot be read, is no file, or has over `limit` bytes."""
     try:
         _need_regular(path, os.stat(path))  # before it is opened: some devices act on that alone
         with open(path, "rb", opener=_without_waiting) as file:
             _need_regular(path, os.fstat(file.fileno()))
             content = file.read(limit + 1) or b""  # None: a file of the kernel that has nothing yet
-    except OSError as error:
-        raise DWLError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (OSError, ValueError) as error:  # a ValueError for a name that no file can have
+        raise UnreadableError(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(content) > limit:
-        raise DWLError(f"{path} is not read: it has more than {limit >> 10:,} KiB.")
+        raise UnreadableError(path, f"is not read: it has more than {limit >> 10:,} KiB")
     return content
 
 
 def _need_regular(path: Path, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise DWLError(f"{path} is not read: it is a {_KINDS.get(stat.S_IFMT(found.st_mode), 'special file')}.")
+        raise UnreadableError(path, f"is not read: it is a {_KINDS.get(stat.S_IFMT(found.st_mode), 'special file')}")
 
 
 def _without_waiting(name: str, flags: int) -> int:

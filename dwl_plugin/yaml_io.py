@@ -1,37 +1,52 @@
 """The one reader of YAML: plain values of bounded size, or an error that says where.
 
-PyYAML, because Axolotl reads configs with it: YAML 1.1, where `yes` is true.
+PyYAML, because Axolotl reads configs with it: YAML 1.1, where `yes` is true. What is no YAML may be anything, a secret too, if a
+stranger's config names it: an error quotes nothing of it.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dwl_plugin.errors import ConfigError
+from dwl_plugin.files import UnreadableError, read_regular
 
-__all__ = ["Twice", "load_plain_yaml", "load_yaml", "read_yaml"]
+__all__ = ["Twice", "decoded", "load_plain_yaml", "load_yaml", "read_yaml"]
 
 Twice = tuple[str, int, int]
 """A key that stands twice, and the two lines."""
 
+_MAX_BYTES = 1 << 20
 _MAX_NODES = 200_000
 """With every alias written out. A list of keywords may be long; aliases of aliases make a few lines into more than any memory."""
 
 _MAX_NESTING = 32
+_MAX_DIGITS = 128
+"""Python takes the square of the time for a number's digits, and refuses to print more than 4,300."""
+
+_FOUND = re.compile(r"(alias|anchor|handle|tag) (['\"])(?!tag:yaml\.org,2002:python/).*\2")
+"""What PyYAML quotes of the text, where that is more than one character."""
+
+
+def decoded(data: bytes, path: str) -> str:
+    """The text in UTF-8; raises `ConfigError` at `path` with the byte that is none."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError.at(path, f"not UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def read_yaml(path: Path, twice: list[Twice] | None = None) -> Any:
     """`load_yaml` of a file; raises `ConfigError` at its name also where it cannot be read."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError.at(str(path), f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError.at(str(path), f"not UTF-8: {error.reason} at byte {error.start}") from None
-    return load_yaml(text, str(path), twice)
+        data = read_regular(path, _MAX_BYTES)
+    except UnreadableError as error:
+        raise ConfigError.at(str(path), error.why) from None
+    return load_yaml(decoded(data, str(path)), str(path), twice)
 
 
 def load_yaml(text: str, name: str, twice: list[Twice] | None = None) -> Any:
@@ -42,7 +57,7 @@ def load_yaml(text: str, name: str, twice: list[Twice] | None = None) -> Any:
     try:
         return _loaded(text, [] if twice is None else twice)
     except yaml.YAMLError as error:
-        mark, why = getattr(error, "problem_mark", None), getattr(error, "problem", None) or " ".join(str(error).split())
+        mark, why = _mark(error), _why(error)
         where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
         raise ConfigError.at(name, f"is not YAML: {why}{where}", hint=_trap(why)) from None
 
@@ -59,18 +74,28 @@ def load_plain_yaml(text: str, name: str) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise ConfigError.at(at, "no anchors and aliases (`&` and `*`) here; write it out, or put it in quotes")
-            if tag := getattr(event, "tag", None):
-                raise ConfigError.at(at, "no tags here", tag)
+            if getattr(event, "tag", None):
+                raise ConfigError.at(at, "no tags (`!`) here; put it in quotes")
             if depth > _MAX_NESTING:
                 raise ConfigError.at(at, f"nested more than {_MAX_NESTING} deep")
         content = _loaded(text, twice)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        mark = _mark(error)
         at = name if mark is None else f"{name}:{mark.line + 1}"
-        raise ConfigError.at(at, f"is not YAML: {getattr(error, 'problem', None) or error}") from None
-    for key, _, line in twice:
-        raise ConfigError.at(f"{name}:{line}", f"the key {key!r} stands twice")
+        raise ConfigError.at(at, f"is not YAML: {_why(error)}") from None
+    for _, first, line in twice:
+        raise ConfigError.at(f"{name}:{line}", f"a key stands twice, here and in line {first}")
     return content
+
+
+def _mark(error: yaml.YAMLError) -> yaml.Mark | None:
+    return getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+
+
+def _why(error: yaml.YAMLError) -> str:
+    """The error in a line, without what it found in the text."""
+    why = getattr(error, "problem", None) or getattr(error, "reason", None) or " ".join(str(error).split())
+    return _FOUND.sub(r"\1 …", why)
 
 
 def _loaded(text: str, twice: list[Twice]) -> Any:
@@ -83,7 +108,8 @@ def _loaded(text: str, twice: list[Twice]) -> Any:
     except yaml.YAMLError:
         raise
     except Exception as error:  # a date that is none, a value that does not fit its tag, lists nested without end
-        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from error
+        said = f": {str(error).partition(':')[0]}" if isinstance(error, ValueError) else ""  # behind the colon is the text
+        raise yaml.YAMLError(f"{type(error).__name__}{said}") from error
 
 
 def _size(node: yaml.Node, seen: dict[int, float], twice: list[Twice]) -> float:
@@ -92,6 +118,8 @@ def _size(node: yaml.Node, seen: dict[int, float], twice: list[Twice]) -> float:
         return seen[id(node)]
     seen[id(node)] = float("inf")
     inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+    if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(node.value) > _MAX_DIGITS:
+        raise yaml.MarkedYAMLError(problem=f"a number of more than {_MAX_DIGITS} characters", problem_mark=node.start_mark)
     if isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, _ in node.value:

@@ -20,12 +20,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import BaseModel, Field, JsonValue, create_model
+from pydantic_core import ValidationError
 
+from dwl_plugin.alpha.controller_state import ControllerState, LogWeights, Nothing
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.errors import ConfigError, Problem, RunError
 from dwl_plugin.extensions import ChosenByType, class_of
-from dwl_plugin.values import Position, Strict, Weight, missing_or_unknown
+from dwl_plugin.values import Position, Strict, Weight, line_error, missing_or_unknown
 
 __all__ = ["CONTROLLERS", "Controller", "ControllerConfig", "ControllerOptions", "LossControllerOptions", "controller_problems"]
 
@@ -35,7 +37,7 @@ Numbers = NDArray[np.float64]
 
 _TINY = float(np.finfo(np.float64).tiny)
 
-Memory = dict[str, Any]
+Remembered = dict[str, Any]
 """What a rule wants to know again at the next update: plain numbers, strings, lists and dicts, kept in the checkpoint."""
 
 
@@ -81,6 +83,9 @@ class LossControllerOptions(ControllerOptions):
 class _Rule:
     """Called at the end of a window, gives log-weights (C,); what they sum to does not matter."""
 
+    Memory: type[BaseModel] = Nothing
+    """What it keeps from its first update on; validated with the names of the classes as `classes` in the context."""
+
     def __init__(self, options: ControllerOptions) -> None:
         self.options = options
 
@@ -94,7 +99,7 @@ class SoftmaxLoss(_Rule):
 
     options: Options
 
-    def __call__(self, window: Window, memory: Memory) -> Numbers:
+    def __call__(self, window: Window, memory: Remembered) -> Numbers:
         return window.prior_C + window.signal_C / self.options.temperature
 
 
@@ -110,7 +115,7 @@ class DWA(_Rule):
 
     options: Options
 
-    def __call__(self, window: Window, memory: Memory) -> Numbers:
+    def __call__(self, window: Window, memory: Remembered) -> Numbers:
         if window.previous_C is None:  # two windows are needed; until then w = 1 for all
             return window.prior_C
         ratio_C: Numbers = window.signal_C / np.maximum(window.previous_C, _TINY)
@@ -129,7 +134,7 @@ class SoftAdapt(_Rule):
 
     options: Options
 
-    def __call__(self, window: Window, memory: Memory) -> Numbers:
+    def __call__(self, window: Window, memory: Remembered) -> Numbers:
         if window.previous_C is None:
             return window.prior_C
         slope_C = window.signal_C - window.previous_C
@@ -148,9 +153,10 @@ class GroupDRO(_Rule):
         type: Literal["group_dro"]
         eta: Weight = Field(0.01, gt=0.0, description="Step size of the exponentiated gradient.")
 
+    Memory = LogWeights
     options: Options
 
-    def __call__(self, window: Window, memory: Memory) -> Numbers:
+    def __call__(self, window: Window, memory: Remembered) -> Numbers:
         before_C = np.array(memory.get("log_weights", window.prior_C))
         weights_C = _normalised(before_C + self.options.eta * window.signal_C)
         memory["log_weights"] = weights_C.tolist()
@@ -166,9 +172,10 @@ class DoReMi(_Rule):
         eta: Weight = Field(1.0, gt=0.0, description="Step size of the exponentiated gradient.")
         smoothing: Weight = Field(1e-4, ge=0.0, le=1.0, description="c, the share of the uniform vector in each update.")
 
+    Memory = LogWeights
     options: Options
 
-    def __call__(self, window: Window, memory: Memory) -> Numbers:
+    def __call__(self, window: Window, memory: Remembered) -> Numbers:
         before_C = np.array(memory.get("log_weights", window.prior_C))
         alpha_C = np.exp(_normalised(before_C + self.options.eta * np.maximum(window.signal_C, 0.0)))
         smoothing = self.options.smoothing
@@ -188,7 +195,7 @@ class RLW(_Rule):
 
     options: Options
 
-    def __call__(self, window: Window, memory: Memory) -> Numbers:
+    def __call__(self, window: Window, memory: Remembered) -> Numbers:
         noise = np.random.default_rng([self.options.seed, window.update])
         return window.prior_C + noise.standard_normal(len(window.prior_C))
 
@@ -253,7 +260,7 @@ class Controller:
         self._warmup = length.step(options.warmup, f"{PATH}.warmup")
         self._prior_C = np.log(np.array(self.alpha))
         self._rule = class_of("controller", options.type, CONTROLLERS, ControllerOptions, f"{PATH}.type")(options)
-        self._updates, self._memory = 0, Memory()
+        self._updates, self._memory = 0, Remembered()
         unseen_C = np.full(len(self.names), np.nan)
         self._average_C, self._first_C, self._previous_C = unseen_C, unseen_C, unseen_C
         no_losses = LossControllerOptions.model_validate({"type": options.type, "ema": 0.0})
@@ -268,12 +275,15 @@ class Controller:
         return self._losses.reference_rows if self._losses.reference == "base" and self._reference_C is None else 0
 
     def compare_with(self, nll: Mapping[str, float]) -> None:
-        """`reference: base`, measured. Raises `ConfigError` for a class that has no number."""
+        """`reference: base`, measured. Raises `ConfigError` for a class that has no number or an infinite one."""
         missing = [name for name in self.names if name not in nll]
         if missing:
             why = f"no token of {', '.join(missing)} was in the rows that the base model was measured on"
             raise ConfigError.at(f"{PATH}.reference", why, "base", hint="raise `reference_rows`, or write the numbers")
-        self._reference_C = np.array([nll[name] for name in self.names])
+        reference_C = np.array([nll[name] for name in self.names])
+        if not np.isfinite(reference_C).all():
+            raise ConfigError.at(f"{PATH}.reference", "the loss of the base model is infinite or NaN", dict(nll))
+        self._reference_C = reference_C
 
     def is_due(self, steps: int) -> bool:
         """Whether a window ends when `steps` optimizer steps are done."""
@@ -317,34 +327,54 @@ class Controller:
             "reference": None if self._reference_C is None else _plain(self._reference_C),
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, saved: Mapping[str, Any] | ControllerState) -> None:
         """Other options than the state's hold from here on, the floor at once.
 
-        Raises `ConfigError` if the state is of another controller or other classes, or if its numbers would mean something else.
+        Raises `ConfigError` if the state is of another controller or other classes, or if its numbers would mean something else;
+        pydantic's `ValidationError`, with the fields, for what `state` cannot have given.
         """
-        theirs, ours = (state["type"], list(state["classes"])), (self.options.type, list(self.names))
-        if theirs != ours:
-            was, now = (f"`{kind}` over {', '.join(classes)}" for kind, classes in (theirs, ours))
+        state = ControllerState.model_validate(saved)
+        theirs, mine = (state.type, state.classes), (self.options.type, list(self.names))
+        if theirs != mine:
+            was, now = (f"`{kind}` over {', '.join(classes)}" for kind, classes in (theirs, mine))
             why = f"the checkpoint was written by {was}; this is {now}"
             raise ConfigError.at(PATH, why, hint="resume with the config of the checkpoint, or start a new run")
-        before, options = state["options"], self.options.model_dump(mode="json")
+        before, memory = self._rules_own(state)
         again = "resume with the value of the checkpoint, or start a new run"
-        if before.get("signal") != options.get("signal"):
-            why = f"the checkpoint's controller has learned from `signal: {before.get('signal')}`"
-            raise ConfigError.at(f"{PATH}.signal", why, options.get("signal"), hint=again)
-        if options.get("reference") == "base" != before.get("reference"):
+        (signal, reference), (our_signal, our_reference) = (
+            [getattr(options, key, None) for key in ("signal", "reference")] for options in (before, self.options)
+        )
+        if signal != our_signal:
+            why = f"the checkpoint's controller has learned from `signal: {signal}`"
+            raise ConfigError.at(f"{PATH}.signal", why, our_signal, hint=again)
+        if our_reference == "base" != reference:
             why = "can only be measured before the first step, and the checkpoint's run did not"
             raise ConfigError.at(f"{PATH}.reference", why, "base", hint=again)
-        self.alpha = tuple(state["alpha"])
+        self.alpha = tuple(state.alpha)
         if min(self.alpha) < self.options.min_alpha:
             with np.errstate(divide="ignore"):
                 self.alpha = tuple(self._floored(np.log(np.array(self.alpha))).tolist())
-        self.signal = None if state["signal"] is None else tuple(state["signal"])
-        self._updates, self._memory = state["updates"], copy.deepcopy(state["memory"])
-        self._average_C, self._first_C = _numbers(state["average"]), _numbers(state["first"])
-        self._previous_C = _numbers(state["previous"])
-        if self.rows_to_measure and state["reference"] is not None:
-            self._reference_C = _numbers(state["reference"])
+        self.signal = None if state.signal is None else tuple(state.signal)
+        self._updates, self._memory = state.updates, memory
+        self._average_C, self._first_C, self._previous_C = map(_numbers, (state.average, state.first, state.previous))
+        if self.rows_to_measure and state.reference is not None:
+            self._reference_C = _numbers(state.reference)
+
+    def _rules_own(self, state: ControllerState) -> tuple[ControllerOptions, Remembered]:
+        """Options and memory of a state of this rule. Options that this version does not have are left out."""
+        kept: Any = getattr(self._rule, "Memory", dict[str, JsonValue]) if state.updates else Nothing
+        parts = create_model("ControllerState", __base__=Strict, options=(type(self.options), ...), memory=(kept, ...))
+        fields = type(self.options).model_fields.items()
+        known = {field.alias or name: state.options[name] for name, field in fields if name in state.options}
+        read: Any = parts.model_validate({"options": known, "memory": state.memory}, context={"classes": state.classes})
+        options: ControllerOptions = read.options
+        if min(state.alpha) < options.min_alpha * (1.0 - 1e-9):
+            wrong = line_error(["alpha"], f"a class is below the `min_alpha` of its run, {options.min_alpha:g}", state.alpha)
+        elif (state.reference is not None) != (isinstance(options, LossControllerOptions) and options.reference is not None):
+            wrong = line_error(["reference"], "is there if the options have one", state.reference)
+        else:
+            return options, state.memory
+        raise ValidationError.from_exception_data("ControllerState", [wrong])
 
     def _window(self) -> Window:
         previous_C = None

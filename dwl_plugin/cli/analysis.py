@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.classes import ClassSurvey, Labeller, empty_class_problems, survey
 from dwl_plugin.cli.config_file import read_config
+from dwl_plugin.cli.output import Console
 from dwl_plugin.cli.trust import Danger, dangers
 from dwl_plugin.cli.wall import came_from_wall, look_only
 from dwl_plugin.config import Block
@@ -134,6 +134,7 @@ def analyse(path: Path, samples: int, trust: bool, to_run: bool = False, spread:
                 status.update(f"{samples} rows …")
                 lost.append(_beside_the_config(raw, path))
                 rows = host.load_rows(cfg, tokenizer, samples, spread=spread)
+                found.problems.extend(host.vocabulary_problems(cfg, tokenizer, rows.samples))
                 return found, _look_at(LookedAt(cfg, tokenizer, block, labeller, rows, run_length(cfg, rows)), found)
         except ConfigError as error:
             found.add(error)
@@ -242,9 +243,10 @@ def _look_at(seen: LookedAt, found: Findings) -> LookedAt:
     from dwl_plugin.run.startup import hints
 
     block, rows, length, classes = seen.block, seen.rows, seen.length, None
-    if rows.looked_at and not rows.samples:
+    if not rows.samples:
         why = f"{rows.too_long:,} are too long or too short, {rows.masked:,} have no target"
-        found.problems.append(Problem("datasets", f"none of the {rows.looked_at:,} rows looked at is left: {why}"))
+        none_left = f"none of the {rows.looked_at:,} rows looked at is left: {why}"
+        found.problems.append(Problem("datasets", none_left if rows.looked_at else "there is no row to train on"))
         return seen
     if block is None:
         return seen

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dwl_plugin.cli.analysis import ClassFigures, Findings, LookedAt, analyse
-from dwl_plugin.cli.output import number, say, table_of_classes
+from dwl_plugin.cli.output import number, print_json, printable, say, table_of_classes
 from dwl_plugin.errors import Problem
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["check", "class_table", "print_findings"]
 
 _ALPHA_COLUMNS = ("α", "one token, vs SFT", "share of the weight")
+_LONGEST = 200
+"""Characters of a value in the list of dangers."""
 
 
 def check(console: Console, config: Path, samples: int, trust: bool, as_json: bool) -> int:
@@ -35,34 +37,39 @@ def check(console: Console, config: Path, samples: int, trust: bool, as_json: bo
             _print_overlaps(console, seen)
         _print_list(console, "Hints", found.hints)
         _print_list(console, "Notes", found.notes + _row_notes(seen))
-        console.print(_VERDICTS[found.status], soft_wrap=True)
+        say(console, *_VERDICTS[found.status])
     return found.status
 
 
 def print_findings(console: Console, found: Findings, seen: LookedAt | None, as_json: bool = False) -> None:
     """What stops a run, and what could not be looked at; or everything, for machines."""
     if as_json:
-        console.print_json(data=as_dict(found, seen), highlight=False)
+        print_json(console, as_dict(found, seen))
         return
     if found.dangers:
-        console.print(f"[bold]{found.path} could do this on your machine:[/]", soft_wrap=True)
+        say(console, f"{found.path} could do this on your machine:", "bold")
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        for _ in range(4):
+            table.add_column(overflow="fold")  # a name is told to its end
         for danger in found.dangers:
-            table.add_row(Text(f"  {danger.does}"), Text(danger.path), Text(str(danger.value)), Text(danger.what))
+            value = printable(str(danger.value))
+            cut = value if len(value) <= _LONGEST else f"{value[: _LONGEST - 1]}…"  # nothing scrolls the others away
+            table.add_row(*map(Text, (f"  {danger.does}", printable(danger.path), cut, danger.what)))
         console.print(table)
-        console.print("Nothing of it was done. If you trust it, say so with --trust.\n", soft_wrap=True)
+        say(console, "Nothing of it was done. If you trust it, say so with --trust.")
+        console.print()
     if found.problems:
         count = len(found.problems)
-        console.print(f"[bold red]{count} problem{'s' if count != 1 else ''}[/]")
-        for problem in found.problems:
-            say(console, indent(str(problem), "  "))
+        say(console, f"{count} problem{'s' if count != 1 else ''}", "bold red")
+        for line in (line for problem in found.problems for line in str(problem).splitlines()):
+            say(console, f"  {line}")
         console.print()
     _print_list(console, "Not looked at", found.unseen)
 
 
 def _print_list(console: Console, title: str, lines: list[str]) -> None:
     if lines:
-        console.print(f"[bold]{title}[/]")
+        say(console, title, "bold")
         for line in lines:
             say(console, f"  · {line}")
         console.print()
@@ -98,7 +105,7 @@ def _print_overlaps(console: Console, seen: LookedAt) -> None:
         console.print("No token is matched by two classes.\n")
         return
     whose = "they pay in both" if seen.labeller is not None and seen.labeller.overlap == "sum" else "the first keeps them"
-    console.print(f"[bold]Tokens that two classes match[/]; {whose}")
+    console.print(Text.assemble(("Tokens that two classes match", "bold"), f"; {whose}"))
     for first, second, count in pairs:
         say(console, f"  · {first} and {second}: {count:,}")
     console.print()
@@ -117,9 +124,9 @@ def _row_notes(seen: LookedAt | None) -> list[str]:
 
 
 _VERDICTS = (
-    "[bold green]No problem found.[/]",
-    "[bold red]This config would not train.[/]",
-    "[bold yellow]No problem found, but not all of it could be looked at.[/]",
+    ("No problem found.", "bold green"),
+    ("This config would not train.", "bold red"),
+    ("No problem found, but not all of it could be looked at.", "bold yellow"),
 )
 
 
@@ -157,5 +164,6 @@ def _problem(problem: Problem) -> dict[str, Any]:
     plain |= {key: text for key, text in (("allowed", problem.allowed), ("hint", problem.hint)) if text}
     if problem.has_value:
         value = problem.value
-        plain["value"] = value if value is None or isinstance(value, (str, int, float)) else str(value)
+        is_json = value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value))
+        plain["value"] = value if is_json else str(value)
     return plain

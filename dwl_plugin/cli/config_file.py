@@ -10,13 +10,9 @@ from dwl_plugin.yaml_io import Twice, read_yaml
 
 __all__ = ["read_config"]
 
-_MAX_BYTES = 1 << 20
-
 
 def read_config(path: Path) -> tuple[dict[str, Any], list[Problem]]:
     """The mapping, and what is odd about the file itself. Raises `ConfigError` where there is no mapping to be had."""
-    if path.is_file() and path.stat().st_size > _MAX_BYTES:
-        raise ConfigError.at(str(path), f"larger than {_MAX_BYTES >> 20} MiB; this is no config")
     twice: list[Twice] = []
     raw = read_yaml(path, twice)
     if raw is None:

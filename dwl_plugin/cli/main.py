@@ -6,28 +6,44 @@ Axolotl imports this module to print its own `--help`, so nothing heavier than c
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from dwl_plugin.cli.output import Console
 
 __all__ = ["main"]
 
 
 class _Commands(click.Group):
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _errors():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
-        from dwl_plugin.errors import DWLError
-
-        try:
+        with _errors():
             return super().invoke(ctx)
-        except DWLError as error:
-            from dwl_plugin.cli.output import printable
 
-            raise click.ClickException(printable(str(error), keep="\n\t")) from error  # it may quote a stranger's name
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What goes wrong, for click to print: it quotes arguments as they are."""
+    from dwl_plugin.errors import DWLError, printable
+
+    try:
+        yield
+    except DWLError as error:
+        raise click.ClickException(str(error)) from error
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        said = printable(error.format_message())
+        error.format_message = lambda: said  # type: ignore[method-assign]
+        raise
 
 
 _INPUT = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -45,9 +61,9 @@ def _samples(default: int) -> Callable[[Callable[..., None]], Callable[..., None
 
 
 def _console() -> Console:
-    from rich.console import Console
+    from dwl_plugin.cli.output import Console
 
-    return Console(highlight=False)
+    return Console()
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})

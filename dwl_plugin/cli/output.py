@@ -1,22 +1,36 @@
-"""What the commands print alike, and text of strangers made safe for a terminal."""
+"""What the commands print, and what they print alike. Text of strangers is never more than text."""
 
 from __future__ import annotations
 
+import json
 import math
-import unicodedata
+from collections.abc import Iterable
+from typing import Any
 
+import rich.console
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
-__all__ = ["fixed", "number", "printable", "say", "short", "table_of_classes"]
+from dwl_plugin.errors import printable
+
+__all__ = ["Console", "fixed", "number", "print_json", "printable", "say", "short", "table_of_classes"]
 
 
-def printable(text: str, keep: str = "") -> str:
-    """`text` with what could drive a terminal shown by its number, as ‹1b›; but for the characters of `keep`."""
-    return "".join(
-        char if char in keep or unicodedata.category(char) not in ("Cc", "Cf", "Cs") else f"‹{ord(char):02x}›" for char in text
-    )
+class Console(rich.console.Console):
+    """The one way to a terminal: whatever is printed through it, nothing but our own styles and bars moves or colours anything."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(printable(text, keep="\n\t"), **how)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text, keep="\n\t"))
 
 
 def short(text: str, letters: int) -> str:
@@ -25,9 +39,15 @@ def short(text: str, letters: int) -> str:
     return text if len(text) <= letters else f"{text[: letters // 2]}…{text[-(letters // 2) :]}"
 
 
-def say(console: Console, line: object) -> None:
-    """Print text as it is: without markup, and wrapped by nothing but the terminal."""
-    console.out(printable(str(line), keep="\n\t"), highlight=False)
+def say(console: rich.console.Console, line: object, style: str | None = None) -> None:
+    """Print one line: without markup, wrapped by nothing but the terminal, and still one where a stranger's name has line ends."""
+    console.out(printable(str(line), keep="\t"), style=style, highlight=False)
+
+
+def print_json(console: rich.console.Console, data: object) -> None:
+    """Print one JSON value in ASCII, which drives no terminal; null for a number that JSON does not have."""
+    finite = json.loads(json.dumps(data), parse_constant=lambda name: None)
+    console.print_json(data=finite, highlight=False, ensure_ascii=True)
 
 
 def table_of_classes(title: str, show_edge: bool = True) -> Table:

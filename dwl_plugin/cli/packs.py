@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.syntax import Syntax
 from rich.table import Table
+from rich.text import Text
 
+from dwl_plugin.cli.output import printable, say
 from dwl_plugin.config.pack_cases import CaseResult, run_case, untouched_classes
 from dwl_plugin.config.pack_files import PackReference, known_packs, read_pack
 from dwl_plugin.config.packs import Pack, PackLibrary, parse_pack
@@ -37,7 +38,7 @@ def list_packs(console: Console) -> None:
         table.add_column(column, no_wrap=column == "pack")
     for name in known_packs():
         pack = read(name)
-        table.add_row(f"[bold]{name}[/]", "\n".join(_weights(pack)), escape(pack.description))
+        table.add_row(Text(name, "bold"), "\n".join(_weights(pack)), pack.description)
     console.print(table)
 
 
@@ -51,7 +52,8 @@ def show_pack(console: Console, name: str) -> None:
     source = read_pack(_reference(name), [Path()], "pack")
     pack = parse_pack(source)
     console.print(Syntax(source.text.partition("\ntests:")[0].strip(), "yaml", background_color="default", word_wrap=True))
-    console.print(f"\n{len(pack.tests)} cases; `dwl packs test {name}` runs them.", markup=False)
+    console.print()
+    say(console, f"{len(pack.tests)} cases; `dwl packs test {name}` runs them.")
 
 
 def test_pack(console: Console, name: str) -> bool:
@@ -63,17 +65,18 @@ def test_pack(console: Console, name: str) -> bool:
             result = run_case(pack, case)
         except DWLError as error:
             failed += 1
-            console.print(f"[red]tests[{number}][/] {escape(str(error))}")
+            console.print(Text.assemble((f"tests[{number}]", "red"), f" {error}"))
         else:
             if not result.passed:
                 failed += 1
-                console.print(f"[red]tests[{number}][/] {escape(shortened(''.join(turn.text for turn in case.sample), 100))}")
+                text = shortened("".join(turn.text for turn in case.sample), 100)
+                console.print(Text.assemble((f"tests[{number}]", "red"), f" {text}"))
                 console.print(_differences(result))
     if untouched := untouched_classes(pack):
-        console.print(f"[yellow]No case has a span of: {', '.join(untouched)}[/]")
+        say(console, f"No case has a span of: {', '.join(untouched)}", "yellow")
     count = len(pack.tests)
-    verdict = f"[red]{failed} of {count} cases fail[/]" if failed else f"[green]{count} cases pass[/]"
-    console.print(f"{escape(name)}: {verdict if count else '[yellow]has no cases[/]'}", soft_wrap=True)
+    verdict = (f"{failed} of {count} cases fail", "red") if failed else (f"{count} cases pass", "green")
+    console.print(Text.assemble(f"{printable(name)}: ", verdict if count else ("has no cases", "yellow")), soft_wrap=True)
     return failed == 0
 
 
@@ -87,5 +90,5 @@ def _differences(result: CaseResult) -> Table:
     return table
 
 
-def _spans(spans: Sequence[str]) -> str:
-    return escape("\n".join(map(repr, spans))) if spans else "[dim]none[/]"
+def _spans(spans: Sequence[str]) -> Text:
+    return Text("\n".join(map(repr, spans))) if spans else Text("none", "dim")

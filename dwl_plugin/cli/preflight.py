@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from dwl_plugin.cli.analysis import LookedAt, analyse, looking
 from dwl_plugin.cli.check import print_findings
-from dwl_plugin.cli.output import number, say, table_of_classes
+from dwl_plugin.cli.output import Console, number, print_json, say, table_of_classes
 from dwl_plugin.values import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def preflight(console: Console, config: Path, samples: int, trust: bool, as_json
     verdict = advice(everything.mean)
     if as_json:
         told = {"config": str(found.path), "rows": rows, "all": _plain(everything), "classes": [_plain(row) for row in classes]}
-        console.print_json(data=told | {"advice": verdict, "notes": found.notes}, highlight=False)
+        print_json(console, told | {"advice": verdict, "notes": found.notes})
         return 0
     console.print(_table(classes, everything, rows))
     say(console, verdict)
@@ -173,5 +172,4 @@ def _by_class(classes: Sequence[ClassProbabilities], mean_of_all: float) -> Iter
 
 def _plain(row: ClassProbabilities) -> dict[str, Any]:
     numbers = {"mean_p": row.mean, "median_p": row.median, "nll": row.nll}
-    known = {key: None if math.isnan(value) else value for key, value in numbers.items()}
-    return {"name": row.name, "tokens": row.tokens, **known, "histogram": list(row.histogram)}
+    return {"name": row.name, "tokens": row.tokens, **numbers, "histogram": list(row.histogram)}

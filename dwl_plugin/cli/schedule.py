@@ -15,7 +15,7 @@ from rich.table import Table
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.cli.config_file import read_config
-from dwl_plugin.cli.output import say
+from dwl_plugin.cli.output import printable, say
 from dwl_plugin.cli.trust import fetched_packs
 from dwl_plugin.config import Block, parse
 from dwl_plugin.config.overrides import overridden, overrides_of
@@ -48,7 +48,9 @@ def schedule(
     except ConfigError as error:
         raise DWLError(f"{error}{_what_is_needed(length, config)}") from error
     if block is None or not tables:
-        raise DWLError(f"{config} has no α: `loss: {'…' if block is None else block.loss}` gives every class the same weight.")
+        raise DWLError(
+            f"{printable(str(config))} has no α: `loss: {'…' if block is None else block.loss}` gives every class the same weight."
+        )
     end = length.total_steps or _last_position(block)
     drawn = [table for table in tables if table.what != _ALPHA or block.controller is None]
     if block.controller is not None:
@@ -97,8 +99,8 @@ def _read(config: Path, trust: bool) -> Mapping[str, Any]:
     ConfigError.raise_any(odd)
     packs = fetched_packs(raw)
     if packs and not trust:
-        listed = "\n".join(f"  {danger}" for danger in packs)
-        raise DWLError(f"{config} fetches:\n{listed}\nNothing was fetched. If you trust it, say so with --trust.")
+        listed = "\n".join(f"  {printable(str(danger))}" for danger in packs)
+        raise DWLError(f"{printable(str(config))} fetches:\n{listed}\nNothing was fetched. If you trust it, say so with --trust.")
     return raw
 
 
@@ -115,9 +117,9 @@ def _length(raw: Mapping[str, Any], steps: int | None, epoch_steps: int | None) 
 
 def _what_is_needed(length: RunLength, config: Path) -> str:
     if length.total_steps is None:
-        return f"\nThe length of the run is not in the YAML; say it: dwl schedule {config} --steps N"
+        return f"\nThe length of the run is not in the YAML; say it: dwl schedule {printable(str(config))} --steps N"
     if length.steps_per_epoch is None:
-        return f"\nThe length of an epoch is not in the YAML; say it: dwl schedule {config} --epoch-steps N"
+        return f"\nThe length of an epoch is not in the YAML; say it: dwl schedule {printable(str(config))} --epoch-steps N"
     return ""
 
 

@@ -16,6 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from dwl_plugin.errors import DWLError
+from dwl_plugin.files import read_regular
+
 __all__ = ["PACKS", "RULES", "Danger", "Rule", "dangers", "fetched_packs"]
 
 Does = Literal["runs code", "fetches"]
@@ -193,6 +196,9 @@ def _has(file: str) -> Callable[[str], bool]:
     return lambda folder: os.path.isfile(os.path.join(folder, file))
 
 
+_MAX_BYTES = 16 << 20
+"""Of settings that lie beside a model or data."""
+
 _UNASKED = ("btlm", "stablelm_epoch")
 """Kinds of models whose code Axolotl runs whatever `trust_remote_code` says."""
 
@@ -239,8 +245,8 @@ def _settings(folder: str, file: str) -> Any:
 
 
 def _text(folder: str, file: str) -> str:
-    with contextlib.suppress(OSError, ValueError):
-        return Path(folder, file).read_text(encoding="utf-8")
+    with contextlib.suppress(DWLError, ValueError):  # no file, or none of a size that settings have
+        return read_regular(Path(folder, file), _MAX_BYTES).decode()
     return ""
 
 

@@ -14,6 +14,7 @@ To set a value twice is the same as once, so a config may pass here more than on
 from __future__ import annotations
 
 import copy
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import yaml
 
 from dwl_plugin.config.block import Block
 from dwl_plugin.config.problems import collected
-from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.errors import ConfigError, Problem, printable
 from dwl_plugin.yaml_io import load_yaml, read_yaml
 
 __all__ = ["SWEEP_FILE", "VARIABLE", "Override", "overridden", "overrides_of", "plain", "value_at"]
@@ -50,7 +51,7 @@ class Override:
     def __str__(self) -> str:
         shown = yaml.safe_dump(self.value, default_flow_style=True, allow_unicode=True, width=10_000)
         shown = shown.removesuffix("...\n").strip()  # YAML ends a bare scalar with dots
-        return f"{self.source}: {self.path} = {shown}"
+        return printable(f"{self.source}: {self.path} = {shown}")
 
 
 def overrides_of(environ: Mapping[str, str]) -> list[Override]:
@@ -60,15 +61,17 @@ def overrides_of(environ: Mapping[str, str]) -> list[Override]:
     sweep, text = environ.get(SWEEP_FILE, ""), environ.get(VARIABLE, "").strip()
     with collected(problems):
         found += [item for item in _from_file(Path(sweep), "W&B sweep") if item.keys[0] in _OURS] if sweep else []
+    from_file = text.startswith("@")
     with collected(problems):
-        found += _from_file(Path(text[1:]).expanduser(), VARIABLE) if text.startswith("@") else _from_words(text, problems)
+        found += _from_file(Path(os.path.expanduser(text[1:])), VARIABLE) if from_file else _from_words(text, problems)
     first: dict[str, Override] = {}
     for override in found:
         path, value, source = override.path, override.value, override.source
         if override.keys[0] not in _OURS:
-            hint = f"Axolotl's own keys have options: axolotl train CONFIG --{path.replace('_', '-')}={value}"
+            written = "…" if from_file else value
+            hint = f"Axolotl's own keys have options: axolotl train CONFIG --{path.replace('_', '-')}={written}"
             message = f"{VARIABLE} sets nothing but {', '.join(_OURS)} and what is below them"
-            problems.append(Problem(path or VARIABLE, message, value, hint=hint))
+            problems.append(Problem(path or VARIABLE, message, hint=hint))
         elif not all(override.keys):
             problems.append(Problem(path, f"{source}: a name is missing between two dots", value))
         elif (earlier := first.setdefault(path, override)).value != value:
@@ -130,7 +133,9 @@ def _from_file(path: Path, source: str) -> list[Override]:
     except ConfigError as error:
         raise ConfigError.at(source, f"{path}: {error.problems[0].message}") from None
     if not isinstance(content, Mapping):
-        raise ConfigError.at(source, f"{path} has to be a mapping, such as `dwl.alpha.number: 0.5`", content)
+        raise ConfigError.at(source, f"{path} has to be a mapping, such as `dwl.alpha.number: 0.5`")
+    if source == VARIABLE and not any(str(key).partition(".")[0] in _OURS for key in content):
+        raise ConfigError.at(source, f"{path} has none of the keys {', '.join(_OURS)}")  # and may be the wrong file: none is told
     if "wandb_version" in content:  # W&B's own form: {name: {desc: …, value: …}}
         content = {key: item["value"] for key, item in content.items() if isinstance(item, Mapping) and "value" in item}
     return [override for key, value in content.items() for override in _leaves(str(key), value, source, whole="." in str(key))]

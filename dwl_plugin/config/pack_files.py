@@ -12,14 +12,16 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from io import BytesIO
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import regex
 
-from dwl_plugin.errors import PREFIX, ConfigError, did_you_mean
+from dwl_plugin.errors import PREFIX, ConfigError, did_you_mean, printable
 from dwl_plugin.extensions import load, other_names
+from dwl_plugin.files import UnreadableError, read_regular
+from dwl_plugin.yaml_io import decoded
 
 __all__ = ["MAX_BYTES", "PackReference", "PackText", "known_packs", "read_pack", "shipped_packs"]
 
@@ -32,6 +34,7 @@ _FILE = regex.compile(rf"(?P<pack>.+?\.ya?ml)(?:\.(?P<member>{_NAME}))?")
 _MEMBER = regex.compile(rf"(?P<pack>{_NAME})(?:\.(?P<member>{_NAME}))?")
 _HUB = regex.compile(r"hf://(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<commit>[^/]*))?/(?P<file>.+)")
 _COMMIT = regex.compile(r"[0-9a-f]{40}")
+_PART = regex.compile(r"(?!\.\.?$)[\w.+=@ -]+")
 
 
 class PackReference(NamedTuple):
@@ -83,7 +86,7 @@ def read_pack(reference: PackReference, folders: Sequence[Path] | None, path: st
     known = shipped if folders is None else known_packs()
     if name in known:
         source = _SHIPPED / f"{name}.yml" if name in shipped else load("pack", name, path)
-        return PackText(name, _limited(source, name, path).decode("utf-8", "replace"))
+        return PackText(name, decoded(_limited(source, name, path), name))
     if name.isidentifier():
         hint = did_you_mean(name, known) or "a pack of your own is `./its_file.yml`"
         raise ConfigError.at(path, "no such pack", name, ", ".join(known), hint)
@@ -92,22 +95,30 @@ def read_pack(reference: PackReference, folders: Sequence[Path] | None, path: st
     if name.startswith("hf://"):
         return _from_hub(name, path)
     tried = [folder / name for folder in folders]
-    file = next(filter(os.path.isfile, tried), None)  # False of a name that no file can have, too
+    file = next(filter(os.path.exists, tried), None)  # False of a name that no file can have, too
     if file is None:
         hint = f"looked for {' and '.join(dict.fromkeys(str(candidate) for candidate in tried))}"
         raise ConfigError.at(path, "there is no such file", name, hint=hint)
-    return PackText(name, _limited(file, name, path).decode("utf-8", "replace"))
+    if not os.path.isabs(name) and _leads_out(folders[tried.index(file)], name):
+        hint = "put the file there, or name it by its absolute path"
+        raise ConfigError.at(path, "a link that leads out of the folder where the pack is looked for", name, hint=hint)
+    return PackText(name, decoded(_limited(file, name, path), name))
+
+
+def _leads_out(folder: Path, name: str) -> bool:
+    """Whether a link on the way leads elsewhere than the path says. `..` at its head can be seen by whoever reads the config."""
+    seen = takewhile("..".__eq__, Path(os.path.normpath(name)).parts)
+    return not (folder / name).resolve().is_relative_to(folder.joinpath(*seen).resolve())
 
 
 def _limited(source: object, name: str, path: str) -> bytes:
     """The bytes of a file, or of the text that another package has."""
     try:
-        with source.open("rb") if isinstance(source, Path) else BytesIO(str(source).encode()) as handle:
-            data: bytes = handle.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError.at(path, f"{source} cannot be read: {error.strerror}", name) from None
+        data = read_regular(source, MAX_BYTES) if isinstance(source, Path) else str(source).encode()
+    except UnreadableError as error:
+        raise ConfigError.at(path, f"{source} {error.why}", name) from None
     if len(data) > MAX_BYTES:
-        raise ConfigError.at(path, f"a pack has at most {MAX_BYTES // 1024} KiB; this file is larger", name)
+        raise ConfigError.at(path, f"is not read: it has more than {MAX_BYTES >> 10:,} KiB", name)
     return data
 
 
@@ -116,6 +127,9 @@ def _from_hub(address: str, path: str) -> PackText:
     if match is None:
         form, hint = "hf://user/repo@<commit>/file.yml", "the packs of a data set are at hf://datasets/user/repo@<commit>/file.yml"
         raise ConfigError.at(path, "not an address on the Hub", address, form, hint)
+    if not all(_PART.fullmatch(part) for part in (*match["repo"].split("/"), *match["file"].split("/"))):
+        why = "between two `/` of an address stands the plain name of a folder or file: no `..`, `\\` or `%`, and not nothing"
+        raise ConfigError.at(path, why, address)
     if _COMMIT.fullmatch(match["commit"] or "") is None:
         why = "a branch or a tag can be moved to other content" if match["commit"] else "without one the content can change"
         hint = "the Hub shows it under `Files`, `History`"
@@ -141,10 +155,10 @@ def _from_hub(address: str, path: str) -> PackText:
         raise ConfigError.at(path, why, address, hint=hint) from error
     data = _limited(file, address, path)
     _say_hash(address, hashlib.sha256(data).hexdigest())
-    return PackText(address, data.decode("utf-8", "replace"))
+    return PackText(address, decoded(data, address))
 
 
 @lru_cache(maxsize=64)
 def _say_hash(address: str, digest: str) -> None:
     """Once in a process; a config is parsed several times."""
-    print(f"{PREFIX} pack {address}: sha256 {digest}", file=sys.stderr, flush=True)
+    print(f"{PREFIX} pack {printable(address)}: sha256 {digest}", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 from dwl_plugin.classes.selectors import AllSelector, AnySelector, Context, PackSelector, SelectorConfig, as_selector, walk
 from dwl_plugin.config.classes import CLASSES, ClassConfig, Classes, name_problems
 from dwl_plugin.config.pack_files import PackReference, PackText, read_pack
-from dwl_plugin.config.problems import alpha_problems, nodes, unique, validate
+from dwl_plugin.config.problems import alpha_problems, nodes, shown_key, unfit, unique, validate
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
 from dwl_plugin.values import REST, Reduction, Strict, Weight, invalid
 from dwl_plugin.yaml_io import load_plain_yaml
@@ -115,20 +115,22 @@ def _any(selectors: Sequence[SelectorConfig]) -> SelectorConfig:
 def parse_pack(source: PackText) -> Pack:
     """The pack in a text; raises `ConfigError` with every problem found, each with its path into the text."""
     raw = load_plain_yaml(source.text, source.name)
-    if not isinstance(raw, Mapping):
-        raise ConfigError.at(source.name, "a pack is a mapping", raw, allowed=", ".join(Pack.model_fields))
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("classes"), Mapping):
+        hint = next(filter(None, (did_you_mean(key, ["classes"]) for key in raw)), "") if isinstance(raw, Mapping) else ""
+        message = "not a pack, which is a mapping with `classes`"  # it may be anything a config can name: nothing of it is told
+        raise ConfigError.at(source.name, message, allowed=", ".join(Pack.model_fields), hint=hint)
     too_long = f"a pack's patterns and texts have at most {MAX_PATTERN:,} characters"
-    texts = [(path, node) for path, node, _ in nodes(raw.get("classes"), "classes") if isinstance(node, str)]
+    texts = [(path, node) for path, node, _ in nodes(raw["classes"], "classes", shown_key) if isinstance(node, str)]
     problems = [Problem(path, too_long, text) for path, text in texts if len(text) > MAX_PATTERN]  # before one is compiled
+    problems += [problem for path, node, _ in nodes(raw, "", shown_key) for problem in unfit(path.lstrip("."), node)]
     problems += [Problem(str(name), "a key has to be a string", name) for name in raw if not isinstance(name, str)]
     pack = None
     if not problems:
         pack = validate(Pack, raw, problems, Context(PackLibrary(None)))
-        if isinstance(classes := raw.get("classes"), Mapping):
-            names = [*map(str, classes), REST]
-            problems += name_problems(classes, "classes")
-            problems += alpha_problems("alpha", raw.get("alpha"), names)
-            problems += _unknown_in_cases(raw.get("tests"), names)
+        names = [*map(str, raw["classes"]), REST]
+        problems += name_problems(raw["classes"], "classes")
+        problems += alpha_problems("alpha", raw.get("alpha"), names)
+        problems += _unknown_in_cases(raw.get("tests"), names)
     if problems or pack is None:
         raise ConfigError(replace(problem, path=f"{source.name}: {problem.path}") for problem in unique(problems))
     return pack

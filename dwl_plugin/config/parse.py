@@ -15,7 +15,7 @@ from dwl_plugin.classes.selectors import Context
 from dwl_plugin.config.block import Block, DWLConfig, LossName
 from dwl_plugin.config.classes import name_problems
 from dwl_plugin.config.packs import PackLibrary
-from dwl_plugin.config.problems import alpha_problems, collected, nodes, unique, validate
+from dwl_plugin.config.problems import alpha_problems, collected, nodes, shown_key, unfit, unique, validate
 from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.loss.token_losses import TOKEN_LOSSES, DFTConfig, TokenLossOptions
 from dwl_plugin.values import MOST_OVERLAPPING, REST
@@ -30,7 +30,6 @@ _OPTIONS = tuple(name for name in TOKEN_LOSSES if name in DWLConfig.model_fields
 _KEYFRAMES = re.compile(r"(dwl|dft|dwl\.classes\.\w+\.dft)\.schedule\.at")
 """Where a key may be a number: a step. It becomes a string before the host sorts the keys of what it writes down."""
 
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _MAX_DEPTH = 64
 _MAX_VALUES = 200_000
 """A list of keywords may be long; aliases make billions of values out of ten lines."""
@@ -44,7 +43,7 @@ def read_block(source: Mapping[str, Any] | str | PathLike[str]) -> Block:
     """
     raw = source if isinstance(source, Mapping) else read_yaml(Path(fspath(source)))
     if not isinstance(raw, Mapping):
-        raise ConfigError.at(fspath(source), "a config is a mapping of keys to values", raw)  # type: ignore[arg-type]
+        raise ConfigError.at(fspath(source), f"a config is a mapping of keys to values, not a {type(raw).__name__}")  # type: ignore[arg-type]
     block = parse(raw)
     if block is None:
         hint = "add a line such as `loss: dft`, or a `loss: dwl` with its `dwl` block"
@@ -111,7 +110,7 @@ def _unfit(ours: Mapping[str, Any]) -> Iterator[Problem]:
     """What the checks themselves could not take. It ends at the first thing that has no end."""
     seen = 0
     for top, whole in reversed(list(ours.items())):
-        for path, node, depth in nodes(whole, top, lambda key: _HALF_CHARACTER.sub("?", key) if isinstance(key, str) else "?"):
+        for path, node, depth in nodes(whole, top, shown_key):
             seen, at = seen + 1, path.partition(".")[0]
             if depth > _MAX_DEPTH:
                 yield Problem(at, f"nested more than {_MAX_DEPTH} deep", hint="an alias of YAML (`*`) may stand inside itself")
@@ -119,11 +118,7 @@ def _unfit(ours: Mapping[str, Any]) -> Iterator[Problem]:
             if seen > _MAX_VALUES:
                 yield Problem(at, f"holds more than {_MAX_VALUES:,} values", hint="aliases of YAML (`*`) may have multiplied them")
                 return
-            for scalar in node if isinstance(node, Mapping) else [node]:
-                if isinstance(scalar, int) and not -(2**63) <= scalar < 2**63:
-                    yield Problem(path, "no number here is that large: it has more than 63 bits")
-                elif isinstance(scalar, str) and _HALF_CHARACTER.search(scalar):
-                    yield Problem(path, "is no text: it has half of a character (a surrogate) in it", scalar)
+            yield from unfit(path, node)
 
 
 def _odd_keys(ours: Mapping[str, Any]) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,9 +12,11 @@ from pydantic import BaseModel, ValidationError
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
 from dwl_plugin.values import missing_or_unknown
 
-__all__ = ["alpha_problems", "collected", "nodes", "unique", "validate"]
+__all__ = ["alpha_problems", "collected", "nodes", "shown_key", "unfit", "unique", "validate"]
 
 _Model = TypeVar("_Model", bound=BaseModel)
+
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def validate(model: type[_Model], raw: object, problems: list[Problem], context: object = None) -> _Model | None:
@@ -58,6 +61,20 @@ def nodes(node: Any, path: str, shown: Callable[[Any], str] = str, depth: int = 
     elif isinstance(node, (list, tuple)):
         for index, value in enumerate(node):
             yield from nodes(value, f"{path}[{index}]", shown, depth + 1)
+
+
+def shown_key(key: object) -> str:
+    """A key in a path, before it is known to be one that can be printed."""
+    return _HALF_CHARACTER.sub("?", key) if isinstance(key, str) else "?"
+
+
+def unfit(path: str, node: object) -> Iterator[Problem]:
+    """What no check could take, among the keys of a mapping or in a value alone."""
+    for scalar in node if isinstance(node, Mapping) else [node]:
+        if isinstance(scalar, int) and not -(2**63) <= scalar < 2**63:
+            yield Problem(path, "no number here is that large: it has more than 63 bits")
+        elif isinstance(scalar, str) and _HALF_CHARACTER.search(scalar):
+            yield Problem(path, "is no text: it has half of a character (a surrogate) in it", scalar)
 
 
 def unique(problems: list[Problem]) -> list[Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from traceback import extract_tb
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
@@ -18,7 +19,7 @@ from dwl_plugin.hosts.dropped_options import dropped_options
 from dwl_plugin.hosts.four_bits import keep_the_training_format
 from dwl_plugin.hosts.trainer import install, less_is_better, uninstall
 from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl
-from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows
+from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows, require_rows
 from dwl_plugin.run.moving import require_places
 from dwl_plugin.run.startup import log_line
 
@@ -67,7 +68,7 @@ class DWLPlugin(BasePlugin):
         block = block_of(cfg)
         if block is not None and not preprocess and (line := choose_checkpoint(cfg)):
             log_line(line)
-        if block is None or preprocess or not (block.labels_tokens or block.moves) or _loaded_elsewhere(self):
+        if block is None or preprocess or _loaded_elsewhere(self):
             return None
         from axolotl.cli.args import TrainerCliArgs
         from axolotl.common.datasets import load_datasets
@@ -77,7 +78,15 @@ class DWLPlugin(BasePlugin):
         if block.labels_tokens:
             self._labeller = labeller_of(block, load_tokenizer(cfg))
         cli_args, _ = HfArgumentParser(TrainerCliArgs).parse_args_into_dataclasses(return_remaining_strings=True)
-        meta = load_datasets(cfg=cfg, cli_args=cli_args)
+        try:
+            meta = load_datasets(cfg=cfg, cli_args=cli_args)
+        except StopIteration:  # of a reader of the `datasets` library
+            raise ConfigError.at("datasets", "a file of the training or evaluation data is empty", _paths(cfg)) from None
+        except (ValueError, IndexError) as error:
+            if _is_for_want_of_rows(error):
+                require_rows(())
+            raise
+        require_rows(meta.train_dataset)
         if block.moves:
             require_places(block, *_planned_length(cfg, meta))
         if self._labeller is not None:
@@ -93,6 +102,7 @@ class DWLPlugin(BasePlugin):
         if block is None:
             return []
         if self._labeller is None and block.labels_tokens:
+            require_rows(trainer.train_dataset)
             self._labeller = labeller_of(block, trainer.processing_class)
             self._survey_rows(trainer.train_dataset, block, seed=cfg.seed)
         _, callback = install(trainer, block, self._labeller, self._survey, self._taken_over)
@@ -118,6 +128,16 @@ def _sample(dataset: Any, seed: int) -> list[dict[str, Any]]:
     if not hasattr(dataset, "select") or not {"input_ids", "labels"} <= set(dataset.column_names or ()):
         return []
     return list(dataset.select_columns(["input_ids", "labels"]).select(picked_rows(len(dataset), seed)))
+
+
+def _paths(cfg: Any) -> list[Any]:
+    return [dataset.get("path") for key in ("datasets", "test_datasets") for dataset in cfg.get(key) or ()]
+
+
+def _is_for_want_of_rows(error: Exception) -> bool:
+    """The sampler of a packed set says so; the reader of rows that were prepared earlier only fails."""
+    where = extract_tb(error.__traceback__)[-1].filename
+    return "num_samples=0" in str(error) or (isinstance(error, IndexError) and where.endswith("datasets/table.py"))
 
 
 def _planned_length(cfg: Any, meta: Any) -> tuple[int | None, float | None]:

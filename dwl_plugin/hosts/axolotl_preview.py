@@ -20,7 +20,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -28,6 +28,7 @@ from typing import Any, get_args
 from dwl_plugin.config.overrides import SWEEP_FILE, VARIABLE
 from dwl_plugin.errors import ConfigError, DWLError, Problem, did_you_mean
 from dwl_plugin.run.dataset_check import picked_rows
+from dwl_plugin.values import IGNORE_INDEX
 
 __all__ = [
     "NotSeenError",
@@ -43,6 +44,7 @@ __all__ = [
     "plugin_is_active",
     "quiet",
     "unknown_keys",
+    "vocabulary_problems",
 ]
 
 Sample = dict[str, Any]
@@ -283,10 +285,30 @@ def load_rows(cfg: Any, tokenizer: Any, count: int, *, spread: bool = False) -> 
             return _packed(_table(cfg, tokenizer, count, spread), cfg)
         except DWLError:
             raise
+        except StopIteration:  # what the host makes of a file without a row
+            raise _no_rows(cfg) from None
         except Exception as error:  # whatever a dataset and its template can raise
             if isinstance(error, OSError) or any(words in str(error).lower() for words in _OUT_OF_REACH):
                 raise NotSeenError(f"datasets: {_first_line(error)}") from error
             raise ConfigError.at("datasets", f"Axolotl cannot read them: {_first_line(error)}") from error
+
+
+def vocabulary_problems(cfg: Any, tokenizer: Any, samples: Iterable[Sample]) -> Iterator[Problem]:
+    """Ids and labels for which the model has no row: training would stop at them, on a GPU without a word of why."""
+    import numpy as np
+    from axolotl.loaders.utils import load_model_config
+
+    with quiet(), _loading("base_model", cfg.base_model):
+        config = load_model_config(cfg)
+    asked = math.ceil(len(tokenizer) / 32) * 32 if cfg.resize_token_embeddings_to_32x else len(tokenizer)
+    text_config = getattr(config, "get_text_config", lambda: config)()
+    size = asked if cfg.shrink_embeddings else max(asked, getattr(text_config, "vocab_size", None) or 0)
+    for key, no_target in (("input_ids", ()), ("labels", (IGNORE_INDEX,))):
+        outside = [ids[((ids < 0) | (ids >= size)) & ~np.isin(ids, no_target)] for ids in (np.asarray(row[key]) for row in samples)]
+        if wrong := [int(ids[0]) for ids in outside if len(ids)]:
+            allowed = f"0 to {size - 1:,}{', or -100 for no target' if no_target else ''}"
+            message = f"`{key}` of {len(wrong):,} of the rows looked at name tokens that the model does not have"
+            yield Problem("datasets", message, wrong[0], allowed, "were they tokenised for another model?")
 
 
 def load_model(cfg: Any, tokenizer: Any) -> Any:
@@ -332,6 +354,8 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     if prepared is None:
         sources = _raw_datasets(cfg, tokenizer)
         order = _order_of_the_run([len(dataset) for dataset, _ in sources], cfg)
+    if not len(order):
+        raise _no_rows(cfg)
     total = _training_rows(len(order), cfg)
     head = order.select(picked_rows(total, cfg.seed or 0, count) if spread else range(min(count, total)))
     if prepared is not None:
@@ -441,7 +465,15 @@ def _stream(cfg: Any, tokenizer: Any, count: int) -> Rows:
         flat = {key: np.asarray(row[key]).reshape(-1).tolist() for key in _COLUMNS if key in row}
         flat.setdefault("labels", list(flat["input_ids"]))  # pretraining: the collator makes them of the ids
         samples.append(flat)
+    if not samples:
+        raise _no_rows(cfg)
     return Rows(samples, looked_at=len(samples))
+
+
+def _no_rows(cfg: Any) -> ConfigError:
+    key = "pretraining_dataset" if cfg.pretraining_dataset else "datasets"
+    named = [cfg[key]] if isinstance(cfg[key], str) else [dataset.path for dataset in cfg[key]]
+    return ConfigError.at(key, "there is no row in them", ", ".join(map(str, named)))
 
 
 @contextlib.contextmanager

@@ -1,21 +1,40 @@
-"""Which checkpoint a run can go on from. A save that was cut off leaves a folder that the host takes for a checkpoint."""
+"""Which checkpoint a run can go on from. A save that was cut off leaves a folder that the host takes for a checkpoint, and one that
+somebody else wrote may hold anything."""
 
 from __future__ import annotations
 
 import json
 import re
+import reprlib
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from dwl_plugin.errors import ConfigError
 
-__all__ = ["choose_checkpoint", "finished_checkpoints", "unfinished"]
+__all__ = ["choose_checkpoint", "finished_checkpoints", "named_in", "require_whole", "unfinished"]
 
 _STATE = "trainer_state.json"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
+
+_MOST_BYTES = 1 << 30
+"""Of a trainer's state: a million logged steps. To read as many takes ten seconds and 6 GB."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist = 2, 8
+
+
+class _TrainerState(BaseModel):
+    """What a run goes by, of what the host keeps."""
+
+    global_step: int = Field(strict=True, ge=0, lt=2**53)
+    log_history: list[dict[str, Any]] = []
+    stateful_callbacks: dict[str, Any] | None = None
 
 
 def choose_checkpoint(cfg: Any) -> str | None:
@@ -24,25 +43,42 @@ def choose_checkpoint(cfg: Any) -> str | None:
     Raises:
         ConfigError: `resume_from_checkpoint` names one that was not.
     """
-    asked, folders = cfg.get("resume_from_checkpoint"), _checkpoints(Path(cfg["output_dir"]))
+    asked, output_dir = cfg.get("resume_from_checkpoint"), Path(cfg["output_dir"])
+    folders = _checkpoints(output_dir)
     if isinstance(asked, str) and Path(asked).is_dir():
-        chosen = Path(asked)
-    elif asked is None and cfg.get("auto_resume_from_checkpoints") and folders:
-        chosen = folders[-1]
-    else:
+        require_whole(Path(asked), output_dir)
         return None
-    why = unfinished(chosen)
+    if asked is not None or not cfg.get("auto_resume_from_checkpoints") or not folders:
+        return None
+    newest = folders[-1]
+    why = unfinished(newest)
     if why is None:
         return None
-    whole = [folder for folder in folders if unfinished(folder) is None]
-    if asked is not None:
-        hint = f"the newest whole one is `{whole[-1]}`" if whole else f"no checkpoint in `{cfg['output_dir']}` is whole"
-        raise ConfigError.at("resume_from_checkpoint", f"this checkpoint is damaged: {why}", asked, hint=hint)
-    if whole:
+    if whole := [folder for folder in folders if unfinished(folder) is None]:
         cfg["resume_from_checkpoint"] = str(whole[-1])
-        return f"{chosen.name} is damaged ({why}): resuming from {whole[-1].name}"
+        return f"{newest.name} is damaged ({why}): resuming from {whole[-1].name}"
     cfg["auto_resume_from_checkpoints"] = False
-    return f"{chosen.name} is damaged ({why}) and there is none before it: starting from the beginning"
+    return f"{newest.name} is damaged ({why}) and there is none before it: starting from the beginning"
+
+
+def require_whole(folder: Path, output_dir: Path) -> None:
+    """Raise `ConfigError` for a checkpoint that cannot be used, naming the newest in `output_dir` that can."""
+    if why := unfinished(folder):
+        whole = finished_checkpoints(output_dir)
+        hint = f"the newest whole one is `{whole[-1]}`" if whole else f"no checkpoint in `{output_dir}` is whole"
+        raise ConfigError.at("resume_from_checkpoint", f"this checkpoint is damaged: {why}", str(folder), hint=hint)
+
+
+@contextmanager
+def named_in(folder: Path | None, place: str) -> Iterator[None]:
+    """Turn what pydantic finds wrong at `place` in the state of a checkpoint into a `ConfigError` that names folder and fields."""
+    try:
+        yield
+    except ValidationError as error:
+        told = [_told(place, item) for item in error.errors(include_url=False, include_context=False)]
+        more = f"; and {len(told) - 3} more" if len(told) > 3 else ""
+        why = f"the checkpoint `{folder}` is damaged: in its {_STATE}, {'; '.join(told[:3])}{more}"
+        raise ConfigError.at("resume_from_checkpoint", why, hint="resume from another checkpoint, or start a new run") from None
 
 
 def finished_checkpoints(output_dir: Path) -> list[Path]:
@@ -55,15 +91,37 @@ def unfinished(folder: Path) -> str | None:
     state = folder / _STATE
     if not state.is_file():
         return f"it has no {_STATE}, which is written last"
+    if state.stat().st_size > _MOST_BYTES:
+        return f"its {_STATE} is larger than that of any run"
     try:
-        json.loads(state.read_text(encoding="utf-8"))
+        written = json.loads(state.read_text(encoding="utf-8"))
+        if not isinstance(written, dict):
+            return f"its {_STATE} is no JSON object"
+        _TrainerState.model_validate(written)
+    except ValidationError as error:
+        return f"in its {_STATE}, {_told('', error.errors(include_url=False, include_context=False)[0])}"
+    except RecursionError:
+        return f"its {_STATE} is nested too deep"
     except ValueError:  # a text that is cut off, also in the middle of a character
         return f"its {_STATE} breaks off"
     # A later run that wrote the same step again found an old state there.
     for file in sorted(folder.iterdir()):
+        if file.is_dir():
+            continue
+        if not file.is_file():  # to open a pipe means to wait
+            return f"its {file.name} is no file"
         if not _is_whole(file):
             return f"its {file.name} breaks off"
     return None
+
+
+def _told(place: str, item: Any) -> str:
+    """One pydantic error in a line, whatever the size and the depth of what it is about."""
+    path = place
+    for part in item["loc"][:8]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    got = "" if item["type"] == "missing" else f" (got {_SHORT.repr(item['input'])})"
+    return f"`{path[:200]}`: {item['msg'][:1].lower()}{item['msg'][1:]}{got}"
 
 
 def _is_whole(file: Path) -> bool:
@@ -74,7 +132,7 @@ def _is_whole(file: Path) -> bool:
         try:
             with safe_open(file, framework="pt"):
                 return True
-        except SafetensorError:
+        except (OSError, SafetensorError):
             return False
     return True
 

@@ -8,8 +8,10 @@ divides them -> `_save_checkpoint` keeps what a resumed run needs.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,14 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block
 from dwl_plugin.errors import ConfigError, LossNotTakenError, NotFiniteError, RunError
 from dwl_plugin.hosts.base_nll import base_nll
-from dwl_plugin.hosts.checkpoints import finished_checkpoints
+from dwl_plugin.hosts.checkpoints import finished_checkpoints, named_in, require_whole, unfinished
 from dwl_plugin.hosts.versions import divided_later
 from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics
 from dwl_plugin.loss.deferred_logits import DeferredLogits
@@ -32,7 +35,7 @@ from dwl_plugin.loss.shift import IGNORE_INDEX
 from dwl_plugin.run.closed_loop import ClosedLoop
 from dwl_plugin.run.collate import LabellingCollator
 from dwl_plugin.run.moving import controller_of
-from dwl_plugin.run.session import Session
+from dwl_plugin.run.session import RunState, Session
 from dwl_plugin.run.startup import keep_config, log_line, other_length_lines, other_options_lines, startup_lines
 
 __all__ = ["BelowHost", "TrainerMixin", "computes_loss", "install", "less_is_better", "replaced_methods", "uninstall"]
@@ -52,6 +55,15 @@ class TrainerMixin(Trainer):
 
     _dwl: Session
     _dwl_host: type[Trainer]
+    _dwl_checkpoint: Path | None = None
+    """What this run goes on from."""
+
+    def train(self, resume_from_checkpoint: str | PathLike[str] | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        asked = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        self._dwl_checkpoint = Path(asked) if asked else None
+        if self._dwl_checkpoint is not None and self._dwl_checkpoint.is_dir():
+            require_whole(self._dwl_checkpoint, Path(self.args.output_dir))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(*args, **kwargs)
@@ -100,6 +112,8 @@ class TrainerMixin(Trainer):
         on_tokens = session.trained_on if training else self._without_repeated_rows(inputs, session.eval_sums.add)
         with session.seam.armed(session.pending_loss(inputs, counts, denominator, on_tokens)):
             result = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            if training:
+                session.first_bad.add_loss(session.tau + 1, result[0] if return_outputs else result)
             if session.keeps_logits:
                 outputs = result[1]
                 if isinstance(outputs, dict) and isinstance(outputs.get("logits"), DeferredLogits):
@@ -140,14 +154,18 @@ class TrainerMixin(Trainer):
         if not found:
             return
         first = min(found.values())
-        classes = " and ".join(f"`{name}`" for name, step in found.items() if step == first)
-        whole = finished_checkpoints(Path(self.args.output_dir))
-        kept = f"The newest checkpoint, {whole[-1]}, is from before." if whole else "No checkpoint was written before."
+        classes = " and ".join(f"`{name}`" for name, step in found.items() if name is not None and step == first)
+        what = f"the loss of class {classes}" if classes else "the trained loss, though not that of any token,"
         raise NotFiniteError(
-            f"the loss of class {classes} is infinite or NaN from step {first} on, so training stops. {kept} A lower "
+            f"{what} is infinite or NaN from step {first} on, so training stops. {self._kept('is from before')} A lower "
             "`learning_rate`, `max_grad_norm: 1.0` or bf16 in place of fp16 are the usual remedies; if it is always this step, "
             "look at its rows."
         )
+
+    def _kept(self, of_it: str) -> str:
+        """A sentence on the newest checkpoint there is."""
+        whole = finished_checkpoints(Path(self.args.output_dir))
+        return f"The newest checkpoint, {whole[-1]}, {of_it}." if whole else "No checkpoint was written before."
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -159,7 +177,19 @@ class TrainerMixin(Trainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         self.stop_if_not_finite()
         self.state.stateful_callbacks[_STATE] = self._dwl.state()
-        return super()._save_checkpoint(*args, **kwargs)
+        try:
+            return super()._save_checkpoint(*args, **kwargs)
+        except Exception as error:  # a full disk: each of four writers has another
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            why = unfinished(folder) if folder.is_dir() else "it is not there"
+            if why is None:
+                raise
+            free = shutil.disk_usage(self.args.output_dir).free / 1e6
+            raise RunError(
+                f"the checkpoint of step {self.state.global_step} could not be written ({_first_line(error)}; {free:,.1f} MB are "
+                f"free on the disk), so training stops. {self._kept('is whole: resume from it when there is room')} "
+                f"{folder.name} is not ({why}), and can be deleted."
+            ) from error
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._dwl.eval_sums = ClassSums(self._dwl.names)
@@ -209,7 +239,9 @@ class AlphaCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         session, tau = self._session, state.global_step
-        saved = dict(state.stateful_callbacks or {}).get(_STATE) if tau else None
+        kept = dict(state.stateful_callbacks or {}).get(_STATE) if tau else None
+        with named_in(self._trainer._dwl_checkpoint, f"stateful_callbacks.{_STATE}"):
+            saved = None if kept is None else RunState.model_validate(kept)
         session.begin(_run_length(args, state, kwargs.get("train_dataloader")))
         session.loop = self._closed_loop(saved, tau)
         session.move(tau)
@@ -219,9 +251,9 @@ class AlphaCallback(TrainerCallback):
         counts = None if session.survey is None else session.survey.counts
         lines = [*startup_lines(session.block, counts, session.alpha_at, session.length, session.replaced, picks)]
         if saved is not None:
-            lines += other_length_lines(session.block, RunLength(**saved["run"]), session.length, tau)
-            if session.loop is not None:
-                lines += other_options_lines(session.loop.controller.options, saved["controller"]["options"])
+            lines += other_length_lines(session.block, saved.length, session.length, tau)
+            if session.loop is not None and saved.controller is not None:
+                lines += other_options_lines(session.loop.controller.options, saved.controller["options"])
         log_line("\n".join(lines))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -234,13 +266,13 @@ class AlphaCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.stop_if_not_finite()  # what comes next saves the model
 
-    def _closed_loop(self, saved: dict[str, Any] | None, tau: int) -> ClosedLoop | None:
+    def _closed_loop(self, saved: RunState | None, tau: int) -> ClosedLoop | None:
         """The controller, as the checkpoint left it or from the start."""
         session, trainer = self._session, self._trainer
         controller = controller_of(session.block, session.length)
         if controller is None:
             return None
-        state = None if saved is None else saved["controller"]
+        state = None if saved is None else saved.controller
         if tau and state is None:
             raise ConfigError.at(
                 "dwl.controller",
@@ -251,7 +283,8 @@ class AlphaCallback(TrainerCallback):
             )
         loop = ClosedLoop(controller, trainer.accelerator.gather, trainer.args.device)
         if state is not None:
-            loop.load(state, trainer.args.process_index)
+            with named_in(trainer._dwl_checkpoint, f"stateful_callbacks.{_STATE}.controller"):
+                loop.load(state, trainer.args.process_index)
         if controller.rows_to_measure:
             if session.base_nll is None:  # kept: a run that begins again with smaller batches has taken steps
                 session.base_nll = base_nll(trainer, controller.rows_to_measure, session.names)
@@ -267,6 +300,10 @@ def _require_cut_sequences(accelerator: Any, batches: Sequence[Any]) -> None:
             "context parallelism cuts these sequences up after their batch was made, where class ids and the number of "
             "targets cannot follow. It works with datasets of text whose batches Axolotl's own collators make."
         )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{str(error).strip() or type(error).__name__}".splitlines()[0]
 
 
 def _run_length(args: Any, state: Any, loader: Any) -> RunLength:

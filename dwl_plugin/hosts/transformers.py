@@ -20,7 +20,7 @@ from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.hosts import trl
 from dwl_plugin.hosts.trainer import BelowHost, TrainerMixin, install, less_is_better, replaced_methods, uninstall
 from dwl_plugin.hosts.versions import transformers_problems
-from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows
+from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows, require_rows
 from dwl_plugin.run.session import Session
 from dwl_plugin.run.startup import log_line
 
@@ -81,6 +81,7 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
     except ConfigError as error:
         raise ConfigError([*error.problems, *problems]) from None
     ConfigError.raise_any(problems)
+    require_rows(trainer.train_dataset)
     labeller, survey = _classes_of(trainer, block)
     is_sft = trl.is_sft_trainer(type(trainer))
     below = None if type(trainer) is Trainer else trl.BelowSFTTrainer if is_sft else BelowHost

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dwl_plugin.alpha.controller_state import LoopState
 from dwl_plugin.alpha.controllers import Controller
 from dwl_plugin.loss.class_sums import widest
 
@@ -43,10 +44,14 @@ class ClosedLoop:
         """The controller's, and the sums of the window that is not over yet. Every rank has to call it."""
         return {**self.controller.state(), "window": self._by_rank()}
 
-    def load(self, state: Mapping[str, Any], rank: int) -> None:
-        """As many ranks as wrote the state each go on with their own sums; otherwise the first goes on with all of them."""
+    def load(self, saved: Mapping[str, Any], rank: int) -> None:
+        """As many ranks as wrote the state each go on with their own sums; otherwise the first goes on with all of them.
+
+        Raises as `Controller.load`.
+        """
+        state = LoopState.model_validate(saved)
         self.controller.load(state)
-        by_rank = torch.tensor(state["window"], dtype=self._sums_2C.dtype)
+        by_rank = torch.tensor(state.window, dtype=self._sums_2C.dtype)
         ranks = len(self._by_rank())
         if len(by_rank) != ranks:
             by_rank = torch.stack([by_rank.sum(0), *[torch.zeros_like(by_rank[0])] * (ranks - 1)])

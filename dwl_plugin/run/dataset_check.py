@@ -12,7 +12,7 @@ from dwl_plugin.config import Block
 from dwl_plugin.config.classes import may_be_empty
 from dwl_plugin.errors import ConfigError
 
-__all__ = ["SURVEY_ROWS", "check_dataset", "labeller_of", "picked_rows"]
+__all__ = ["SURVEY_ROWS", "check_dataset", "labeller_of", "picked_rows", "require_rows"]
 
 SURVEY_ROWS = 512
 """Rows of the training set that are labelled to see that every class exists."""
@@ -30,6 +30,14 @@ def labeller_of(block: Block, tokenizer: Any) -> Labeller | None:
 def picked_rows(count: int, seed: int, most: int = SURVEY_ROWS) -> list[int]:
     """Up to `most` different row numbers below `count`, in order; a seed gives the same ones everywhere."""
     return sorted(np.random.default_rng(seed).permutation(count)[:most].tolist())
+
+
+def require_rows(dataset: Any) -> None:
+    """Raise `ConfigError` for a training set without a row; a stream does not tell."""
+    if hasattr(dataset, "__len__") and not len(dataset):
+        why = "no row is left to train on: the data is empty, or every row was dropped"
+        hint = "rows longer than `sequence_len` are dropped, and rows without a token to train on (`train_on_inputs`, roles)"
+        raise ConfigError.at("datasets", why, hint=hint)
 
 
 def check_dataset(block: Block, labeller: Labeller, samples: Iterable[Mapping[str, Any]]) -> ClassSurvey | None:

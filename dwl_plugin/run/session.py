@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from math import isfinite
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block
-from dwl_plugin.errors import ConfigError, LossNotTakenError, Problem
+from dwl_plugin.errors import ConfigError, LossNotTakenError, NotFiniteError, Problem
 from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics, widest
 from dwl_plugin.loss.membership import Membership, count_classes
 from dwl_plugin.loss.reduction import class_weights
@@ -25,8 +27,26 @@ from dwl_plugin.run.collate import CLASS_IDS
 from dwl_plugin.run.moving import alpha_of, token_losses_of
 from dwl_plugin.run.nan_guard import FirstBadStep
 from dwl_plugin.run.startup import log_line
+from dwl_plugin.values import Strict
 
-__all__ = ["Session", "without_base_model"]
+__all__ = ["RunState", "Session", "without_base_model"]
+
+
+class _Length(Strict):
+    total_steps: int | None = Field(strict=True, ge=1, le=2**53)
+    steps_per_epoch: float | None = Field(strict=True, gt=0.0)
+
+
+class RunState(Strict):
+    """`Session.state`, read back. What a controller keeps is looked at by `ClosedLoop.load`."""
+
+    run: _Length
+    controller: dict[str, Any] | None
+
+    @property
+    def length(self) -> RunLength:
+        """Of the run that wrote it."""
+        return RunLength(self.run.total_steps, self.run.steps_per_epoch)
 
 
 class Session:
@@ -70,9 +90,12 @@ class Session:
         self.step_counts: torch.Tensor | None = None
 
     def move(self, tau: int) -> None:
-        """To α and the token losses of optimizer step τ."""
+        """To α and the token losses of optimizer step τ. Raises `NotFiniteError` for an α that is none."""
         self.tau = tau
         self.alpha = self.alpha_at(tau) if self.loop is None else self.loop.controller.alpha
+        if not all(map(isfinite, self.alpha)):
+            told = ", ".join(f"{name} {alpha:g}" for name, alpha in zip(self.names, self.alpha, strict=True))
+            raise NotFiniteError(f"α is infinite or NaN at step {tau + 1} ({told}), so training stops.")
         if self.token_losses_at is not None:
             before, self.token_losses = self.token_losses, self.token_losses_at(tau)
             # To ask for a formula of another package means to look through all that is installed.

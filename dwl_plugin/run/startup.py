@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.config import Block, ControllerOptions, LossControllerOptions
-from dwl_plugin.errors import PREFIX, ConfigError, DWLError
+from dwl_plugin.errors import PREFIX, ConfigError, DWLError, printable, shortened
 from dwl_plugin.files import write_whole
 from dwl_plugin.loss.reduction import class_weight_table
 from dwl_plugin.loss.token_losses import SCHEDULED, DFTConfig
@@ -30,7 +30,7 @@ def log_line(line: str) -> None:
     """Print `line`, of several lines each, on the main process."""
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         with tqdm.external_write_mode():  # not behind the progress bar that the host has begun
-            print("\n".join(f"{PREFIX} {part}" for part in line.splitlines()), flush=True)
+            print("\n".join(f"{PREFIX} {printable(part)}" for part in line.splitlines()), flush=True)
 
 
 def keep_config(block: Block, folder: Path) -> None:
@@ -131,7 +131,9 @@ def other_options_lines(options: ControllerOptions, saved: Mapping[str, Any]) ->
     now = options.model_dump(mode="json")
     changed = [key for key in now.keys() | saved.keys() if now.get(key) != saved.get(key)]
     if changed:
-        told = ", ".join(f"`{key}` {saved.get(key)} → {now.get(key)}" for key in sorted(changed))
+        told = ", ".join(
+            f"`{shortened(key)[1:-1]}` {shortened(saved.get(key))} → {shortened(now.get(key))}" for key in sorted(changed)
+        )
         yield f"the controller goes on with what it has learned and with other options than its checkpoint's: {told}"
 
 

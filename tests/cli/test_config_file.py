@@ -57,8 +57,8 @@ def test_what_pyyaml_trips_over_is_not_yaml(tmp_path: Path, text: str) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_a_sentence(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.yml", tmp_path):
-        with pytest.raises(ConfigError, match="cannot be read"):
+    for path, why in ((tmp_path / "none.yml", "cannot be read: No such file"), (tmp_path, "is not read: it is a folder")):
+        with pytest.raises(ConfigError, match=why):
             read_config(path)
 
 

@@ -101,13 +101,6 @@ def test_yaml_that_cannot_be_read_costs_only_the_config(tmp_path: Path, text: st
     assert "3.000 → 0.600" in checked(dwl(folder))
 
 
-def test_aliases_in_a_config_multiply_nothing(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", HISTORY)
-    words = f"{{keywords: [&a {'x' * 100_000}, {', '.join(['*a'] * 5000)}]}}"
-    (folder / CONFIG).write_text(f"loss: nll\ndwl: {{classes: {{number: {words}}}}}")
-    assert "named as they were logged" in " ".join(checked(dwl(folder)).split())
-
-
 def test_a_report_fetches_no_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run writes down has the classes of its packs in it, so one that names a pack is not of a run."""
     asked: list[object] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -146,6 +147,13 @@ def test_a_card_of_addresses_is_listed_without_a_hub_too(offline: Path) -> None:
     for files in ({"README__md": CARD.format("http://b.org/x")}, {"__huggingface__yaml": "configs: [{data_files: 'hf://x'}]"}):
         assert [danger.does for danger in dangers({"datasets": [{"path": lay(offline / "it", **files)}]})] == ["fetches"]
         lay(offline / "it", README__md="# no card")
+
+
+def test_a_pipe_in_the_place_of_settings_is_not_waited_for(offline: Path) -> None:
+    lay(offline / "it")
+    for name in ("config.json", "adapter_config.json", "README.md"):
+        os.mkfifo(offline / "it" / name)
+    assert dangers({"base_model": "./it", "datasets": [{"path": "./it"}]}) == []
 
 
 def test_a_kind_of_model_whose_code_runs_unasked_is_listed(offline: Path) -> None:

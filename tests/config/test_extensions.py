@@ -258,7 +258,7 @@ def test_a_pack_of_another_package_is_used_by_its_name(site: Path, name: str) ->
 
 
 def test_its_text_has_the_bounds_of_any_pack_and_ours_keep_their_names(site: Path) -> None:
-    assert "at most 128 KiB" in str(error_of({"pack": "large"}))
+    assert "more than 128 KiB" in str(error_of({"pack": "large"}))
     assert "cannot be read" in str(error_of({"pack": "in_a_file"}))
     assert "did you mean `theirs`" in str(error_of({"classes": {"a": {"pack": "their"}}}))
     assert parse({"loss": "dwl", "dwl": {"pack": "numbers"}}) is not None

@@ -263,7 +263,7 @@ def test_a_mistake_in_a_pack_is_named_with_its_place_in_the_file() -> None:
         ("[" * 40_000, "p.yml:1", "nested"),
         ("a: [1", "p.yml:1", "not YAML"),
         ("a: 2026-99-99", "p.yml", "not YAML"),
-        ("a: " + "9" * 5000, "p.yml", "not YAML"),
+        ("b: 1\na: " + "9" * 5000, "p.yml:2", "128 characters"),
         ("just words", "p.yml", "a mapping"),
     ],
     ids=["alias", "python", "binary", "twice", "deep", "open", "date", "digits", "words"],

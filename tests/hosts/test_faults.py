@@ -1,20 +1,24 @@
-"""Runs that are killed, files that are cut off, losses that are no numbers."""
+"""Runs that are killed, disks that are full, checkpoints that are cut off or made up, losses that are no numbers."""
 
 from __future__ import annotations
 
+import errno
+import json
 import multiprocessing
 import os
 import random
 import signal
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from dwl_plugin.errors import ConfigError, NotFiniteError
+from dwl_plugin.errors import ConfigError, NotFiniteError, RunError
 from dwl_plugin.hosts.checkpoints import choose_checkpoint, finished_checkpoints, unfinished
 from dwl_plugin.loss.class_sums import ForwardMetrics
 from dwl_plugin.loss.membership import Membership
@@ -191,6 +195,56 @@ def test_settings_that_cannot_be_written_down_do_not_stop_a_run(
     assert "dwl_config.yaml cannot be written: No space left on device. Training goes on" in said[0]
 
 
+FULL = os.strerror(errno.ENOSPC)
+WRITERS: dict[str, tuple[str, Exception]] = {  # what is half written when the disk is full, and what its writer says then
+    "model.safetensors": ("save_model", SafetensorError(f"Error while serializing: I/O error: {FULL} (os error 28)")),
+    "tokenizer.json": ("save_model", Exception(f"{FULL} (os error 28)")),
+    "optimizer.pt": (
+        "_save_optimizer_and_scheduler",
+        RuntimeError("PytorchStreamWriter failed writing file data/4: file write failed"),
+    ),
+    "trainer_state.json": ("save_to_json", OSError(errno.ENOSPC, FULL)),
+}
+
+
+@pytest.mark.parametrize("part", WRITERS)
+def test_a_disk_that_is_full_in_the_middle_of_a_checkpoint_is_told_with_what_was_kept(
+    configure: Configure, tmp_path: Path, part: str
+) -> None:
+    method, error = WRITERS[part]
+
+    def fills_up(trainer: Any) -> None:
+        owner = trainer.state if method == "save_to_json" else trainer
+        write = getattr(owner, method)
+
+        def half(*args: Any, **named: Any) -> None:
+            write(*args, **named)
+            if trainer.state.global_step == 4:
+                cut(tmp_path / "run" / "checkpoint-4" / part)
+                raise error
+
+        setattr(owner, method, half)
+
+    class AtTheStart(harness.TrainerCallback):  # the trainer's state is made when it starts
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            fills_up(self.trainer)
+
+    def arrange(trainer: Any) -> None:
+        callback = AtTheStart()
+        callback.trainer = trainer
+        trainer.add_callback(callback)
+
+    with pytest.raises(RunError) as caught:
+        harness.train(configure(**settings(max_steps=6)), before=arrange)
+    said, folder = str(caught.value), tmp_path / "run"
+    assert f"the checkpoint of step 4 could not be written ({error}; " in said
+    assert " MB are free on the disk), so training stops" in said
+    assert f"The newest checkpoint, {folder / 'checkpoint-2'}, is whole" in said
+    assert "checkpoint-4 is not" in said
+    config = cfg(folder, auto_resume_from_checkpoints=True)
+    assert "resuming from checkpoint-2" in str(choose_checkpoint(config))
+
+
 # checkpoints that are cut off
 
 
@@ -274,6 +328,153 @@ def test_a_truncated_trainer_state_is_an_error_that_names_the_checkpoint_before_
     assert str(run_folder / "checkpoint-2") in problem.hint
 
 
+# checkpoints that somebody else made
+
+
+def long_header(file: Path) -> None:
+    file.write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+
+
+def deep_header(file: Path) -> None:
+    header = b"[" * 5_000_000
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def absurdly_large(file: Path) -> None:
+    os.truncate(file, 1 << 40)
+
+
+def pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def device(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("/dev/zero")
+
+
+def leads_nowhere(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("nowhere")
+
+
+def holds(text: str) -> Callable[[Path], object]:
+    return lambda file: file.write_text(text)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("model.safetensors", long_header, "its model.safetensors breaks off"),
+        ("model.safetensors", deep_header, "its model.safetensors breaks off"),
+        ("model.safetensors", pipe, "its model.safetensors is no file"),
+        ("model.safetensors", device, "its model.safetensors is no file"),
+        ("optimizer.pt", pipe, "its optimizer.pt is no file"),
+        ("optimizer.pt", leads_nowhere, "its optimizer.pt is no file"),
+        ("trainer_state.json", pipe, "it has no trainer_state.json"),
+        ("trainer_state.json", device, "it has no trainer_state.json"),
+        ("trainer_state.json", absurdly_large, "its trainer_state.json is larger than that of any run"),
+        ("trainer_state.json", holds("[" * 100_000 + "]" * 100_000), "its trainer_state.json is nested too deep"),
+        ("trainer_state.json", holds("[]"), "its trainer_state.json is no JSON object"),
+        ("trainer_state.json", holds("{}"), "`global_step`: field required"),
+        ("trainer_state.json", holds('{"global_step": NaN}'), "`global_step`: input should be a valid integer (got nan)"),
+        ("trainer_state.json", holds('{"global_step": -1}'), "`global_step`: input should be greater than or equal to 0 (got -1)"),
+        (
+            "trainer_state.json",
+            holds('{"global_step": 2, "stateful_callbacks": [1]}'),
+            "`stateful_callbacks`: input should be a valid",
+        ),
+    ],
+)
+def test_a_checkpoint_that_somebody_made_up_is_refused_at_once(
+    run_folder: Path, file: str, change: Callable[[Path], object], words: str
+) -> None:
+    newest = run_folder / "checkpoint-4"
+    change(newest / file)
+    assert words in str(unfinished(newest))
+    assert "resuming from checkpoint-2" in str(choose_checkpoint(cfg(run_folder, auto_resume_from_checkpoints=True)))
+    with pytest.raises(ConfigError, match=r"the newest whole one is `.*checkpoint-2`"):
+        choose_checkpoint(cfg(run_folder, resume_from_checkpoint=str(newest)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("controller.alpha", [float("nan")] * 4, "controller.alpha[0]`: input should be a finite number (got nan)"),
+        ("controller.alpha", [5.0, -3.0, 0.0, -1.0], "controller.alpha[1]`: input should be greater than or equal to 0 (got -3.0)"),
+        ("controller.window", "x", "controller.window`: input should be a valid list (got 'x')"),
+        ("run.total_steps", "6", "run.total_steps`: input should be a valid integer (got '6')"),
+    ],
+)
+def test_a_state_that_somebody_made_up_trains_nothing(
+    configure: Configure, controlled: Path, tmp_path: Path, field: str, value: Any, words: str
+) -> None:
+    import shutil
+
+    checkpoint = Path(shutil.copytree(controlled / "checkpoint-2", tmp_path / "checkpoint-2"))
+    file = checkpoint / "trainer_state.json"
+    state = json.loads(file.read_text())
+    part, key = field.split(".")
+    state["stateful_callbacks"]["dwl"][part][key] = value
+    file.write_text(json.dumps(state))
+    steps: list[int] = []
+
+    class Steps(harness.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            steps.append(state.global_step)
+
+    again = configure(**CONTROLLED, out=tmp_path / "again", resume_from_checkpoint=str(checkpoint))
+    with pytest.raises(ConfigError) as caught:
+        harness.train(again, before=lambda trainer: trainer.add_callback(Steps()))
+    (problem,) = caught.value.problems
+    assert problem.path == "resume_from_checkpoint"
+    assert (
+        f"the checkpoint `{checkpoint}` is damaged: in its trainer_state.json, `stateful_callbacks.dwl.{words}" in problem.message
+    )
+    assert not steps
+
+
+CONTROLLED = settings(
+    max_steps=4, dwl={key: DWL[key] for key in ("classes", "alpha")} | {"controller": {"type": "dwa", "every": 1}}
+)
+
+
+@pytest.fixture(scope="module")
+def controlled(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("controlled")
+    harness.train(harness.config(model_folder, data_file, out, **CONTROLLED))
+    return out / "run"
+
+
+# a training set without a row
+
+
+@pytest.mark.parametrize("loss", ["nll", "dwl"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_training_set_without_a_row_stops_before_a_model_is_loaded(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, packed: bool
+) -> None:
+    from axolotl.loaders import ModelLoader
+
+    def load(self: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(ModelLoader, "load", load)
+    long = [{"messages": [{"role": "user", "content": "x " * 500}, {"role": "assistant", "content": "1"}]}] * 4
+    block = {"dwl": DWL} if loss == "dwl" else {}
+    left = "no row is left to train on"
+    for name, rows, words in (
+        ("empty", [], "is empty"),
+        ("long", long, left),
+        ("long", long, left),
+    ):  # again: rows prepared earlier
+        data = harness.write_rows(tmp_path / f"{name}.jsonl", rows)
+        with pytest.raises(ConfigError, match=rf"(?m)^  datasets: .*{words}"):
+            harness.train(configure(data=data, loss=loss, **block, sequence_len=64, sample_packing=packed))
+
+
 # a loss that is no number
 
 
@@ -306,6 +507,36 @@ def test_a_loss_that_turns_nan_stops_the_run_with_the_step_and_keeps_the_checkpo
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
+def test_a_weight_that_turns_nan_stops_the_run_where_every_token_is_finite(configure: Configure, tmp_path: Path) -> None:
+    def arrange(trainer: Any) -> None:
+        pending_loss = trainer._dwl.pending_loss
+
+        def pending(*args: Any) -> Any:
+            found = pending_loss(*args)
+            return replace(found, class_weight=found.class_weight * (float("nan") if trainer._dwl.tau == 2 else 1.0))
+
+        trainer._dwl.pending_loss = pending
+
+    with pytest.raises(NotFiniteError) as caught:
+        harness.train(configure(**settings(max_steps=6, logging_steps=100)), before=arrange)
+    assert "the trained loss, though not that of any token, is infinite or NaN from step 3 on" in str(caught.value)
+    assert "checkpoint-2, is from before" in str(caught.value)
+
+
+def test_an_alpha_that_is_no_number_stops_the_run_before_the_step(configure: Configure) -> None:
+    class BreakAlpha(harness.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.trainer._dwl.loop.controller.alpha = (float("nan"), 0.5, 0.5, 0.0)
+
+    def arrange(trainer: Any) -> None:
+        callback = BreakAlpha()
+        callback.trainer = trainer
+        trainer.add_callback(callback)
+
+    with pytest.raises(NotFiniteError, match=r"α is infinite or NaN at step 2 \(reasoning nan, number 0\.5"):
+        harness.train(configure(**CONTROLLED), before=arrange)
+
+
 def paid(nll: list[float], classes: list[int], overlap: Overlap = "first", factor: float = 1.0) -> ForwardMetrics:
     members = Membership(torch.tensor(classes), 3, overlap)
     factors = torch.full((1, len(nll)), factor)
@@ -320,7 +551,14 @@ def test_the_class_and_the_first_step_are_named() -> None:
     watch.add(7, paid([1.0, nan, 3.0, 4.0], [0, 1, -100, 2]))
     watch.add(8, paid([1.0, 2.0, 3.0, 4.0], [2, 2, -100, 2], factor=nan))
     assert watch.found(lambda first: first, cpu) == {"b": 6, "rest": 8}
-    assert watch.found(lambda first: torch.minimum(first, torch.tensor([4, 9, 9])), cpu) == {"a": 4, "b": 6, "rest": 8}
+    assert watch.found(lambda first: torch.minimum(first, torch.tensor([4, 9, 9, 2**62])), cpu) == {"a": 4, "b": 6, "rest": 8}
+
+
+def test_the_first_step_of_a_bad_loss_is_kept_beside_the_classes() -> None:
+    watch, cpu = FirstBadStep(("a", "b", "rest")), torch.device("cpu")
+    for step, loss in ((4, 1.0), (5, float("nan")), (6, 2.0), (7, float("inf"))):
+        watch.add_loss(step, torch.tensor(loss))
+    assert watch.found(lambda first: first, cpu) == {None: 5}
 
 
 def test_a_token_of_two_classes_is_bad_for_both() -> None:

@@ -10,6 +10,7 @@ from dwl_plugin.cli.analysis import analyse
 from dwl_plugin.cli.check import class_table, print_findings
 from dwl_plugin.cli.inspect.rows import shown_rows
 from dwl_plugin.cli.inspect.terminal import print_rows
+from dwl_plugin.cli.output import say
 from dwl_plugin.files import write_whole
 
 __all__ = ["inspect"]
@@ -30,5 +31,5 @@ def inspect(console: Console, config: Path, samples: int, html: Path | None, tru
         from dwl_plugin.cli.inspect.page import render_page
 
         write_whole(html, render_page(config.name, seen, rows).encode())
-        console.print(f"{len(rows)} rows in [bold]{html}[/]; it opens in any browser, without a network", soft_wrap=True)
+        say(console, f"{len(rows)} rows in {html}; it opens in any browser, without a network")
     return found.status

@@ -40,7 +40,7 @@ _DEFAULTS = {
 }
 
 _NEXT = """\
-What to try next, in [bold]{config}[/]:
+What to try next, in {config}:
   · the baseline: `loss: nll` without reduction, alpha and schedule
     (the same classes, measured under plain cross-entropy)
   · DFT: `loss: dft` without the same three
@@ -62,7 +62,7 @@ def run(console: Console, out: Path, steps: int | None) -> None:
 
     model = prepared_model(console)
     write_jsonl(generate(ROWS, SEED), out / "problems.jsonl")
-    console.print(f"Data: {ROWS} word problems with their reasoning in [bold]{_short(out / 'problems.jsonl')}[/]")
+    console.print(f"Data: {ROWS} word problems with their reasoning in {_short(out / 'problems.jsonl')}")
     config = out / "quickstart.yml"
     _write_config(config, render(template(), model, out, steps), console)
 
@@ -109,9 +109,9 @@ def _write_config(config: Path, text: str, console: Console) -> None:
     if config.exists() and config.read_text(encoding="utf-8") != text:
         kept = config.with_name("quickstart.old.yml")
         config.replace(kept)
-        console.print(f"Your earlier config is kept as [bold]{_short(kept)}[/]")
+        console.print(f"Your earlier config is kept as {_short(kept)}")
     write_whole(config, text.encode())
-    console.print(f"Config: [bold]{_short(config)}[/]")
+    console.print(f"Config: {_short(config)}")
 
 
 def _check_packages() -> None:

