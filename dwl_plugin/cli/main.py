@@ -49,7 +49,7 @@ def _errors() -> Iterator[None]:
 _INPUT = click.Path(exists=True, dir_okay=False, path_type=Path)
 _OUTPUT = click.Path(dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
-_COUNT = click.IntRange(min=1)
+_COUNT = click.IntRange(min=1, max=10**15)
 
 _config = click.argument("config", type=_INPUT)
 _trust = click.option("--trust", is_flag=True, help="Go on although the config could run code or fetch things.")

@@ -111,7 +111,8 @@ def _length(raw: Mapping[str, Any], steps: int | None, epoch_steps: int | None) 
     total = steps if steps is not None else limit
     epochs = raw.get("num_epochs", 1)
     if epoch_steps is None and total is not None and limit is None and isinstance(epochs, (int, float)) and epochs > 0:
-        return RunLength(total, total / epochs)
+        an_epoch = total / epochs
+        return RunLength(total, an_epoch if math.isfinite(an_epoch) else None)
     return RunLength(total, epoch_steps)
 
 
