@@ -66,8 +66,12 @@ def schedule(
     for line in end_hints(block, length):
         say(console, line)
     if plot is not None:
+        from dwl_plugin.cli.plots import MOST_LINES
+
         write_whole(plot, _image(drawn, end, plot.suffix.lower()))
         say(console, f"Figure: {plot}")
+        if (count := sum(len(numbers.names) for numbers in drawn)) > MOST_LINES:
+            say(console, f"It has the first {MOST_LINES} of {count:,} lines; all of them are in the tables.")
 
 
 class _Numbers(NamedTuple):
@@ -179,4 +183,4 @@ def _image(drawn: Sequence[_Numbers], end: int, suffix: str) -> bytes:
     for _, names, curve in drawn:
         for name, values in zip(names, zip(*map(curve, steps), strict=True), strict=True):
             lines.append(plots.Line(name, steps, values, plots.look_of(len(lines), plain=name == REST)))
-    return plots.to_image(plots.draw_panels({"": lines}, ", ".join(numbers.what for numbers in drawn)), suffix)
+    return plots.to_image(plots.draw_panels({"": lines[: plots.MOST_LINES]}, ", ".join(numbers.what for numbers in drawn)), suffix)
