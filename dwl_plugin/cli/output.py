@@ -16,7 +16,7 @@ from rich.text import Text
 
 from dwl_plugin.errors import printable
 
-__all__ = ["Console", "number", "print_json", "printable", "say", "table_of_classes"]
+__all__ = ["Console", "fixed", "number", "print_json", "printable", "say", "short", "table_of_classes"]
 
 
 class Console(rich.console.Console):
@@ -31,6 +31,12 @@ class Console(rich.console.Console):
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text, keep="\n\t"))
+
+
+def short(text: str, letters: int) -> str:
+    """`text` printable, in so many letters: of a long one its two ends, which is where names differ."""
+    text = printable(text if len(text) <= 2 * letters else text[:letters] + text[-letters:])
+    return text if len(text) <= letters else f"{text[: letters // 2]}…{text[-(letters // 2) :]}"
 
 
 def say(console: rich.console.Console, line: object, style: str | None = None) -> None:
@@ -51,4 +57,9 @@ def table_of_classes(title: str, show_edge: bool = True) -> Table:
 
 
 def number(value: float) -> str:
-    return f"{value:.3f}" if math.isfinite(value) else "–"
+    return fixed(value, 3) if math.isfinite(value) else "–"
+
+
+def fixed(value: float, digits: int) -> str:
+    """`value` with so many digits behind the point, if that is not longer than a column."""
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.1e}"

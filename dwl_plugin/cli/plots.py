@@ -13,14 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dwl_plugin.cli.output import printable
+from dwl_plugin.cli.output import short
 from dwl_plugin.errors import DWLError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["GRID", "INK", "PALETTE", "Line", "draw_panels", "draw_shares", "look_of", "need_matplotlib", "to_image", "to_svg"]
+__all__ = [
+    "GRID",
+    "INK",
+    "MOST_LINES",
+    "PALETTE",
+    "Line",
+    "draw_panels",
+    "draw_shares",
+    "look_of",
+    "need_matplotlib",
+    "to_image",
+    "to_svg",
+]
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito (2008), without its yellow and black, which vanish on white and on dark paper."""
@@ -28,6 +40,10 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, GRID = "#1b1d21", "#d4d7dc"
 
 _DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1.5)))
+
+MOST_LINES = len(PALETTE) * len(_DASHES)
+"""Above it two lines of a figure look alike, and panels take longer than a person waits."""
+
 _WIDTH = 7.6  # inches
 
 _STYLE = "dwl_plugin.cli.plots"  # plots.mplstyle
@@ -71,7 +87,7 @@ def draw_panels(panels: Mapping[str, Sequence[Line]], y_label: str, from_zero: b
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
             _draw(axes, lines)
-            axes.set_title(_short(title, 24))
+            axes.set_title(short(title, 24))
         for axes in grid.flat[len(panels) :]:
             axes.remove()
         for lowest in grid.flat[len(panels) - columns : len(panels)]:
@@ -85,7 +101,7 @@ def draw_panels(panels: Mapping[str, Sequence[Line]], y_label: str, from_zero: b
             figure.supylabel(y_label, fontsize=9)
         handles = {line.get_label(): line for axes in grid.flat[: len(panels)] for line in axes.get_lines()}
         where = {"loc": "outside right upper"} if beside else {"loc": "outside upper left", "ncols": 3}
-        figure.legend(handles.values(), [_short(str(label)) for label in handles], **where)
+        figure.legend(handles.values(), [short(str(label), 30) for label in handles], **where)
     return figure
 
 
@@ -104,9 +120,10 @@ def draw_shares(names: Sequence[str], tokens: Sequence[float], start: Sequence[f
         hollow: dict[str, Any] = {"color": PALETTE[0], "markerfacecolor": "none", "markersize": 6, "zorder": 3}
         axes.plot(start, rows, "o", label="share of the loss, start", **hollow)
         axes.plot(end, rows, "D", color=PALETTE[1], markersize=6, zorder=4, label="share of the loss, end")
-        axes.set_yticks(rows, list(map(_short, names)))
+        axes.set_yticks(rows, [short(name, 30) for name in names])
         axes.invert_yaxis()
-        axes.set_xlim(left=0)
+        widest = max((value for values in (tokens, start, end) for value in values if value > 0), default=0.0)
+        axes.set_xlim(0, 1.05 * widest or 1.0)
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
         figure.legend(loc="outside upper left", ncols=3)
@@ -159,9 +176,3 @@ def _scale(axes: Axes, values: np.ndarray[Any, np.dtype[np.float64]], from_zero:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-
-
-def _short(label: str, letters: int = 30) -> str:
-    """A label that fits; of a long one its two ends, which is where names differ."""
-    label = printable(label)
-    return label if len(label) <= letters else f"{label[: letters // 2]}…{label[-letters // 2 :]}"

@@ -66,8 +66,12 @@ def schedule(
     for line in end_hints(block, length):
         say(console, line)
     if plot is not None:
+        from dwl_plugin.cli.plots import MOST_LINES
+
         write_whole(plot, _image(drawn, end, plot.suffix.lower()))
         say(console, f"Figure: {plot}")
+        if (count := sum(len(numbers.names) for numbers in drawn)) > MOST_LINES:
+            say(console, f"It has the first {MOST_LINES} of {count:,} lines; all of them are in the tables.")
 
 
 class _Numbers(NamedTuple):
@@ -107,7 +111,8 @@ def _length(raw: Mapping[str, Any], steps: int | None, epoch_steps: int | None) 
     total = steps if steps is not None else limit
     epochs = raw.get("num_epochs", 1)
     if epoch_steps is None and total is not None and limit is None and isinstance(epochs, (int, float)) and epochs > 0:
-        return RunLength(total, total / epochs)
+        an_epoch = total / epochs
+        return RunLength(total, an_epoch if math.isfinite(an_epoch) else None)
     return RunLength(total, epoch_steps)
 
 
@@ -179,4 +184,4 @@ def _image(drawn: Sequence[_Numbers], end: int, suffix: str) -> bytes:
     for _, names, curve in drawn:
         for name, values in zip(names, zip(*map(curve, steps), strict=True), strict=True):
             lines.append(plots.Line(name, steps, values, plots.look_of(len(lines), plain=name == REST)))
-    return plots.to_image(plots.draw_panels({"": lines}, ", ".join(numbers.what for numbers in drawn)), suffix)
+    return plots.to_image(plots.draw_panels({"": lines[: plots.MOST_LINES]}, ", ".join(numbers.what for numbers in drawn)), suffix)

@@ -68,7 +68,7 @@ def overrides_of(environ: Mapping[str, str]) -> list[Override]:
     for override in found:
         path, value, source = override.path, override.value, override.source
         if override.keys[0] not in _OURS:
-            written = "…" if from_file else value  # a file may be the wrong one
+            written = "…" if from_file else value
             hint = f"Axolotl's own keys have options: axolotl train CONFIG --{path.replace('_', '-')}={written}"
             message = f"{VARIABLE} sets nothing but {', '.join(_OURS)} and what is below them"
             problems.append(Problem(path or VARIABLE, message, hint=hint))
@@ -134,6 +134,8 @@ def _from_file(path: Path, source: str) -> list[Override]:
         raise ConfigError.at(source, f"{path}: {error.problems[0].message}") from None
     if not isinstance(content, Mapping):
         raise ConfigError.at(source, f"{path} has to be a mapping, such as `dwl.alpha.number: 0.5`")
+    if source == VARIABLE and not any(str(key).partition(".")[0] in _OURS for key in content):
+        raise ConfigError.at(source, f"{path} has none of the keys {', '.join(_OURS)}")  # and may be the wrong file: none is told
     if "wandb_version" in content:  # W&B's own form: {name: {desc: …, value: …}}
         content = {key: item["value"] for key, item in content.items() if isinstance(item, Mapping) and "value" in item}
     return [override for key, value in content.items() for override in _leaves(str(key), value, source, whole="." in str(key))]

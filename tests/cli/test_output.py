@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,15 @@ def test_json_is_ascii_and_gives_every_string_back(capsys: pytest.CaptureFixture
     printed = shown(lambda console: print_json(console, data), capsys)
     assert re.fullmatch(r"[\n -~]+", printed)
     assert json.loads(printed, parse_constant=pytest.fail) == {EVIL: [EVIL, None, None, "\udc80"]}
+
+
+def test_every_character_that_is_not_seen_is_shown_by_its_number() -> None:
+    every = [chr(code) for code in range(0x110000)]
+    unseen = [char for char in every if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
+    assert len(unseen) > 2000
+    assert all(printable(char) == f"‹{ord(char):02x}›" for char in unseen)
+    for text in ("It is 7 – “ja” №é́ 你好 🙂 ∑α‹1b›[/]", "\n\t"):
+        assert printable(text, keep="\n\t") == text
 
 
 # Errors, which hosts log as they are

@@ -153,6 +153,25 @@ def test_many_classes_take_more_tables_and_lose_none(tmp_path: Path) -> None:
     assert max(map(len, result.output.splitlines())) <= 80
 
 
+def test_of_more_lines_than_can_be_told_apart_the_first_are_drawn_and_it_says_so(tmp_path: Path) -> None:
+    path, plot = config(tmp_path, max_steps=20), tmp_path / "alpha.svg"
+    raw = yaml.safe_load(path.read_text())
+    names = [f"c{at:02}" for at in range(40)]
+    raw["dwl"] = {"classes": {name: {"regex": name} for name in names}, "alpha": dict.fromkeys([*names, "rest"], 1)}
+    raw["dwl"]["schedule"] = {"type": "linear", "to": dict(zip([*names, "rest"], range(1, 42), strict=True))}
+    path.write_text(yaml.safe_dump(raw))
+    result = dwl(path, "--plot", plot)
+    assert "It has the first 30 of 41 lines; all of them are in the tables." in " ".join(result.output.split())
+    drawn = plot.read_text()
+    assert ">c29<" in drawn
+    assert ">c30<" not in drawn
+
+
+def test_an_epoch_without_end_is_no_length(tmp_path: Path) -> None:
+    path = config(tmp_path, {"type": "linear", "to": {"number": 0.6, "rest": 0.4}, "end": "1ep"}, num_epochs=1e-308)
+    assert "--epoch-steps N" in error_of(dwl(path, "--steps", "100"))
+
+
 @pytest.mark.parametrize(("suffix", "magic"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
 def test_the_figures_form_is_its_suffix(tmp_path: Path, suffix: str, magic: bytes) -> None:
     plot = tmp_path / f"alpha{suffix}"

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dwl_plugin.cli.output import number, printable, say, table_of_classes
-from dwl_plugin.cli.report.run import Run
+from dwl_plugin.cli.output import fixed, number, printable, say, short, table_of_classes
+from dwl_plugin.cli.report.run import MOST_CLASSES, Run, largest
 from dwl_plugin.values import REST
 
-__all__ = ["ComparedRow", "Row", "compared", "facts", "print_comparison", "print_run", "rows_of"]
+__all__ = ["ComparedRow", "Row", "called", "compared", "facts", "print_comparison", "print_run", "rows_of", "shown_of"]
 
 NONE = "–"
 MOVING = {"signal": "Signal", "exponent": "Exponent of dft", "min_weight": "Least weight of dft", "kl": "KL to the base model"}
@@ -33,13 +34,22 @@ class Row:
     nll: Ends
 
 
+def shown_of(runs: Sequence[Run], limit: int) -> tuple[list[str], str]:
+    """The classes of the runs in their order; if there are too many, those with the most tokens, and a sentence that says so."""
+    names = list(dict.fromkeys(name for run in runs for name in run.classes))
+    if len(names) <= limit:
+        return names, ""
+    share = {name: sum(known for run in runs if math.isfinite(known := run.token_share.get(name, 0.0))) for name in names}
+    return largest(names, share, limit), f"Of these {len(names)} classes the {limit} with the most tokens are shown."
+
+
 def rows_of(run: Run) -> list[Row]:
     """The classes, then all targets; without classes only these."""
     unknown = (math.nan, math.nan)
     rows = [
         Row(
             name,
-            run.curve(f"dwl/token_share/{name}").mean if run.train else run.eval_curve(f"dwl/token_share/{name}").mean,
+            run.token_share[name],
             run.curve(f"dwl/loss_share/{name}").tenths,
             run.curve(f"dwl/alpha/{name}").ends if run.weighs_classes else unknown,
             run.nll(name),
@@ -65,18 +75,28 @@ def facts(run: Run) -> list[str]:
     return [f"loss: {run.block.loss}{reduction}", steps]
 
 
+def called(name: str | None) -> str:
+    """A class as tables write it; None is all targets."""
+    return "all" if name is None else short(name, 100) or "‹no name›"
+
+
 def print_run(console: Console, run: Run) -> None:
     table = table_of_classes(f"{printable(run.name)}: {', '.join(facts(run))}", show_edge=False)
     for title in ("tokens", "share of loss", "α", "nll", "change"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows_of(run):
-        cells = (percent(row.token_share), arrow(row.loss_share, _brief), arrow(row.alpha, "{:.2f}".format), arrow(row.nll))
+        cells = (
+            percent(row.token_share),
+            arrow(row.loss_share, _brief),
+            arrow(row.alpha, partial(fixed, digits=2)),
+            arrow(row.nll),
+        )
         _add_row(table, row.name, [*map(Text, cells), Text(change_of(row.nll), style=_colour(row.nll))])
     console.print(table)
     if loss := run.curve("loss"):
         say(console, f"In training: loss {arrow(loss.tenths)}, nll {arrow(run.curve('nll').tenths)}.")
     for title, by_class in moving(run):
-        say(console, f"{title}: {', '.join(f'{name} {arrow(pair)}' for name, pair in by_class)}.")
+        say(console, f"{title}: {', '.join(f'{called(name)} {arrow(pair)}' for name, pair in by_class)}.")
     source = "held-out rows" if run.evals else "training batches"
     say(console, f"Start → end, nll in nats per token of the {source}, whatever α was.")
     for note in run.notes:
@@ -106,12 +126,13 @@ class ComparedRow:
 def compared(runs: Sequence[Run]) -> tuple[list[ComparedRow], str, list[str]]:
     """Rows over the classes of all runs, what was measured, and what to mind when reading them."""
     held_out = all(run.evals for run in runs)
-    names = [name for name in dict.fromkeys(name for run in runs for name in run.classes) if name != REST]
+    names, left_out = shown_of(runs, MOST_CLASSES)
+    names = [name for name in names if name != REST]
     keys: dict[str | None, str] = {**({name: f"dwl/nll/{name}" for name in (*names, REST)} if names else {}), None: "nll"}
     ends = {name: [run.eval_curve(key).ends if held_out else run.curve(key).tenths for run in runs] for name, key in keys.items()}
     rows = [ComparedRow(name, tuple(last for _, last in by_run)) for name, by_run in ends.items()]
     source = "the held-out rows" if held_out else "the last tenth of the training batches"
-    notes = []
+    notes = [left_out] if left_out else []
     if not held_out and any(run.evals for run in runs):
         notes.append("Not every run has an evaluation, so the training batches are compared.")
     if len({run.step for run in runs}) > 1:
@@ -140,15 +161,15 @@ def print_comparison(console: Console, runs: Sequence[Run]) -> None:
 def _add_row(table: Table, name: str | None, cells: Sequence[Text]) -> None:
     if name is None and table.row_count:
         table.add_section()
-    table.add_row(Text("all" if name is None else printable(name)), *cells, style="bold" if name is None else "")
+    table.add_row(Text(called(name)), *cells, style="bold" if name is None else "")
 
 
 def percent(value: float) -> str:
-    return f"{100 * value:.1f} %" if math.isfinite(value) else NONE
+    return f"{fixed(100 * value, 1)} %" if math.isfinite(value) else NONE
 
 
 def _brief(value: float) -> str:
-    return percent(value) if abs(value) < 0.0995 else f"{100 * value:.0f} %"
+    return percent(value) if abs(value) < 0.0995 else f"{fixed(100 * value, 0)} %"
 
 
 def arrow(ends: Ends, form: Callable[[float], str] = number) -> str:
@@ -157,7 +178,8 @@ def arrow(ends: Ends, form: Callable[[float], str] = number) -> str:
 
 def change_of(ends: Ends) -> str:
     before, after = ends
-    return f"{100 * (after / before - 1):+.1f} %".replace("-", "−") if before > 0 and math.isfinite(after) else NONE
+    change = 100 * (after / before - 1) if before > 0 else math.nan
+    return f"{'+' * (change >= 0)}{fixed(change, 1)} %".replace("-", "−") if math.isfinite(change) else NONE
 
 
 def _colour(ends: Ends) -> str:

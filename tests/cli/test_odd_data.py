@@ -1,0 +1,101 @@
+"""Data that no run could train on: tokens of another model, and none at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from tests.hosts import harness
+
+Run = Callable[..., Result]
+Write = Callable[..., Path]
+
+SIZE = 400
+"""Of the little model's vocabulary."""
+
+GOOD = [1, 5, 6, 7, 8, 2]
+
+
+def tokenised(folder: Path, *rows: tuple[list[int], list[int]], **settings: Any) -> dict[str, Any]:
+    samples = [{"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)} for ids, labels in rows]
+    path = harness.write_rows(folder / "tokenised.jsonl", samples)
+    return {"datasets": [{"path": str(path), "ds_type": "json", "type": None}], "loss": "dft", **settings}
+
+
+def problems(result: Result) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(result.stdout)["problems"]
+    return found
+
+
+@pytest.mark.parametrize("outside", [SIZE, 10**12, -1, -100])
+def test_an_id_that_the_model_does_not_have_is_a_problem(dwl: Run, write_config: Write, tmp_path: Path, outside: int) -> None:
+    ids = [*GOOD[:3], outside, *GOOD[3:]]
+    config = write_config(**tokenised(tmp_path, (GOOD, GOOD), (ids, [-100] * len(ids)), (ids, [-100] * 4 + GOOD[3:])))
+    result = dwl("check", config, "--json")
+    (found,) = problems(result)
+    assert (result.exit_code, found["path"], found["value"]) == (1, "datasets", outside)
+    assert found["message"].startswith("`input_ids` of")
+    assert found["allowed"] == f"0 to {SIZE - 1}"
+
+
+def test_other_commands_say_so_too(dwl: Run, write_config: Write, tmp_path: Path) -> None:
+    config = write_config(**tokenised(tmp_path, ([1, SIZE, 2], [1, SIZE, 2])))
+    for command in ("inspect", "preflight"):
+        result = dwl(command, config)
+        assert result.exit_code == 1
+        assert "name tokens that the model does not have" in result.output
+    assert f"‹token {SIZE}›" in dwl("inspect", config).output
+
+
+@pytest.mark.parametrize("outside", [SIZE, -1, -101])
+def test_a_label_that_is_no_token_is_a_problem(dwl: Run, write_config: Write, tmp_path: Path, outside: int) -> None:
+    config = write_config(**tokenised(tmp_path, (GOOD, GOOD), (GOOD, [-100, *GOOD[1:5], outside])))
+    (found,) = problems(dwl("check", config, "--json"))
+    assert (found["path"], found["value"]) == ("datasets", outside)
+    assert found["message"].startswith("`labels` of 1 of")
+    assert "-100" in found["allowed"]
+
+
+def test_every_token_of_the_model_is_allowed(dwl: Run, write_config: Write, tmp_path: Path) -> None:
+    """Also those that the tokenizer does not have: models pad their vocabularies."""
+    harness.make_tokenizer(tmp_path / "wide")
+    harness.make_model(tmp_path / "wide", vocab_size=SIZE + 48)
+    ids = [0, SIZE + 47, SIZE - 1, 2]
+    settings = tokenised(tmp_path, (ids, [-100, *ids[1:]]))
+    for command in ("check", "preflight"):
+        result = dwl(command, write_config(model=tmp_path / "wide", **settings), "--json")
+        assert result.exit_code == 0, result.output
+    for settings_of_size, allowed in (({"shrink_embeddings": True}, SIZE - 1), ({}, SIZE + 47)):
+        config = write_config(model=tmp_path / "wide", **tokenised(tmp_path, ([10**6, *ids], [-100] * 5)), **settings_of_size)
+        assert problems(dwl("check", config, "--json"))[-1]["allowed"] == f"0 to {allowed}"
+
+
+def test_a_token_id_outside_the_vocabulary_is_a_problem_of_its_class(dwl: Run, write_config: Write) -> None:
+    classes = {"a": {"token_ids": [3, SIZE]}, "b": {"any": [{"token_ids": [f"7-{SIZE}"]}, {"regex": "x"}]}}
+    found = problems(dwl("check", write_config(loss="dwl", dwl={"classes": classes}), "--json"))
+    assert [problem["path"] for problem in found] == ["dwl.classes.a.token_ids[1]", "dwl.classes.b.any[0].token_ids[0]"]
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [("check", "tokenised"), ("check", "stream"), ("check", "one of two"), ("inspect", "chat"), ("preflight", "chat")],
+)
+def test_data_without_a_row_is_a_problem(dwl: Run, write_config: Write, tmp_path: Path, command: str, kind: str) -> None:
+    path = tmp_path / "none.jsonl"
+    path.write_text("")
+    named = {"path": str(path), "ds_type": "json", "type": None if kind == "tokenised" else "chat_template"}
+    settings: dict[str, Any] = {"datasets": [named]}
+    if kind == "stream":
+        source = {"path": "json", "data_files": [str(path)], "type": "pretrain", "text_column": "text"}
+        settings = {"datasets": None, "pretraining_dataset": [source], "streaming": True, "max_steps": 2}
+    if kind == "one of two":
+        rows = harness.write_rows(tmp_path / "some.jsonl", harness.rows(4))
+        settings = {"datasets": [named | {"path": str(rows)}, named]}
+    result = dwl(command, write_config(loss="dft", **settings))
+    assert result.exit_code == 1
+    assert f"{'pretraining_dataset' if kind == 'stream' else 'datasets'}: there is no row" in result.output
