@@ -20,6 +20,7 @@ from rich.text import Text
 from dwl_plugin.cli.analysis import LookedAt, analyse, looking
 from dwl_plugin.cli.check import print_findings
 from dwl_plugin.cli.output import Console, number, print_json, say, table_of_classes
+from dwl_plugin.errors import ConfigError
 from dwl_plugin.values import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -106,7 +107,10 @@ def measure(model: Any, seen: LookedAt) -> tuple[NDArray[np.float64], NDArray[np
             predicted_T[0] = False
             if predicted_T.any():
                 with torch.no_grad(), quiet(), seam.armed(PendingLoss(LossSpec(), labels=given["labels"], on_tokens=keep)):
-                    model(**given)
+                    try:
+                        model(**given)
+                    except (RuntimeError, NotImplementedError, MemoryError) as error:
+                        raise ConfigError.at("base_model", f"cannot be run: {error}") from error
                 members.append(seen.members(sample)[:, predicted_T])
     seam.detach()
     return np.concatenate(nlls), np.concatenate(members, 1)

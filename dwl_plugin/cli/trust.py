@@ -51,9 +51,14 @@ class Rule:
     when: Test = lambda value, beside: bool(value)
 
 
+def _foreign(name: Any) -> bool:
+    """Whether a module is neither this package's nor one of Axolotl's integrations."""
+    return not re.match(r"(dwl_plugin|axolotl\.integrations)(\.|$)", str(name).partition(":")[0])
+
+
 def _foreign_plugin(name: Any, beside: Mapping[str, Any]) -> bool:
-    module = str(name).partition(":")[0]
-    return not re.match(r"(dwl_plugin|axolotl\.integrations)(\.|$)", module)
+    """Or no plugin at all: Axolotl calls whatever has the name."""
+    return _foreign(name) or not re.fullmatch(r"[\w.]+\.\w+Plugin", str(name))
 
 
 def _reports(name: Any, beside: Mapping[str, Any]) -> bool:
@@ -65,7 +70,7 @@ def _module_path(value: Any, beside: Mapping[str, Any]) -> bool:
     if not isinstance(value, str) or "." not in value:
         return False
     own = re.fullmatch(r"[^.].*\.load(_[^.]*)?", value, re.DOTALL)
-    return not own and _foreign_plugin(value, beside)
+    return not own and _foreign(value)
 
 
 def _dotted_types(value: Any, beside: Mapping[str, Any]) -> bool:
@@ -83,7 +88,7 @@ def _any_string(test: Callable[[str], bool]) -> Callable[[Any], bool]:
     return lambda value: any(isinstance(leaf, str) and test(leaf) for _, leaf in _leaves(value))
 
 
-_is_url = _any_string(lambda text: any(scheme != "file" for scheme in re.findall(r"([^/:]*)://", text)))
+_is_url = _any_string(lambda text: "::" in text or any(scheme != "file" for scheme in re.findall(r"([^/:]*)://", text)))
 _is_script = _any_string(lambda text: text.endswith(".py"))
 
 
@@ -225,7 +230,10 @@ def _card_fetches(value: Any, beside: Mapping[str, Any]) -> bool:
     """The card of a folder of data can say that its files lie elsewhere."""
     if not isinstance(value, str) or not os.path.isdir(value):
         return False
-    card = _text(value, "README.md").lstrip().removeprefix("---").split("\n---")[0]
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    found = REGEX_YAML_BLOCK.search(_text(value, "README.md"))
+    card = found[2] if found else ""
     return any(_is_url(leaf) for text in (card, _text(value, ".huggingface.yaml")) for _, leaf in _leaves(_configs(text)))
 
 
@@ -322,11 +330,20 @@ RULES: tuple[Rule, ...] = (
 PACKS = Rule("fetches", "a pack of classes comes from the hub", ("dwl.**",), _pack_on_hub)
 
 
+_NUMBA = ".numba_config.yaml"
+"""Numba, which packs the samples, takes settings from the folder it is imported in; they name modules and files to write."""
+
+
 def dangers(raw: Mapping[str, Any]) -> list[Danger]:
     """What `RULES` find in a config that was only parsed, one entry per line of it; first what runs code.
 
-    Imports Axolotl, if there is one: its schema has other names for some keys.
+    Imports Axolotl, if there is one: its schema has other names for some keys. But not in a folder that has settings for it.
     """
+    if os.path.lexists(_NUMBA):
+        return [
+            Danger("the folder you are in", _NUMBA, "runs code", "numba loads and writes what these settings of it name"),
+            *fetched_packs(raw),
+        ]
     from dwl_plugin.hosts.axolotl_preview import other_names
 
     own: Set[tuple[str, str]] = frozenset()

@@ -32,6 +32,10 @@ _PROGRAMS = frozenset(
     )
 )
 """What libraries ask for the hardware, and what they compile for it with."""
+_FILESYSTEMS = (
+    *(f"fsspec.implementations.{name}" for name in ("local", "dirfs", "zip", "tar", "libarchive")),
+    *("datasets.filesystems.compression", "huggingface_hub."),  # the hub's is offline
+)
 _OWN_PICKLES = ("numba", "torch/_inductor", "torch/_dynamo", "torch/_functorch", "multiprocessing", "multiprocess", "concurrent")
 """Libraries that unpickle what they pickled themselves, to compile or to talk to their own processes."""
 
@@ -42,9 +46,11 @@ class RefusedError(PermissionError):
 
 def came_from_wall(error: BaseException | None) -> bool:
     """Whether a refusal is what `error` was raised for, by whatever it went through."""
-    while error is not None and not isinstance(error, RefusedError):
+    seen = set[int]()  # a host may raise an error from itself
+    while error is not None and id(error) not in seen and not isinstance(error, RefusedError):
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
-    return error is not None
+    return isinstance(error, RefusedError)
 
 
 class _Look:
@@ -155,11 +161,33 @@ def look_only(trust: bool) -> Iterator[list[Danger]]:
     _listen()
     with offline():
         import_axolotl()  # as it is installed, before anything of the config is read
-        _look = look = _Look()
+        before, _look = _look, (look := _Look())
         try:
-            yield look.refused
+            with _files_of_this_disk(look):
+                yield look.refused
         finally:
-            _look = None
+            _look = before
+
+
+@contextlib.contextmanager
+def _files_of_this_disk(look: _Look) -> Iterator[None]:
+    """fsspec opens whatever a path is written like: by Jinja templates (`reference::`), by libraries of Java (`hdfs:`), by git."""
+    from fsspec import AbstractFileSystem  # type: ignore[import-untyped]
+
+    kind: Any = type(AbstractFileSystem)
+    make = kind.__call__
+
+    def on_disk(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.__module__.startswith(_FILESYSTEMS):
+            protocol = self.protocol if isinstance(self.protocol, str) else self.protocol[0]
+            look.refuse("fetches", "a path that is no place on this disk", f"{protocol}://")
+        return make(self, *args, **kwargs)
+
+    kind.__call__ = on_disk
+    try:
+        yield
+    finally:
+        kind.__call__ = make
 
 
 def _compiled() -> Iterator[str]:

@@ -273,7 +273,7 @@ def load_rows(cfg: Any, tokenizer: Any, count: int, *, spread: bool = False) -> 
         NotSeenError: the data cannot be reached, or has no tokens before a batch is made.
         ConfigError: Axolotl refuses the data.
     """
-    with quiet():
+    with quiet(), _nothing_cached_beside_the_data():
         from axolotl.integrations.base import BasePlugin, PluginManager
 
         for name, plugin in PluginManager.get_instance().plugins.items():
@@ -291,6 +291,20 @@ def load_rows(cfg: Any, tokenizer: Any, count: int, *, spread: bool = False) -> 
             if isinstance(error, OSError) or any(words in str(error).lower() for words in _OUT_OF_REACH):
                 raise NotSeenError(f"datasets: {_first_line(error)}") from error
             raise ConfigError.at("datasets", f"Axolotl cannot read them: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _nothing_cached_beside_the_data() -> Iterator[None]:
+    """A dataset that was saved to a folder keeps what is made of it there."""
+    import datasets
+
+    was_enabled = datasets.is_caching_enabled()
+    datasets.disable_caching()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            datasets.enable_caching()
 
 
 def vocabulary_problems(cfg: Any, tokenizer: Any, samples: Iterable[Sample]) -> Iterator[Problem]:

@@ -33,7 +33,9 @@ def _hear(event: str, arguments: tuple[Any, ...]) -> None:
     if event in ("pickle.find_class", *_STARTS, *_CONNECTS):
         WRITTEN.append(f"{event} {arguments}")
     elif event in ("exec", "open"):
-        file = str(getattr(arguments[0], "co_filename", "") if event == "exec" else arguments[0])
+        file = getattr(arguments[0], "co_filename", "") if event == "exec" else arguments[0]
+        if not isinstance(file, str):  # a descriptor
+            return
         if os.path.abspath(file).startswith(here) and not file.endswith(_READ) and not file.startswith("<"):
             WRITTEN.append(f"{event} {file}")
     elif event == "import" and arguments[0].partition(".")[0] in ("somebody", "mine", "evil"):

@@ -143,6 +143,24 @@ def test_what_lies_in_a_folder_of_this_disk_is_listed(what: str, online: Path) -
         assert [(danger.does, danger.what) for danger in dangers(config)] == [(rule.does, what)]
 
 
+def test_settings_of_numba_in_this_folder_are_listed_before_it_is_imported(offline: Path) -> None:
+    lay(offline, __numba_config__yaml="chrome_trace: /tmp/victim")
+    assert [(danger.value, danger.does) for danger in dangers({"loss": "dft"})] == [(".numba_config.yaml", "runs code")]
+
+
+@pytest.mark.parametrize("name", ["dwl_plugin.cli.main.main", "axolotl.integrations.lm_eval.cli.lm_eval", "axolotl.integrations"])
+def test_of_our_own_and_the_host_s_only_plugins_are_called(name: str) -> None:
+    assert [danger.does for danger in dangers({"plugins": [name]})] == ["runs code"]
+
+
+@pytest.mark.parametrize("path", ["reference::data:application/json;base64,e30=", "reference::refs.json", "hdfs://a/b"])
+def test_a_path_that_a_filesystem_makes_up_is_listed(path: str, offline: Path) -> None:
+    for config in ({"path": "json", "data_files": path}, {"path": "json", "data_files": [{"train": [path]}]}):
+        assert [danger.does for danger in dangers({"datasets": [config]})] == ["fetches"]
+    card = f"---\nx: 1\n---foo: bar\nconfigs:\n- data_files:\n  - split: train\n    path: {path}\n---\n"
+    assert [danger.does for danger in dangers({"datasets": [{"path": lay(offline / "it", README__md=card)}]})] == ["fetches"]
+
+
 def test_a_card_of_addresses_is_listed_without_a_hub_too(offline: Path) -> None:
     for files in ({"README__md": CARD.format("http://b.org/x")}, {"__huggingface__yaml": "configs: [{data_files: 'hf://x'}]"}):
         assert [danger.does for danger in dangers({"datasets": [{"path": lay(offline / "it", **files)}]})] == ["fetches"]

@@ -17,7 +17,7 @@ import pytest
 from click.testing import Result
 
 from dwl_plugin.cli import analysis
-from dwl_plugin.cli.wall import look_only
+from dwl_plugin.cli.wall import RefusedError, came_from_wall, look_only
 
 Dwl = Callable[..., Result]
 WriteConfig = Callable[..., Path]
@@ -85,7 +85,23 @@ def a_program(folder: Path, code: str, model: Path) -> dict[str, Any]:
     }
 
 
-ATTACKS: list[Attack] = [a_program, pickled_rows, code_beside_the_model, a_plugin, a_dataset_type, a_config_class]
+def a_template_for_paths(folder: Path, code: str, model: Path) -> dict[str, Any]:
+    """fsspec renders what it refers to by a Jinja template without a sandbox."""
+    call = f"{{{{ cycler.__init__.__globals__['__builtins__']['exec']({code!r}) }}}}"
+    rows = {"key": f"{call}a{{{{i}}}}", "url": "file://rows.jsonl", "dimensions": {"i": {"stop": 2}}}
+    (folder / "refs.json").write_text(json.dumps({"version": 1, "gen": [rows], "refs": {}}))
+    return {"datasets": [{"path": ".", "ds_type": "json", "type": "chat_template", "data_files": ["reference::refs.json"]}]}
+
+
+ATTACKS: list[Attack] = [
+    a_template_for_paths,
+    a_program,
+    pickled_rows,
+    code_beside_the_model,
+    a_plugin,
+    a_dataset_type,
+    a_config_class,
+]
 
 
 @pytest.fixture
@@ -107,7 +123,7 @@ def test_code_of_a_stranger_is_refused(
     result = dwl("check", config)
     assert not mark.exists()
     assert result.exit_code == 2, result.output
-    assert "runs code" in result.output
+    assert ("fetches" if attack is a_template_for_paths else "runs code") in result.output
     assert "--trust" in result.output
     dwl("check", config, "--trust")
     assert mark.exists(), "the attack is none"
@@ -178,6 +194,23 @@ def test_programs_of_this_machine_start(host: None) -> None:
     with look_only(trust=False) as refused:
         assert subprocess.run(["uname"], capture_output=True, check=True).stdout
     assert refused == []
+
+
+def test_an_error_that_was_raised_from_itself_ends() -> None:
+    error = ValueError("plugin")
+    error.__cause__ = error
+    assert not came_from_wall(error)
+    error.__cause__ = RuntimeError()
+    error.__cause__.__context__ = RefusedError()
+    assert came_from_wall(error)
+
+
+def test_a_look_inside_a_look_leaves_the_wall_standing(host: None) -> None:
+    with look_only(trust=False):
+        with look_only(trust=False):
+            pass
+        with pytest.raises(PermissionError):
+            subprocess.run(["git", "--version"])
 
 
 def test_what_compilers_wrote_is_not_the_config_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: None) -> None:
