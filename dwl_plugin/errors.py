@@ -18,6 +18,7 @@ __all__ = [
     "Problem",
     "RunError",
     "did_you_mean",
+    "first_line",
     "printable",
     "shortened",
 ]
@@ -123,3 +124,9 @@ def shortened(value: Any, limit: int = 120) -> str:
     """`value` as Python writes it, cut to `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of others says, in one line of bounded length."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) < 300 else lines[0][:299] + "…"

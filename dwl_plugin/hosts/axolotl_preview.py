@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dwl_plugin.config.overrides import SWEEP_FILE, VARIABLE
-from dwl_plugin.errors import ConfigError, DWLError, Problem, did_you_mean
+from dwl_plugin.errors import ConfigError, DWLError, Problem, did_you_mean, first_line
 from dwl_plugin.run.dataset_check import picked_rows
 from dwl_plugin.values import IGNORE_INDEX
 
@@ -289,8 +289,8 @@ def load_rows(cfg: Any, tokenizer: Any, count: int, *, spread: bool = False) -> 
             raise _no_rows(cfg) from None
         except Exception as error:  # whatever a dataset and its template can raise
             if isinstance(error, OSError) or any(words in str(error).lower() for words in _OUT_OF_REACH):
-                raise NotSeenError(f"datasets: {_first_line(error)}") from error
-            raise ConfigError.at("datasets", f"Axolotl cannot read them: {_first_line(error)}") from error
+                raise NotSeenError(f"datasets: {first_line(error)}") from error
+            raise ConfigError.at("datasets", f"Axolotl cannot read them: {first_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -349,9 +349,9 @@ def _loading(key: str, name: Any) -> Iterator[None]:
         if str(name).startswith(("/", "./", "../", "~")) and not exists:
             raise ConfigError.at(key, "there is no such folder", name) from error
         if isinstance(error, OSError) and not exists:
-            raise NotSeenError(f"{key} {name}: {_first_line(error)}") from error
+            raise NotSeenError(f"{key} {name}: {first_line(error)}") from error
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-        raise ConfigError.at(key, f"cannot be loaded: {kind}{_first_line(error)}", name) from error
+        raise ConfigError.at(key, f"cannot be loaded: {kind}{first_line(error)}", name) from error
 
 
 def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
@@ -502,17 +502,12 @@ def _axolotl_problems(where: str) -> Iterator[None]:
     except ValidationError as error:
         raise ConfigError(map(_problem, error.errors())) from error
     except ImportError as error:
-        raise ConfigError.at(where, f"cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError.at(where, f"cannot be loaded: {first_line(error)}") from error
     except Exception as error:  # a validator may raise anything
-        raise ConfigError.at(where, _first_line(error)) from error
+        raise ConfigError.at(where, first_line(error)) from error
 
 
 def _problem(item: Any) -> Problem:
     path = ".".join(str(part) for part in item["loc"]) or "axolotl"
     message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     return Problem(path, f"Axolotl: {message}", item["input"]) if item["loc"] else Problem(path, message)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0] if len(lines[0]) < 300 else lines[0][:299] + "…"

@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block
-from dwl_plugin.errors import ConfigError, LossNotTakenError, NotFiniteError, RunError
+from dwl_plugin.errors import ConfigError, LossNotTakenError, NotFiniteError, RunError, first_line
 from dwl_plugin.hosts.base_nll import base_nll
 from dwl_plugin.hosts.checkpoints import finished_checkpoints, named_in, require_whole, unfinished
 from dwl_plugin.hosts.versions import divided_later
@@ -186,7 +186,7 @@ class TrainerMixin(Trainer):
                 raise
             free = shutil.disk_usage(self.args.output_dir).free / 1e6
             raise RunError(
-                f"the checkpoint of step {self.state.global_step} could not be written ({_first_line(error)}; {free:,.1f} MB are "
+                f"the checkpoint of step {self.state.global_step} could not be written ({first_line(error)}; {free:,.1f} MB are "
                 f"free on the disk), so training stops. {self._kept('is whole: resume from it when there is room')} "
                 f"{folder.name} is not ({why}), and can be deleted."
             ) from error
@@ -300,10 +300,6 @@ def _require_cut_sequences(accelerator: Any, batches: Sequence[Any]) -> None:
             "context parallelism cuts these sequences up after their batch was made, where class ids and the number of "
             "targets cannot follow. It works with datasets of text whose batches Axolotl's own collators make."
         )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{str(error).strip() or type(error).__name__}".splitlines()[0]
 
 
 def _run_length(args: Any, state: Any, loader: Any) -> RunLength:

@@ -334,7 +334,7 @@ def _step_fused(
     unit, width = softcap or 1.0, logits_RW.shape[1]
     here_R = (local_R >= 0) & (local_R < width)
     is_target_RW = local_R[:, None] == torch.arange(width, device=local_R.device)
-    # A sum of one number and zeros is that number; `gather` brings a bounds check that Triton 3.6 does not compile.
+    # A sum of one number and zeros is that number; `gather` would read the tile once more, with a check of its bounds.
     at_target_R = torch.where(is_target_RW, logits_RW, 0.0).sum(1)
     other_RW = torch.where(is_target_RW, -math.inf, logits_RW)
     # fp16 ends at 6e-8 below but only at 65504 above: a running max under the maximum uses that room.
