@@ -113,9 +113,9 @@ def test_a_role_ends_with_its_sample() -> None:
 )
 def test_the_roles_a_template_can_tell(name: str, known: set[str]) -> None:
     tokenizer = tokenizer_with(TEMPLATES[name])
-    headers, why_not = role_headers(tokenizer, TokenTable.of(tokenizer))
-    assert set(headers) == known
-    assert set(why_not) == {"assistant", "user", "system", "tool"} - known
+    headers = role_headers(tokenizer, TokenTable.of(tokenizer))
+    assert set(headers.known) == known
+    assert set(headers.why_not) == {"assistant", "user", "system", "tool"} - known
 
 
 @pytest.mark.parametrize(
