@@ -88,7 +88,7 @@ def role_headers(tokenizer: Any, table: TokenTable) -> RoleHeaders:
         try:
             headers = reader.add(headers, turns)
         except _UnknownError as error:
-            why_not[role] = str(error)
+            why_not[role] = f"{error}{reader.whose(role, headers)}"
     return replace(reader.with_others(headers), why_not=why_not)
 
 
@@ -127,10 +127,21 @@ class _Reader:
         mark = self._shared_mark
         return headers.with_one_more(mark, None, re.escape(mark)) if mark else headers
 
+    def whose(self, role: Role, headers: RoleHeaders) -> str:
+        """What the headers of the other roles make of a role that has none."""
+        turns = _WITH[role]
+        try:
+            text = self._conversation(turns, _WORDS[0], _TOOLS[0])[1]
+        except Exception:  # that is why
+            return ""
+        before = headers.pattern().findall(text[: text.index(_WORDS[0][turns.index(role)].encode())])
+        owner = headers.roles[before[-1]] if before else None
+        return f"; it stands in a message of `{owner}`" if owner else "; no header stands before it"
+
     def _beginnings(self, turns: Sequence[Role]) -> list[tuple[Role, bytes, bytes]]:
         """What stands before the messages of each role, and what of it begins them; once for each role before them."""
         bos = b"" if self._shared_mark == self._bos else self._bos
-        found = self._common_beginnings(turns)
+        found = self._of_pair if turns == _PAIR else self._common_beginnings(turns)
         return [(role, before, begin.removeprefix(bos).lstrip()) for (_, role), (before, begin) in found.items()]
 
     def _common_beginnings(self, turns: Sequence[Role]) -> dict[tuple[Role | None, Role], tuple[bytes, bytes]]:
@@ -140,13 +151,13 @@ class _Reader:
             for index, role in enumerate(turns):
                 before = text[: text.index(words[index].encode())]
                 if index:
-                    key, before = (turns[index - 1], role), _after(before, words[index - 1])
+                    before = _after(before, words[index - 1])
                     begin = self._after_ending(before, messages[:index], words[index - 1])
                 elif role == "user":
                     continue  # more than its header may stand before the first message of a user
                 else:
-                    key, begin = (None, role), self._after_first_words(before)
-                examples.setdefault(key, []).append((before, begin))
+                    begin = self._after_first_words(before)
+                examples.setdefault((turns[index - 1] if index else None, role), []).append((before, begin))
         return {key: (pairs[0][0], _common_prefix([begin for _, begin in pairs])) for key, pairs in examples.items()}
 
     def _after_ending(self, before: bytes, messages: Messages, word: str) -> bytes:
@@ -161,9 +172,11 @@ class _Reader:
         solid = [index for index, unit in enumerate(units) if unit.strip()]
         last = next((index for index in solid if index >= shared), len(units))
         starts = [index for index in solid if index <= last]
+        if not starts:
+            return b""
         # A template may write the next header itself, or a part of it, whatever follows: then the ending is too long.
         marked = [index for index in starts if units[index] in self._first_units]
-        start = (marked or starts or [0])[-1]
+        start = (marked or starts)[-1]
         mark = next((index for index in reversed(starts) if index < start), 0)
         if not self._mark.match(units[start]) and self._mark.match(units[mark]) and units[mark] not in self._pair:
             start = mark  # the beginning of an answer, which a template may write with the call
@@ -181,6 +194,10 @@ class _Reader:
         return (getattr(self.tokenizer, "bos_token", None) or "").encode()
 
     @cached_property
+    def _of_pair(self) -> dict[tuple[Role | None, Role], tuple[bytes, bytes]]:
+        return self._common_beginnings(_PAIR)
+
+    @cached_property
     def _pair(self) -> bytes:
         return self._conversation(_PAIR, _WORDS[0], _TOOLS[0])[1]
 
@@ -193,7 +210,7 @@ class _Reader:
     @cached_property
     def _shared_mark(self) -> bytes | None:
         """The mark that the headers of user and assistant begin with."""
-        first = {unit for _, begin in self._common_beginnings(_PAIR).values() for unit in self._units(begin)[:1]}
+        first = {unit for _, begin in self._of_pair.values() for unit in self._units(begin)[:1]}
         (unit,) = first if len(first) == 1 else {b""}
         return unit if self._mark.fullmatch(unit) else None
 
@@ -228,9 +245,9 @@ class _Reader:
         """True if before each word of a conversation stands one header, that of its role."""
         pattern = headers.pattern()
         for words, tool in zip(_WORDS, _TOOLS, strict=True):
-            words = words[len(turns) - 1 :: -1]
-            text, at = self._conversation(turns, words, tool)[1], 0
-            for index, (role, word) in enumerate(zip(turns, words, strict=True)):
+            others = words[len(turns) - 1 :: -1]
+            text, at = self._conversation(turns, others, tool)[1], 0
+            for index, (role, word) in enumerate(zip(turns, others, strict=True)):
                 begin = text.index(word.encode(), at)
                 found = [headers.roles[match.group()] for match in pattern.finditer(text[:begin]) if match.start() >= at]
                 if (found if index else found[-1:]) != [role]:  # some templates bring a system message of their own
