@@ -347,7 +347,7 @@ def install(
         raise RunError(f"the trainer has its own loss, {trainer.compute_loss_func!r}; `loss: {block.loss}` cannot be used with it.")
     session = Session(trainer.model, block, labeller, survey, taken_over)
     host = type(trainer)
-    bases = (TrainerMixin, host) if below is None else (_CheckedMixin, host, below)
+    bases: tuple[type, ...] = (TrainerMixin, host) if below is None else (_CheckedMixin, host, below)
     if host is not Trainer:
         bases += (_PerplexityOfNll,)
     trainer.__class__ = type(f"DWL{host.__name__}", bases, {"_dwl": session, "_dwl_host": host})
