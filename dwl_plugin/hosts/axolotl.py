@@ -36,6 +36,7 @@ class DWLPlugin(BasePlugin):
         self._survey: ClassSurvey | None = None
         self._trainer: Any = None
         self._taken_over: list[str] = []
+        self._unwritten: tuple[str, ...] = ()
 
     def get_input_args(self) -> str:
         return "dwl_plugin.hosts.axolotl_args.DWLPluginArgs"
@@ -51,6 +52,7 @@ class DWLPlugin(BasePlugin):
             log_line("\n".join(map(str, overrides)))
         ConfigError.raise_any(dropped_options(sys.argv[1:], cfg))
         self._taken_over = fused_losses_asked_for(cfg)
+        self._unwritten = () if "reduction" in (cfg.get("dwl") or {}) else ("reduction",)
         if cfg.get("loss") is None:
             return
         ConfigError.raise_any(axolotl_problems())
@@ -104,7 +106,7 @@ class DWLPlugin(BasePlugin):
             log_line(line)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        block = block_of(cfg)
+        block = block_of(cfg, self._unwritten)
         if block is None:
             return []
         if self._survey is None:  # they were loaded elsewhere

@@ -139,6 +139,16 @@ def test_a_first_label_that_nothing_predicts_is_no_target(dwl: Run, write_config
     assert packed["targets"] == 34
 
 
+@pytest.mark.parametrize("reduction", [None, "token_mean", "weighted_mean"])
+def test_a_loss_much_smaller_than_sft_is_a_hint(dwl: Run, write_config: Write, tmp_path: Path, reduction: str | None) -> None:
+    settings = {"classes": {"five": {"token_ids": [5]}}, "alpha": {"five": 3, "rest": 1}}
+    chosen = {} if reduction is None else {"reduction": reduction}
+    path = write_config(**tokenised(tmp_path, (GOOD, GOOD)) | {"loss": "dwl", "dwl": settings | chosen})
+    hints = json.loads(dwl("check", path, "--json").stdout)["hints"]
+    assert [hint for hint in hints if "are 0.35× those of SFT" in hint] == (hints if reduction is None else [])
+    assert len(hints) == (reduction is None)
+
+
 def test_a_validation_set_that_takes_all_rows_is_a_problem(dwl: Run, write_config: Write, tmp_path: Path) -> None:
     result = dwl("check", write_config(**tokenised(tmp_path, (GOOD, GOOD)), val_set_size=0.5))
     assert result.exit_code == 1
