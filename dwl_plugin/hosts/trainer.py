@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -44,6 +45,7 @@ _STATE = "dwl"
 """The key in `stateful_callbacks` of the trainer's state."""
 _PACKING = ("sample_packing", "batch_flattening", "packing", "padding_free")
 """Training arguments, Axolotl's and TRL's, that put several samples into one row."""
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 Batch = dict[str, Any]
 Items = torch.Tensor | int | None
@@ -170,7 +172,7 @@ class TrainerMixin(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.stop_if_not_finite()
-            logs.update(self._dwl.train_sums.take(self._over_ranks, self.args.device))
+            logs.update(self._dwl.measured(self._over_ranks, self.args.device))
             logs.update(self._dwl.moving_numbers())
         super().log(logs, start_time)
 
@@ -196,6 +198,8 @@ class TrainerMixin(Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         measured = self._dwl.eval_sums.take(self._over_ranks, self.args.device)
+        if not measured and f"{prefix}_loss" in output.metrics:
+            log_line(f"the evaluation set has no target token, so `{prefix}_loss` says nothing and there is no `{prefix}_nll`")
         output.metrics.update({f"{prefix}_{key}": value for key, value in measured.items()})
         return output
 
@@ -231,14 +235,28 @@ class BelowHost(Trainer):
         """For a host that wants more of the outputs than there is."""
 
 
+class _PerplexityOfNll(Trainer):
+    """Below the host's class: a perplexity that it made of the loss on the way down is one of nll before anything sees it."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for key in [key for key in logs if key.endswith("ppl")]:
+            nll = logs.get(f"{key.removesuffix('ppl')}nll")
+            if nll is None:  # no target, so there is none
+                del logs[key]
+            else:
+                logs[key] = math.exp(nll) if nll < _LARGEST_EXPONENT else math.inf
+        super().log(logs, start_time)
+
+
 class AlphaCallback(TrainerCallback):
     """Moves α once per optimizer step, and shows the controller what the step cost."""
 
     def __init__(self, trainer: TrainerMixin) -> None:
-        self._trainer, self._session = trainer, trainer._dwl
+        self._trainer, self._session, self._began_at = trainer, trainer._dwl, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         session, tau = self._session, state.global_step
+        self._began_at = tau
         kept = dict(state.stateful_callbacks or {}).get(_STATE) if tau else None
         with named_in(self._trainer._dwl_checkpoint, f"stateful_callbacks.{_STATE}"):
             saved = None if kept is None else RunState.model_validate(kept)
@@ -264,7 +282,14 @@ class AlphaCallback(TrainerCallback):
             self._session.loop.end_step(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.stop_if_not_finite()  # what comes next saves the model
+        trainer, session = self._trainer, self._session
+        trainer.stop_if_not_finite()  # what comes next saves the model
+        session.measured(trainer._over_ranks, trainer.args.device)
+        if not session.has_trained and state.global_step > self._began_at:
+            raise RunError(
+                "no batch of this run had a target token, so nothing was trained and no model is saved. A label is -100, or the "
+                "first of its row, which nothing predicts: look at `train_on_inputs`, roles and the dataset's type."
+            )
 
     def _closed_loop(self, saved: RunState | None, tau: int) -> ClosedLoop | None:
         """The controller, as the checkpoint left it or from the start."""
@@ -332,7 +357,9 @@ def install(
         raise RunError(f"the trainer has its own loss, {trainer.compute_loss_func!r}; `loss: {block.loss}` cannot be used with it.")
     session = Session(trainer.model, block, labeller, survey, taken_over)
     host = type(trainer)
-    bases = (TrainerMixin, host) if below is None else (_CheckedMixin, host, below)
+    bases: tuple[type, ...] = (TrainerMixin, host) if below is None else (_CheckedMixin, host, below)
+    if host is not Trainer:
+        bases += (_PerplexityOfNll,)
     trainer.__class__ = type(f"DWL{host.__name__}", bases, {"_dwl": session, "_dwl_host": host})
     trainer.loss_is_scaled_for_ga = True
     for callback in trainer.callback_handler.callbacks:
@@ -366,8 +393,8 @@ def computes_loss(kind: type) -> type:
 
 
 def less_is_better(metric: str | None) -> bool:
-    """Whether `metric` is a cross-entropy of this package. A host maximises every metric that does not end in `loss`."""
-    return metric is not None and (metric == "nll" or metric.endswith("_nll") or "dwl/nll/" in metric)
+    """Whether `metric` is a cross-entropy or a perplexity. A host maximises every metric that does not end in `loss`."""
+    return metric is not None and (metric.rpartition("_")[2] in ("nll", "ppl") or "dwl/nll/" in metric)
 
 
 class _ShortLog:

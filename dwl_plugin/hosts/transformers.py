@@ -20,7 +20,7 @@ from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.hosts import trl
 from dwl_plugin.hosts.trainer import BelowHost, TrainerMixin, install, less_is_better, replaced_methods, uninstall
 from dwl_plugin.hosts.versions import transformers_problems
-from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows, require_rows
+from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows, require_rows, require_targets
 from dwl_plugin.run.session import Session
 from dwl_plugin.run.startup import log_line
 
@@ -82,7 +82,11 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
         raise ConfigError([*error.problems, *problems]) from None
     ConfigError.raise_any(problems)
     require_rows(trainer.train_dataset)
-    labeller, survey = _classes_of(trainer, block)
+    labeller = _labeller_of(trainer, block)
+    survey = check_dataset(block, labeller, _collated(trainer, trainer.train_dataset))
+    held_out = trainer.eval_dataset
+    for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
+        require_targets(_collated(trainer, dataset), "eval_dataset")
     is_sft = trl.is_sft_trainer(type(trainer))
     below = None if type(trainer) is Trainer else trl.BelowSFTTrainer if is_sft else BelowHost
     with ExitStack() as undo:
@@ -135,10 +139,9 @@ def _liger_problems(options: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("args.use_liger_kernel", "Liger computes the loss that is replaced", True, hint=hint)
 
 
-def _classes_of(trainer: Trainer, block: Block) -> tuple[Labeller | None, ClassSurvey | None]:
-    """The classes, and what they find in the training data. Raises `ConfigError` for what they cannot find."""
+def _labeller_of(trainer: Trainer, block: Block) -> Labeller | None:
     if not block.labels_tokens:
-        return None, None
+        return None
     processing = trainer.processing_class
     tokenizer = getattr(processing, "tokenizer", processing)  # a processor has its tokenizer inside
     if tokenizer is None:
@@ -147,12 +150,11 @@ def _classes_of(trainer: Trainer, block: Block) -> tuple[Labeller | None, ClassS
     labeller = labeller_of(block, tokenizer)
     assert labeller is not None
     ConfigError.raise_any(trl.cut_problems(trainer.args, labeller))
-    return labeller, check_dataset(block, labeller, _collated(trainer))
+    return labeller
 
 
-def _collated(trainer: Trainer) -> Iterator[dict[str, Any]]:
-    """Some rows of the training data, each as the trainer's collator makes it; a stream gives none."""
-    dataset = trainer.train_dataset
+def _collated(trainer: Trainer, dataset: Any) -> Iterator[dict[str, Any]]:
+    """Some rows of a dataset, each as the trainer's collator makes it; a stream gives none."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         return
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)

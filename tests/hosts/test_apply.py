@@ -542,6 +542,29 @@ def test_a_class_that_is_nowhere_in_the_data_stops_before_training(host: str, re
     assert "40 rows" in found["dwl.classes.code"]
 
 
+@pytest.mark.parametrize("host", ["trainer_of", "sft_of"])
+@pytest.mark.parametrize("loss", ["nll", "dft", "dwl"])
+@pytest.mark.parametrize("which", ["datasets", "eval_dataset", "one of two"])
+def test_rows_without_a_target_stop_before_training(
+    host: str, loss: str, which: str, samples: list[dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
+    from datasets import Dataset
+
+    masked = Dataset.from_list([{**row, "labels": [-100] * len(row["labels"])} for row in samples[:4]])
+    held_out: Any = {"a": Dataset.from_list(samples[:4]), "b": masked} if which == "one of two" else masked
+    changes = {"train_dataset": masked} if which == "datasets" else {"eval_dataset": held_out}
+    trainer = request.getfixturevalue(host)(**changes)
+    classes = {"classes": {"number": {"regex": r"\d", "allow_empty": True}}}
+    found = problems_of(trainer, {"loss": loss, **({"dwl": classes} if loss == "dwl" else {})})
+    (path,) = found
+    assert path == ("datasets" if which == "datasets" else "eval_dataset")
+    assert "no target token in the 4 rows looked at" in found[path]
+
+
+def test_an_empty_data_set_is_a_sentence(trainer_of: Build) -> None:
+    assert "there is no row to train on" in problems_of(trainer_of(train_dataset=[]), {"loss": "nll"})["datasets"]
+
+
 def test_the_look_at_the_data_changes_nothing_that_the_run_draws(trainer_of: Build) -> None:
     trainer = trainer_of(data_collator=lambda features: {"labels": torch.randint(9, (1, 9)), "input_ids": torch.ones(1, 9)})
     before = torch.random.get_rng_state()
