@@ -243,6 +243,8 @@ def sweep(name: str, kind: str, bos: str | None, *, single: bool, rows: int) -> 
     known = {role: RoleClass(role=role) for role in ROLES if role in HEADERS[name].values()}  # type: ignore[arg-type]
     if kind == "wordpiece" and "｜" in "".join(HEADERS[name]) and not single:
         known = {}  # one token, [UNK], is all that such a tokenizer sees of <｜User｜> and of <｜Assistant｜>
+    if name == "llama3" and bos is None:
+        known = {}  # this template adds to bos_token, and renders nothing without one
     if refused := {f"dwl.classes.{role}.role" for role in set(ROLES) - set(known)}:
         with pytest.raises(ConfigError) as caught:
             build_labeller({role: RoleClass(role=role) for role in ROLES}, tokenizer)  # type: ignore[arg-type]
@@ -280,8 +282,8 @@ def test_each_token_has_the_role_of_its_message(number: int, name: str) -> None:
 @pytest.mark.parametrize(("number", "name"), enumerate(HEADERS))
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_token_has_the_role_of_its_message_whatever_the_tokenizer(kind: str, number: int, name: str) -> None:
-    for single in (True, False):
-        assert not differing(sweep(name, kind, BOS[(number + single) % len(BOS)], single=single, rows=2))
+    number += list(KINDS).index(kind)
+    assert not differing(sweep(name, kind, BOS[number // 2 % len(BOS)], single=number % 2 == 0, rows=2))
 
 
 if __name__ == "__main__":  # every tokenizer, beginning of a text and kind of mark: half an hour
