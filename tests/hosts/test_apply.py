@@ -139,6 +139,7 @@ class Batches:
 
 @pytest.fixture(scope="module")
 def under_axolotl(model_folder: Path, samples: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    pytest.importorskip("axolotl")
     folder = tmp_path_factory.mktemp("axolotl")
     data = harness.write_rows(folder / "ids.jsonl", samples)
     seen: list[Batches] = []
