@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -38,7 +38,17 @@ from dwl_plugin.run.moving import controller_of
 from dwl_plugin.run.session import RunState, Session
 from dwl_plugin.run.startup import keep_config, log_line, other_length_lines, other_options_lines, startup_lines
 
-__all__ = ["Batch", "BelowHost", "Items", "TrainerMixin", "computes_loss", "install", "less_is_better", "replaced_methods", "uninstall"]
+__all__ = [
+    "Batch",
+    "BelowHost",
+    "Items",
+    "TrainerMixin",
+    "computes_loss",
+    "install",
+    "less_is_better",
+    "replaced_methods",
+    "uninstall",
+]
 
 _STATE = "dwl"
 """The key in `stateful_callbacks` of the trainer's state."""

@@ -78,7 +78,11 @@ def cut_problems(args: Any, labeller: Labeller) -> Iterator[Problem]:
 
 def take_over(trainer: Trainer, undo: ExitStack) -> list[str]:
     """Take off the patch that TRL's chunked loss puts on the model's forward; returns what is not used any more."""
-    model = base_model(trainer.model)
+    model: Any = base_model(trainer.model)
+    asked, kept = (getattr(of, "router_aux_loss_coef", None) for of in (model.config.get_text_config(), model))
+    if None not in (asked, kept) and asked != kept:  # TRL writes its own into the config, after the model has read it
+        model.router_aux_loss_coef = asked
+        undo.callback(setattr, model, "router_aux_loss_coef", kept)
     patched = model.__dict__.get("forward")
     if _chunks(patched) is None:
         return ["fused_lm_head"] if _is_trls(_home(patched)) else []
@@ -97,8 +101,8 @@ def _home(forward: Any) -> str:
 
 
 def _chunks(forward: Any) -> Any:
-    """The function of TRL's (to 1.14) that computes a loss of its own wherever there are labels. The one of later versions has to be
-    asked for by `fused_lm_head`, and nobody asks."""
+    """The function of TRL's (to 1.14) that computes a loss of its own wherever there are labels. That of later versions has to be
+    asked to, and nobody does."""
     patch = getattr(forward, "__func__", None)
     return patch if _is_trls(_home(forward)) and "fused_lm_head" not in patch.__code__.co_varnames else None
 

@@ -246,7 +246,11 @@ class Seam:
         kind = type(self.model)
         whose = "" if package(kind.__module__) == "transformers" else f" of `{kind.__module__}`"
         why = f"{kind.__name__}{whose} returned a loss that dwl_plugin did not compute."
-        patches = [(self.model, "forward", "forward"), (self.model, "_loss_function", "loss function"), (self.head, "forward", "output head")]
+        patches = [
+            (self.model, "forward", "forward"),
+            (self.model, "_loss_function", "loss function"),
+            (self.head, "forward", "output head"),
+        ]
         for module, method, name in patches:
             if (home := foreign_home(module, method)) is not None:
                 return LossNotTakenError(
