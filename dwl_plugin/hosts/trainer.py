@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -54,6 +55,7 @@ _STATE = "dwl"
 """The key in `stateful_callbacks` of the trainer's state."""
 _PACKING = ("sample_packing", "batch_flattening", "packing", "padding_free")
 """Training arguments, Axolotl's and TRL's, that put several samples into one row."""
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 Batch = dict[str, Any]
 Items = torch.Tensor | int | None
@@ -242,6 +244,19 @@ class BelowHost(Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+class _PerplexityOfNll(Trainer):
+    """Below the host's class: a perplexity that it made of the loss on the way down is one of nll before anything sees it."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for key in [key for key in logs if key.endswith("ppl")]:
+            nll = logs.get(f"{key.removesuffix('ppl')}nll")
+            if nll is None:  # no target, so there is none
+                del logs[key]
+            else:
+                logs[key] = math.exp(nll) if nll < _LARGEST_EXPONENT else math.inf
+        super().log(logs, start_time)
+
+
 class AlphaCallback(TrainerCallback):
     """Moves α once per optimizer step, and shows the controller what the step cost."""
 
@@ -346,6 +361,8 @@ def install(
     bases: tuple[type, ...] = (TrainerMixin, host)
     if below is not None:
         bases = (_CheckedMixin, below) if issubclass(below, host) else (_CheckedMixin, host, below)
+    if host is not Trainer:
+        bases += (_PerplexityOfNll,)
     trainer.__class__ = type(f"DWL{host.__name__}", bases, {"_dwl": session, "_dwl_host": host})
     trainer.loss_is_scaled_for_ga = True
     for callback in trainer.callback_handler.callbacks:
@@ -379,8 +396,8 @@ def computes_loss(kind: type) -> type:
 
 
 def less_is_better(metric: str | None) -> bool:
-    """Whether `metric` is a cross-entropy of this package. A host maximises every metric that does not end in `loss`."""
-    return metric is not None and (metric == "nll" or metric.endswith("_nll") or "dwl/nll/" in metric)
+    """Whether `metric` is a cross-entropy or a perplexity. A host maximises every metric that does not end in `loss`."""
+    return metric is not None and (metric.rpartition("_")[2] in ("nll", "ppl") or "dwl/nll/" in metric)
 
 
 class _ShortLog:

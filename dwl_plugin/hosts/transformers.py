@@ -6,8 +6,9 @@ In order: what the trainer has that cannot stand beside the loss, the classes an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import chain
 from os import PathLike
 from typing import Any
 
@@ -20,7 +21,8 @@ from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.hosts import trl
 from dwl_plugin.hosts.trainer import BelowHost, TrainerMixin, install, less_is_better, replaced_methods, uninstall
 from dwl_plugin.hosts.versions import newer_host, older_host
-from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows, require_rows
+from dwl_plugin.loss.shift import IGNORE_INDEX
+from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows
 from dwl_plugin.run.session import Session
 from dwl_plugin.run.startup import log_line
 
@@ -69,7 +71,7 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
 
     Raises:
         ConfigError: every problem of the config and every setting of the trainer that makes a loss of its own, all at once;
-            then every class that the tokenizer or the training data does not have.
+            then training data without a token to train on; then every class that the tokenizer or the data does not have.
         LossNotTakenError: the model has no output head.
     """
     if not isinstance(trainer, Trainer):
@@ -81,7 +83,7 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
     except ConfigError as error:
         raise ConfigError([*error.problems, *problems]) from None
     ConfigError.raise_any(problems)
-    require_rows(trainer.train_dataset)
+    _require_targets(trainer)
     labeller, survey = _classes_of(trainer, block)
     is_sft = trl.is_sft_trainer(type(trainer))
     below = None if type(trainer) is Trainer else trl.in_place_of_sft_trainer(type(trainer)) if is_sft else BelowHost
@@ -149,17 +151,41 @@ def _classes_of(trainer: Trainer, block: Block) -> tuple[Labeller | None, ClassS
     labeller = labeller_of(block, tokenizer)
     assert labeller is not None
     ConfigError.raise_any(trl.cut_problems(trainer.args, labeller))
-    return labeller, check_dataset(block, labeller, _collated(trainer))
-
-
-def _collated(trainer: Trainer) -> Iterator[dict[str, Any]]:
-    """Some rows of the training data, each as the trainer's collator makes it; a stream gives none."""
     dataset = trainer.train_dataset
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    picked = picked_rows(len(dataset), trainer.args.seed) if _is_indexed(dataset) else ()
+    return labeller, check_dataset(block, labeller, _collated(trainer, picked))
+
+
+def _is_indexed(dataset: Any) -> bool:
+    """Whether it has rows to look at; a stream gives none."""
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+
+
+def _require_targets(trainer: Trainer) -> None:
+    """Raise `ConfigError` for training data that trains nothing; a stream does not tell."""
+    dataset = trainer.train_dataset
+    if not _is_indexed(dataset):
         return
+    if not len(dataset):
+        raise ConfigError.at("train_dataset", "has no row", hint="look at what was filtered, and at the longest row allowed")
+    first = picked_rows(len(dataset), trainer.args.seed)
+    looked_at = False
+    for row in _collated(trainer, chain(first, range(len(dataset)))):
+        if (row["labels"][1:] != IGNORE_INDEX).any():
+            return
+        looked_at = True
+    if looked_at:
+        why = f"none of its {len(dataset):,} rows has a token to train on: every label that some token would predict is -100"
+        hint = "look at `completion_only_loss`, `assistant_only_loss`, or whatever else makes the labels"
+        raise ConfigError.at("train_dataset", why, hint=hint)
+
+
+def _collated(trainer: Trainer, indices: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """These rows of the training data, each as the trainer's collator makes it."""
+    dataset = trainer.train_dataset
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
     with torch.random.fork_rng(devices=[]):  # the run draws what it would have drawn
-        for index in picked_rows(len(dataset), trainer.args.seed):
+        for index in indices:
             batch = collate([dict(dataset[index])])
             if "labels" in batch:
                 yield {key: batch[key][0] for key in ("input_ids", "labels", "position_ids") if key in batch}
