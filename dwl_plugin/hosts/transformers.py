@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from itertools import chain
 from os import PathLike
 from typing import Any
 
@@ -168,16 +167,17 @@ def _require_targets(trainer: Trainer) -> None:
         return
     if not len(dataset):
         raise ConfigError.at("train_dataset", "has no row", hint="look at what was filtered, and at the longest row allowed")
-    first = picked_rows(len(dataset), trainer.args.seed)
-    looked_at = False
-    for row in _collated(trainer, chain(first, range(len(dataset)))):
-        if (row["labels"][1:] != IGNORE_INDEX).any():
+    looked_at = 0
+    for rows in (picked_rows(len(dataset), trainer.args.seed), range(len(dataset))):
+        for row in _collated(trainer, rows):
+            if (row["labels"][1:] != IGNORE_INDEX).any():
+                return
+            looked_at += 1
+        if not looked_at:  # no labels to look at
             return
-        looked_at = True
-    if looked_at:
-        why = f"none of its {len(dataset):,} rows has a token to train on: every label that some token would predict is -100"
-        hint = "look at `completion_only_loss`, `assistant_only_loss`, or whatever else makes the labels"
-        raise ConfigError.at("train_dataset", why, hint=hint)
+    why = f"none of its {len(dataset):,} rows has a token to train on: every label that some token would predict is -100"
+    hint = "look at `completion_only_loss`, `assistant_only_loss`, or whatever else makes the labels"
+    raise ConfigError.at("train_dataset", why, hint=hint)
 
 
 def _collated(trainer: Trainer, indices: Iterable[int]) -> Iterator[dict[str, Any]]:
@@ -186,6 +186,7 @@ def _collated(trainer: Trainer, indices: Iterable[int]) -> Iterator[dict[str, An
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
     with torch.random.fork_rng(devices=[]):  # the run draws what it would have drawn
         for index in indices:
-            batch = collate([dict(dataset[index])])
+            row = dataset[index]
+            batch = collate([dict(row)]) if isinstance(row, Mapping) else {}
             if "labels" in batch:
                 yield {key: batch[key][0] for key in ("input_ids", "labels", "position_ids") if key in batch}

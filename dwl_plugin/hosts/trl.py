@@ -103,7 +103,7 @@ def _home(forward: Any) -> str:
 def _chunks(forward: Any) -> Any:
     """The function of TRL's (to 1.14) that computes a loss of its own wherever there are labels. That of later versions has to be
     asked to, and nobody does."""
-    patch = getattr(forward, "__func__", None)
+    patch: Any = getattr(forward, "__func__", None)
     return patch if _is_trls(_home(forward)) and "fused_lm_head" not in patch.__code__.co_varnames else None
 
 

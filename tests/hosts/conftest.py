@@ -92,11 +92,11 @@ def sft_of(model: Any, tokenizer: Any, samples: list[dict[str, Any]], tmp_path: 
         from trl import SFTConfig, SFTTrainer
 
         settings = {**harness.ARGUMENTS, "max_length": None, "pad_to_multiple_of": 64, **(arguments or {})}
+        parts = {"model": model, "train_dataset": Dataset.from_list(samples), "processing_class": tokenizer}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what TRL is about to drop
-            args = SFTConfig(output_dir=str(tmp_path / "sft"), **settings)
-        parts = {"model": model, "args": args, "train_dataset": Dataset.from_list(samples), "processing_class": tokenizer}
-        return (kind or SFTTrainer)(**{**parts, **changes})
+            warnings.simplefilter("ignore")  # of what TRL is about to drop
+            parts["args"] = SFTConfig(output_dir=str(tmp_path / "sft"), **settings)
+            return (kind or SFTTrainer)(**{**parts, **changes})
 
     return make
 

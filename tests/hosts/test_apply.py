@@ -12,6 +12,7 @@ import yaml
 
 import dwl_plugin
 from dwl_plugin.errors import ConfigError, LossNotTakenError
+from dwl_plugin.hosts import versions
 from dwl_plugin.hosts.versions import release
 from tests.hosts import harness
 from tests.hosts.harness import CLASSES, Batches, Build, Recorder, logged, rows, stock
@@ -445,6 +446,31 @@ def test_a_subclass_that_returns_another_loss_stops_the_run(trainer_of: Build) -
         trainer.train()
 
 
+@pytest.mark.parametrize("loss", ["nll", "dft", "dwl"])
+@pytest.mark.parametrize("host", ["trainer_of", "sft_of"])
+def test_data_that_trains_nothing_is_refused(host: str, loss: str, request: pytest.FixtureRequest) -> None:
+    from datasets import Dataset
+
+    config = CONFIG if loss == "dwl" else {"loss": loss}
+    row = {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1]}
+    masked = Dataset.from_list([{**row, "labels": labels} for labels in ([-100] * 3, [5, -100, -100])] * 600)
+    for data, words in ((masked, "none of its 1,200 rows has a token to train on"), (masked.select([]), "has no row")):
+        trainer = request.getfixturevalue(host)(train_dataset=masked)
+        trainer.train_dataset = data  # SFTTrainer itself asks an empty one for its first row
+        found = problems_of(trainer, config)
+        assert set(found) == {"train_dataset"}
+        assert words in found["train_dataset"]
+
+
+def test_one_row_with_a_target_is_enough(trainer_of: Build) -> None:
+    from datasets import Dataset
+
+    row = {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1]}
+    rows = [{**row, "labels": [-100] * 3} for _ in range(2000)]
+    rows[1234]["labels"] = [-100, -100, 7]
+    dwl_plugin.apply(trainer_of(train_dataset=Dataset.from_list(rows)), {"loss": "nll"})
+
+
 @pytest.mark.parametrize("host", ["trainer_of", "sft_of"])
 def test_a_class_that_is_nowhere_in_the_data_stops_before_training(host: str, request: pytest.FixtureRequest) -> None:
     classes = {"code": {"regex": "```"}, "number": {"regex": r"\d+"}}
@@ -470,6 +496,51 @@ def test_classes_without_a_tokenizer_are_refused(trainer_of: Build) -> None:
     trainer = trainer_of(processing_class=None)
     assert "processing_class" in problems_of(trainer, CONFIG)["dwl.classes"]
     dwl_plugin.apply(trainer, {"loss": "dft"})
+
+
+# versions
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Sets the version of a package, as far as this is asked for."""
+
+    def install(package: str, number: str) -> None:
+        real = versions.version
+        monkeypatch.setattr(versions, "version", lambda name: number if name == package else real(name))
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("package", "number", "supported"),
+    [("trl", "1.8.0", "1.9 to 1.16"), ("trl", "0.29.1", "1.9 to 1.16"), ("transformers", "4.57.6", "5.16 to 5.24")],
+)
+def test_a_host_that_is_too_old_is_refused_in_one_sentence(
+    sft_of: Build, installed: Callable[[str, str], None], package: str, number: str, supported: str
+) -> None:
+    trainer = sft_of()
+    installed(package, number)
+    (problem,) = problems_of(trainer).values()
+    assert f"{package} {number} is older than dwl_plugin supports, {supported}" in problem
+
+
+@pytest.mark.parametrize(("package", "number"), [("trl", "1.17.0.dev0"), ("trl", "2.0.0"), ("transformers", "6.0.0")])
+def test_a_host_that_is_newer_than_the_tests_gets_one_sentence_and_trains(
+    sft_of: Build, installed: Callable[[str, str], None], capsys: pytest.CaptureFixture[str], package: str, number: str
+) -> None:
+    trainer = sft_of({"max_steps": 1})
+    installed(package, number)
+    capsys.readouterr()
+    dwl_plugin.apply(trainer, {"loss": "dft"})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"[dwl] {package} {number} is newer than what this dwl_plugin was tested with")
+    trainer.train()
+
+
+def test_trls_version_is_nothing_to_a_plain_trainer(trainer_of: Build, installed: Callable[[str, str], None]) -> None:
+    installed("trl", "0.1")
+    dwl_plugin.apply(trainer_of(), {"loss": "dft"})
 
 
 # the config
