@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from inspect import getattr_static
 from typing import Any
 
 from torch import nn
@@ -22,13 +23,8 @@ def package(module: str) -> str:
 def foreign_home(module: nn.Module, method: str) -> str | None:
     """The module that the `method` of `module` was written in, if it is from neither the package of its class nor a known one."""
     known = {*_AT_HOME, package(type(module).__module__)}
-    homes = [home for where in (module.__dict__, vars_of(type(module))) for home in _homes(where.get(method))]
-    return next((home for home in homes if package(home) not in known), None)
-
-
-def vars_of(kind: type) -> dict[str, Any]:
-    """The attributes of a class and those that it inherits."""
-    return {name: value for base in reversed(kind.__mro__) for name, value in vars(base).items()}
+    patches = (module.__dict__.get(method), getattr_static(type(module), method, None))
+    return next((home for patch in patches for home in _homes(patch) if package(home) not in known), None)
 
 
 def _homes(function: Any) -> Iterator[str]:
@@ -44,4 +40,4 @@ def _homes(function: Any) -> Iterator[str]:
             code = getattr(type(code).__call__, "__func__", type(code).__call__)
         if hasattr(code, "__globals__"):
             yield str(code.__globals__.get("__name__") or code.__code__.co_filename.strip("<>"))
-        function = getattr(code, "__wrapped__", None)
+        function = getattr(function, "__wrapped__", None)
