@@ -141,6 +141,11 @@ class InPlaceOfSFTTrainer(Trainer):
             asked["output_router_logits"] = True
         loss, outputs = Trainer.compute_loss(self, model, {**inputs, **asked}, True, num_items_in_batch)
         self._dwl.model_loss = loss
+        if self._dwl.seam.taken:  # if not, the run stops, and the outputs may be anything
+            self._measure(outputs, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _measure(self, outputs: Any, inputs: Batch) -> None:
         in_pieces = any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in self._dwl.seam.head.parameters())
         sums = [*_token_sums(outputs.logits, inputs, rows_at_once=None if in_pieces else _ROWS_AT_ONCE)]
         if (aux_loss := getattr(outputs, "aux_loss", None)) is not None:
@@ -149,7 +154,6 @@ class InPlaceOfSFTTrainer(Trainer):
         if self.model.training:
             here = inputs.get("attention_mask")
             type(self)._dwl_tokens += inputs["input_ids"].numel() if here is None else here.sum()
-        return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
         return Trainer.prediction_step(self, *args, **kwargs)

@@ -94,6 +94,11 @@ class Seam:
                 if was is None:
                     del module.__dict__[name]
 
+    @property
+    def taken(self) -> bool:
+        """Whether the loss of the forward that it is armed for was computed here."""
+        return self._pending is not None and self._pending.taken > 0
+
     @contextmanager
     def armed(self, pending: PendingLoss) -> Iterator[PendingLoss]:
         """One forward inside; raises as `disarm`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -184,4 +185,33 @@ def test_a_derived_class_with_another_loss_is_named(sft_of: Build, derived: Call
     trainer = sft_of({"max_steps": 1}, kind=derived(OTHERS[name]))
     dwl_plugin.apply(trainer, {"loss": "dft"})
     with pytest.raises(LossNotTakenError, match=r"Derived\.compute_loss returned a loss that is not the model's"):
+        trainer.train()
+
+
+FAST_FORWARD = """
+from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+class EmptyLogits:
+    def __getattr__(self, name):
+        raise NotImplementedError("logits are empty")
+    __getitem__ = __getattr__
+
+def forward(self, input_ids=None, labels=None, attention_mask=None, **kwargs):
+    hidden = self.model(input_ids=input_ids, attention_mask=attention_mask)[0]
+    logits = (hidden[:, :-1] @ self.lm_head.weight.T).flatten(0, 1)
+    return CausalLMOutputWithPast(loss=cross_entropy(logits, labels[:, 1:].flatten()), logits=EmptyLogits())
+"""
+
+
+def test_a_forward_of_another_package_that_computes_the_loss_is_named(
+    sft_of: Build, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unsloth puts one like this onto the class, and its logits answer every question with an error of its own."""
+    elsewhere = ModuleType("fastpackage.models.llama")
+    exec(FAST_FORWARD, elsewhere.__dict__)
+    monkeypatch.setattr(type(model), "forward", elsewhere.forward)
+    trainer = sft_of({"max_steps": 1, "loss_type": "nll"})
+    dwl_plugin.apply(trainer, {"loss": "dft"})
+    with pytest.raises(LossNotTakenError, match=r"Its forward is that of `fastpackage\.models\.llama`.* without `fastpackage`"):
         trainer.train()
