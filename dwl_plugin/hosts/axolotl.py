@@ -14,12 +14,13 @@ from dwl_plugin.config import Block
 from dwl_plugin.config.overrides import overridden, overrides_of
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.hosts.axolotl_args import block_of, fused_losses_asked_for
+from dwl_plugin.hosts.axolotl_preview import dropped_all, packs_of
 from dwl_plugin.hosts.checkpoints import choose_checkpoint
 from dwl_plugin.hosts.dropped_options import dropped_options
 from dwl_plugin.hosts.four_bits import keep_the_training_format
 from dwl_plugin.hosts.trainer import install, less_is_better, uninstall
 from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl
-from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows, require_rows
+from dwl_plugin.run.dataset_check import check_dataset, labeller_of, no_rows, no_targets, picked_rows, require_rows, require_targets
 from dwl_plugin.run.moving import require_places
 from dwl_plugin.run.startup import log_line
 
@@ -35,6 +36,7 @@ class DWLPlugin(BasePlugin):
         self._survey: ClassSurvey | None = None
         self._trainer: Any = None
         self._taken_over: list[str] = []
+        self._unwritten: tuple[str, ...] = ()
 
     def get_input_args(self) -> str:
         return "dwl_plugin.hosts.axolotl_args.DWLPluginArgs"
@@ -50,6 +52,7 @@ class DWLPlugin(BasePlugin):
             log_line("\n".join(map(str, overrides)))
         ConfigError.raise_any(dropped_options(sys.argv[1:], cfg))
         self._taken_over = fused_losses_asked_for(cfg)
+        self._unwritten = () if "reduction" in (cfg.get("dwl") or {}) else ("reduction",)
         if cfg.get("loss") is None:
             return
         ConfigError.raise_any(axolotl_problems())
@@ -81,16 +84,21 @@ class DWLPlugin(BasePlugin):
         try:
             meta = load_datasets(cfg=cfg, cli_args=cli_args)
         except StopIteration:  # of a reader of the `datasets` library
-            raise ConfigError.at("datasets", "a file of the training or evaluation data is empty", _paths(cfg)) from None
+            why = "a file of the training or evaluation data is empty"
+            raise ConfigError([no_rows(why=why, value=_paths(cfg))]) from None
         except (ValueError, IndexError) as error:
             if _is_for_want_of_rows(error):
                 require_rows(())
+            if dropped_all(error):
+                raise ConfigError([no_targets(None)]) from None
+            if "test_size=" in str(error):
+                why = "`val_set_size` takes all of the data"
+                raise ConfigError([no_rows(why=why, value=cfg.val_set_size)]) from None
             raise
         require_rows(meta.train_dataset)
         if block.moves:
             require_places(block, *_planned_length(cfg, meta))
-        if self._labeller is not None:
-            self._survey_rows(meta.train_dataset, block, seed=cfg.seed)
+        self._look_at_rows(cfg, block, meta.train_dataset, meta.eval_dataset)
         return meta
 
     def pre_model_load(self, cfg: Any) -> None:
@@ -98,13 +106,14 @@ class DWLPlugin(BasePlugin):
             log_line(line)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
-        block = block_of(cfg)
+        block = block_of(cfg, self._unwritten)
         if block is None:
             return []
-        if self._labeller is None and block.labels_tokens:
+        if self._survey is None:  # they were loaded elsewhere
             require_rows(trainer.train_dataset)
-            self._labeller = labeller_of(block, trainer.processing_class)
-            self._survey_rows(trainer.train_dataset, block, seed=cfg.seed)
+            if block.labels_tokens and self._labeller is None:
+                self._labeller = labeller_of(block, trainer.processing_class)
+            self._look_at_rows(cfg, block, trainer.train_dataset, trainer.eval_dataset)
         _, callback = install(trainer, block, self._labeller, self._survey, self._taken_over)
         self._trainer = trainer
         return [callback]
@@ -112,10 +121,13 @@ class DWLPlugin(BasePlugin):
     def post_train_unload(self, cfg: Any) -> None:
         self._forget()
 
-    def _survey_rows(self, dataset: Any, block: Block, seed: int | None) -> None:
-        """Label a seeded sample of the rows. Raises `ConfigError` for a class that is nowhere in it."""
-        assert self._labeller is not None
-        self._survey = check_dataset(block, self._labeller, _sample(dataset, seed or 0))
+    def _look_at_rows(self, cfg: Any, block: Block, training: Any, evaluation: Any) -> None:
+        """Label a seeded sample of the rows. Raises `ConfigError` for a class that is nowhere in it, or without a target."""
+        samples = _sample(training, cfg.seed or 0)
+        if samples and cfg.sample_packing:
+            packs_of(samples, cfg)
+        self._survey = check_dataset(block, self._labeller, samples)
+        require_targets(_sample(evaluation, cfg.seed or 0), "val_set_size" if cfg.val_set_size else "test_datasets")
 
     def _forget(self) -> None:
         if self._trainer is not None:

@@ -182,7 +182,7 @@ class TrainerMixin(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.stop_if_not_finite()
-            logs.update(self._dwl.train_sums.take(self._over_ranks, self.args.device))
+            logs.update(self._dwl.measured(self._over_ranks, self.args.device))
             logs.update(self._dwl.moving_numbers())
         super().log(logs, start_time)
 
@@ -208,6 +208,8 @@ class TrainerMixin(Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         measured = self._dwl.eval_sums.take(self._over_ranks, self.args.device)
+        if not measured and f"{prefix}_loss" in output.metrics:
+            log_line(f"the evaluation set has no target token, so `{prefix}_loss` says nothing and there is no `{prefix}_nll`")
         output.metrics.update({f"{prefix}_{key}": value for key, value in measured.items()})
         return output
 
@@ -261,10 +263,11 @@ class AlphaCallback(TrainerCallback):
     """Moves α once per optimizer step, and shows the controller what the step cost."""
 
     def __init__(self, trainer: TrainerMixin) -> None:
-        self._trainer, self._session = trainer, trainer._dwl
+        self._trainer, self._session, self._began_at = trainer, trainer._dwl, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         session, tau = self._session, state.global_step
+        self._began_at = tau
         kept = dict(state.stateful_callbacks or {}).get(_STATE) if tau else None
         with named_in(self._trainer._dwl_checkpoint, f"stateful_callbacks.{_STATE}"):
             saved = None if kept is None else RunState.model_validate(kept)
@@ -290,7 +293,14 @@ class AlphaCallback(TrainerCallback):
             self._session.loop.end_step(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.stop_if_not_finite()  # what comes next saves the model
+        trainer, session = self._trainer, self._session
+        trainer.stop_if_not_finite()  # what comes next saves the model
+        session.measured(trainer._over_ranks, trainer.args.device)
+        if not session.has_trained and state.global_step > self._began_at:
+            raise RunError(
+                "no batch of this run had a target token, so nothing was trained and no model is saved. A label is -100, or the "
+                "first of its row, which nothing predicts: look at `train_on_inputs`, roles and the dataset's type."
+            )
 
     def _closed_loop(self, saved: RunState | None, tau: int) -> ClosedLoop | None:
         """The controller, as the checkpoint left it or from the start."""

@@ -6,7 +6,7 @@ In order: what the trainer has that cannot stand beside the loss, the classes an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from os import PathLike
 from typing import Any
@@ -20,8 +20,7 @@ from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.hosts import trl
 from dwl_plugin.hosts.trainer import BelowHost, TrainerMixin, install, less_is_better, replaced_methods, uninstall
 from dwl_plugin.hosts.versions import newer_host, older_host
-from dwl_plugin.loss.shift import IGNORE_INDEX
-from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows
+from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows, require_rows, require_targets
 from dwl_plugin.run.session import Session
 from dwl_plugin.run.startup import log_line
 
@@ -82,8 +81,12 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
     except ConfigError as error:
         raise ConfigError([*error.problems, *problems]) from None
     ConfigError.raise_any(problems)
-    _require_targets(trainer)
-    labeller, survey = _classes_of(trainer, block)
+    require_rows(trainer.train_dataset)
+    labeller = _labeller_of(trainer, block)
+    survey = check_dataset(block, labeller, _collated(trainer, trainer.train_dataset))
+    held_out = trainer.eval_dataset
+    for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
+        require_targets(_collated(trainer, dataset), "eval_dataset")
     is_sft = trl.is_sft_trainer(type(trainer))
     below = None if type(trainer) is Trainer else trl.in_place_of_sft_trainer(type(trainer)) if is_sft else BelowHost
     for line in (line for package in ("transformers", *(("trl",) if is_sft else ())) for line in newer_host(package)):
@@ -138,10 +141,9 @@ def _liger_problems(options: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("args.use_liger_kernel", "Liger computes the loss that is replaced", True, hint=hint)
 
 
-def _classes_of(trainer: Trainer, block: Block) -> tuple[Labeller | None, ClassSurvey | None]:
-    """The classes, and what they find in the training data. Raises `ConfigError` for what they cannot find."""
+def _labeller_of(trainer: Trainer, block: Block) -> Labeller | None:
     if not block.labels_tokens:
-        return None, None
+        return None
     processing = trainer.processing_class
     tokenizer = getattr(processing, "tokenizer", processing)  # a processor has its tokenizer inside
     if tokenizer is None:
@@ -150,43 +152,17 @@ def _classes_of(trainer: Trainer, block: Block) -> tuple[Labeller | None, ClassS
     labeller = labeller_of(block, tokenizer)
     assert labeller is not None
     ConfigError.raise_any(trl.cut_problems(trainer.args, labeller))
-    dataset = trainer.train_dataset
-    picked = picked_rows(len(dataset), trainer.args.seed) if _is_indexed(dataset) else ()
-    return labeller, check_dataset(block, labeller, _collated(trainer, picked))
+    return labeller
 
 
-def _is_indexed(dataset: Any) -> bool:
-    """Whether it has rows to look at; a stream gives none."""
-    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
-
-
-def _require_targets(trainer: Trainer) -> None:
-    """Raise `ConfigError` for training data that trains nothing; a stream does not tell."""
-    dataset = trainer.train_dataset
-    if not _is_indexed(dataset):
+def _collated(trainer: Trainer, dataset: Any) -> Iterator[dict[str, Any]]:
+    """Some rows of a dataset, each as the trainer's collator makes it; a stream gives none."""
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         return
-    if not len(dataset):
-        raise ConfigError.at("train_dataset", "has no row", hint="look at what was filtered, and at the longest row allowed")
-    looked_at = 0
-    for rows in (picked_rows(len(dataset), trainer.args.seed), range(len(dataset))):
-        for row in _collated(trainer, rows):
-            if (row["labels"][1:] != IGNORE_INDEX).any():
-                return
-            looked_at += 1
-        if not looked_at:  # no labels to look at
-            return
-    why = f"none of its {len(dataset):,} rows has a token to train on: every label that some token would predict is -100"
-    hint = "look at `completion_only_loss`, `assistant_only_loss`, or whatever else makes the labels"
-    raise ConfigError.at("train_dataset", why, hint=hint)
-
-
-def _collated(trainer: Trainer, indices: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """These rows of the training data, each as the trainer's collator makes it."""
-    dataset = trainer.train_dataset
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
     with torch.random.fork_rng(devices=[]):  # the run draws what it would have drawn
-        for index in indices:
+        for index in picked_rows(len(dataset), trainer.args.seed):
             row = dataset[index]
-            batch = collate([dict(row)]) if isinstance(row, Mapping) else {}
+            batch = collate([dict(row)]) if isinstance(row, Mapping) else {}  # only a mapping is known to have labels
             if "labels" in batch:
                 yield {key: batch[key][0] for key in ("input_ids", "labels", "position_ids") if key in batch}

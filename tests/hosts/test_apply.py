@@ -446,37 +446,35 @@ def test_a_subclass_that_returns_another_loss_stops_the_run(trainer_of: Build) -
         trainer.train()
 
 
-@pytest.mark.parametrize("loss", ["nll", "dft", "dwl"])
-@pytest.mark.parametrize("host", ["trainer_of", "sft_of"])
-def test_data_that_trains_nothing_is_refused(host: str, loss: str, request: pytest.FixtureRequest) -> None:
-    from datasets import Dataset
-
-    config = CONFIG if loss == "dwl" else {"loss": loss}
-    row = {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1]}
-    masked = Dataset.from_list([{**row, "labels": labels} for labels in ([-100] * 3, [5, -100, -100])] * 600)
-    for data, words in ((masked, "none of its 1,200 rows has a token to train on"), (masked.select([]), "has no row")):
-        trainer = request.getfixturevalue(host)(train_dataset=masked)
-        trainer.train_dataset = data  # SFTTrainer itself asks an empty one for its first row
-        found = problems_of(trainer, config)
-        assert set(found) == {"train_dataset"}
-        assert words in found["train_dataset"]
-
-
-def test_one_row_with_a_target_is_enough(trainer_of: Build) -> None:
-    from datasets import Dataset
-
-    row = {"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1]}
-    rows = [{**row, "labels": [-100] * 3} for _ in range(2000)]
-    rows[1234]["labels"] = [-100, -100, 7]
-    dwl_plugin.apply(trainer_of(train_dataset=Dataset.from_list(rows)), {"loss": "nll"})
-
-
 @pytest.mark.parametrize("host", ["trainer_of", "sft_of"])
 def test_a_class_that_is_nowhere_in_the_data_stops_before_training(host: str, request: pytest.FixtureRequest) -> None:
     classes = {"code": {"regex": "```"}, "number": {"regex": r"\d+"}}
     found = problems_of(request.getfixturevalue(host)(), {"loss": "dwl", "dwl": {"classes": classes}})
     assert set(found) == {"dwl.classes.code"}
     assert "40 rows" in found["dwl.classes.code"]
+
+
+@pytest.mark.parametrize("host", ["trainer_of", "sft_of"])
+@pytest.mark.parametrize("loss", ["nll", "dft", "dwl"])
+@pytest.mark.parametrize("which", ["datasets", "eval_dataset", "one of two"])
+def test_rows_without_a_target_stop_before_training(
+    host: str, loss: str, which: str, samples: list[dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
+    from datasets import Dataset
+
+    masked = Dataset.from_list([{**row, "labels": [-100] * len(row["labels"])} for row in samples[:4]])
+    held_out: Any = {"a": Dataset.from_list(samples[:4]), "b": masked} if which == "one of two" else masked
+    changes = {"train_dataset": masked} if which == "datasets" else {"eval_dataset": held_out}
+    trainer = request.getfixturevalue(host)(**changes)
+    classes = {"classes": {"number": {"regex": r"\d", "allow_empty": True}}}
+    found = problems_of(trainer, {"loss": loss, **({"dwl": classes} if loss == "dwl" else {})})
+    (path,) = found
+    assert path == ("datasets" if which == "datasets" else "eval_dataset")
+    assert "no target token in the 4 rows looked at" in found[path]
+
+
+def test_an_empty_data_set_is_a_sentence(trainer_of: Build) -> None:
+    assert "there is no row to train on" in problems_of(trainer_of(train_dataset=[]), {"loss": "nll"})["datasets"]
 
 
 def test_the_look_at_the_data_changes_nothing_that_the_run_draws(trainer_of: Build) -> None:
