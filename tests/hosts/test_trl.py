@@ -27,25 +27,30 @@ LOSSES: dict[str, tuple[dict[str, Any], Callable[[torch.Tensor], torch.Tensor], 
 }
 
 
-def by_formula(model: Any, tokenizer: Any, fed: list[dict[str, torch.Tensor]], name: str) -> list[float]:
-    """The losses of optimizer steps of two micro-batches each, from all logits, a target at a time."""
+def by_formula(model: Any, tokenizer: Any, fed: list[dict[str, torch.Tensor]], name: str) -> dict[str, list[float]]:
+    """What optimizer steps of two micro-batches each log, from all logits, a target at a time."""
     _, pays, number, rest = LOSSES[name]
-    optimizer, losses = torch.optim.SGD(model.parameters(), lr=SGD["learning_rate"]), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=SGD["learning_rate"])
+    logs: dict[str, list[float]] = {"loss": [], "entropy": [], "mean_token_accuracy": []}
     for step in zip(fed[::2], fed[1::2], strict=True):
-        paid, targets = torch.zeros(()), 0
+        paid, targets, entropy, right = torch.zeros(()), 0, 0.0, 0.0
         for batch in step:
             p_BTV = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.softmax(-1)
-            for row, position in (batch["labels"][:, 1:] != -100).nonzero().tolist():
-                target = int(batch["labels"][row, position + 1])
+            places = (batch["labels"][:, 1:] != -100).nonzero().tolist()
+            for row, position in places:
+                target, p_V = int(batch["labels"][row, position + 1]), p_BTV[row, position]
                 has_digit = any(character.isdigit() for character in tokenizer.decode([target]))
-                paid = paid + (number if has_digit else rest) * pays(p_BTV[row, position, target])
-                targets += 1
+                paid = paid + (number if has_digit else rest) * pays(p_V[target])
+                entropy += -float((p_V * p_V.log()).sum().detach()) / len(places) / 2
+                right += (int(p_V.argmax()) == target) / len(places) / 2
+            targets += len(places)
         loss = paid / targets
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+        for key, value in (("loss", loss.item()), ("entropy", entropy), ("mean_token_accuracy", right)):
+            logs[key].append(value)
+    return logs
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -55,9 +60,9 @@ def test_ten_steps_are_the_formulas(sft_of: Build, model: Any, tokenizer: Any, n
     dwl_plugin.apply(trainer, LOSSES[name][0])
     batches = Batches(trainer)
     trainer.train()
-    expected = by_formula(apart, tokenizer, batches.fed, name)
-    assert len(expected) == 10
-    assert logged(trainer, "loss") == pytest.approx(expected, abs=1e-5)
+    for key, expected in by_formula(apart, tokenizer, batches.fed, name).items():
+        assert len(expected) == 10
+        assert logged(trainer, key) == pytest.approx(expected, abs=1e-5), key
     for key, weight in apart.state_dict().items():
         assert (model.state_dict()[key] - weight).abs().max() <= 1e-5, key
     assert max((weight - start[key]).abs().max() for key, weight in apart.state_dict().items()) > 1e-3
