@@ -223,4 +223,4 @@ def test_a_key_that_stands_twice_is_a_hint(tmp_path: Path) -> None:
     result = dwl(path)
     assert result.exit_code == 0
     assert "hint: `dwl.alpha.a` stands twice, in lines 2 and 3" in result.output
-    assert "0.750" in result.output
+    assert "0.75" in result.output
