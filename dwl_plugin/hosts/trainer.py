@@ -12,6 +12,8 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
+from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from dwl_plugin.loss.shift import IGNORE_INDEX
 from dwl_plugin.run.closed_loop import ClosedLoop
 from dwl_plugin.run.collate import LabellingCollator
 from dwl_plugin.run.moving import controller_of
+from dwl_plugin.run.record import BatchSize, Record
 from dwl_plugin.run.session import RunState, Session
 from dwl_plugin.run.startup import keep_config, log_line, other_length_lines, other_options_lines, startup_lines
 
@@ -45,6 +48,7 @@ _STATE = "dwl"
 """The key in `stateful_callbacks` of the trainer's state."""
 _PACKING = ("sample_packing", "batch_flattening", "packing", "padding_free")
 """Training arguments, Axolotl's and TRL's, that put several samples into one row."""
+_VERSIONED = ("axolotl", "transformers", "trl", "peft", "accelerate", "deepspeed", "torch")
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 Batch = dict[str, Any]
@@ -264,7 +268,7 @@ class AlphaCallback(TrainerCallback):
         session.loop = self._closed_loop(saved, tau)
         session.move(tau)
         if state.is_world_process_zero:
-            keep_config(session.block, Path(args.output_dir))
+            keep_config(session.block, _record(self._trainer, tau), Path(args.output_dir))
         picks = args.metric_for_best_model or "loss" if args.load_best_model_at_end else None
         counts = None if session.survey is None else session.survey.counts
         lines = [*startup_lines(session.block, counts, session.alpha_at, session.length, session.replaced, picks)]
@@ -325,6 +329,23 @@ def _require_cut_sequences(accelerator: Any, batches: Sequence[Any]) -> None:
             "context parallelism cuts these sequences up after their batch was made, where class ids and the number of "
             "targets cannot follow. It works with datasets of text whose batches Axolotl's own collators make."
         )
+
+
+def _record(trainer: TrainerMixin, tau: int) -> Record:
+    args, rows = trainer.args, trainer.train_dataset
+    batch = trainer.get_total_train_batch_size(args)
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    used = [name for name in _VERSIONED if name in sys.modules]
+    return Record(
+        began=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        resumed_at_step=tau or None,
+        model=getattr(trainer.accelerator.unwrap_model(trainer.model).config, "name_or_path", None) or None,
+        data=trainer._dwl.data,
+        rows=len(rows) if hasattr(rows, "__len__") else None,
+        learning_rate=args.learning_rate,
+        batch=BatchSize(micro=micro, accumulation=accumulation, ranks=max(batch // (micro * accumulation), 1)),
+        versions={"dwl_plugin": version("axolotl-dwl"), **{name: version(name) for name in used}},
+    )
 
 
 def _run_length(args: Any, state: Any, loader: Any) -> RunLength:

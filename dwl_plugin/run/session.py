@@ -67,6 +67,8 @@ class Session:
             raise ConfigError(without_base_model(block))
         self.seam = Seam(model, log_line, model.disable_adapter if self.spec.is_anchored else None)
         self.replaced = " and ".join([self.seam.replaced, *(f"`{key}`" for key in taken_over)])
+        self.data: list[str] | None = None
+        """Paths of the data, where the host has them."""
         self.loop: ClosedLoop | None = None
         self.base_nll: dict[str, float] | None = None
         self.keeps_logits = False

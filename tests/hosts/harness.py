@@ -182,8 +182,8 @@ class Run:
         return [entry[key] for entry in self.history if key in entry]
 
 
-def train(settings: dict[str, Any], before: Callable[[Any], None] | None = None) -> Run:
-    """`axolotl train`, in process, through the host's own `load_cfg` and `do_train`."""
+def train(settings: dict[str, Any], before: Callable[[Any], None] | None = None, options: dict[str, Any] | None = None) -> Run:
+    """`axolotl train`, in process, through the host's own `load_cfg` and `do_train`; `options` are its command line's."""
     import axolotl.cli.train as command
     import axolotl.train as host
     from axolotl.cli.args import TrainerCliArgs
@@ -205,7 +205,7 @@ def train(settings: dict[str, Any], before: Callable[[Any], None] | None = None)
     argv, sys.argv = sys.argv, ["axolotl"]
     host.setup_model_and_trainer, command.train = with_recorder, host_train
     try:
-        cfg = load_cfg(DictDefault(settings))
+        cfg = load_cfg(DictDefault(settings), **(options or {}))
         if cfg.world_size > 1:
             cfg.device_map = {"": "cpu"}  # the host takes each rank for a GPU
         command.do_train(cfg, TrainerCliArgs())
