@@ -14,7 +14,7 @@ from transformers import modelcard
 
 from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block
-from dwl_plugin.config.overrides import overridden, overrides_of
+from dwl_plugin.config.overrides import overridden, overrides_of, plain
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.hosts.as_it_ran import config_as_it_ran
 from dwl_plugin.hosts.axolotl_args import block_of, fused_losses_asked_for
@@ -58,7 +58,7 @@ class DWLPlugin(BasePlugin):
             log_line("\n".join(map(str, overrides)))
         ConfigError.raise_any(dropped_options(sys.argv[1:], cfg))
         self._taken_over = fused_losses_asked_for(cfg)
-        self._ran = {key: value for key, value in copy.deepcopy(cfg.to_dict()).items() if key != "axolotl_config_path"}
+        self._ran = {key: value for key, value in copy.deepcopy(plain(cfg)).items() if key != "axolotl_config_path"}
         self._unwritten = () if "reduction" in (cfg.get("dwl") or {}) else ("reduction",)
         if cfg.get("loss") is None:
             return
