@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -42,7 +42,17 @@ from dwl_plugin.run.record import BatchSize, Record
 from dwl_plugin.run.session import RunState, Session
 from dwl_plugin.run.startup import keep_config, log_line, other_length_lines, other_options_lines, startup_lines
 
-__all__ = ["BelowHost", "TrainerMixin", "computes_loss", "install", "less_is_better", "replaced_methods", "uninstall"]
+__all__ = [
+    "Batch",
+    "BelowHost",
+    "Items",
+    "TrainerMixin",
+    "computes_loss",
+    "install",
+    "less_is_better",
+    "replaced_methods",
+    "uninstall",
+]
 
 _STATE = "dwl"
 """The key in `stateful_callbacks` of the trainer's state."""
@@ -213,9 +223,14 @@ class _CheckedMixin(TrainerMixin):
 
     def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Items = None) -> Any:
         self._dwl.model_loss = None
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        try:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        except LossNotTakenError:
+            if self._dwl.model_loss is not None:
+                raise
+            result = (None, None)
         loss = result[0] if return_outputs else result
-        if loss is not self._dwl.model_loss:
+        if loss is None or loss is not self._dwl.model_loss:
             name = computes_loss(self._dwl_host).__qualname__
             raise LossNotTakenError(
                 f"{name}.compute_loss returned a loss that is not the model's, so the configured loss would not be the one "
@@ -232,11 +247,7 @@ class BelowHost(Trainer):
     def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Items = None) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._dwl.model_loss = loss
-        self.measure(outputs, inputs)
         return (loss, outputs) if return_outputs else loss
-
-    def measure(self, outputs: Any, inputs: Mapping[str, Any]) -> None:
-        """For a host that wants more of the outputs than there is."""
 
 
 class _PerplexityOfNll(Trainer):
@@ -362,12 +373,12 @@ def install(
     labeller: Labeller | None,
     survey: ClassSurvey | None = None,
     taken_over: Sequence[str] = (),
-    below: type[BelowHost] | None = None,
+    below: type[Trainer] | None = None,
 ) -> tuple[Session, AlphaCallback]:
     """Put a mixin before the class of `trainer`, on this instance only, and a seam into its model.
 
-    `taken_over` names the fused losses of the host that were switched off. `below` comes between the host's class and
-    `transformers.Trainer`, where the host is not trusted to return the loss of the model: what it returns is compared.
+    `taken_over` names the fused losses of the host that were switched off. `below` is what the host's `super().compute_loss`
+    reaches, or what is in the place of the host's own; what the host returns is then compared with the loss of the model.
     """
     for name in replaced_methods(trainer):
         raise RunError(
@@ -378,7 +389,9 @@ def install(
         raise RunError(f"the trainer has its own loss, {trainer.compute_loss_func!r}; `loss: {block.loss}` cannot be used with it.")
     session = Session(trainer.model, block, labeller, survey, taken_over)
     host = type(trainer)
-    bases: tuple[type, ...] = (TrainerMixin, host) if below is None else (_CheckedMixin, host, below)
+    bases: tuple[type, ...] = (TrainerMixin, host)
+    if below is not None:
+        bases = (_CheckedMixin, below) if issubclass(below, host) else (_CheckedMixin, host, below)
     if host is not Trainer:
         bases += (_PerplexityOfNll,)
     trainer.__class__ = type(f"DWL{host.__name__}", bases, {"_dwl": session, "_dwl_host": host})
