@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dwl_plugin.alpha.run_length import RunLength
-from dwl_plugin.classes import ClassSurvey, Labeller, empty_class_problems, survey
+from dwl_plugin.classes import ClassSurvey, Labeller, empty_class_problems, survey, trained_on
 from dwl_plugin.cli.config_file import read_config
 from dwl_plugin.cli.output import Console
 from dwl_plugin.cli.trust import Danger, dangers
@@ -31,8 +31,8 @@ from dwl_plugin.hosts.axolotl_keys import dropped_keys
 from dwl_plugin.hosts.axolotl_preview import Rows
 from dwl_plugin.hosts.incompatible import refused
 from dwl_plugin.hosts.needed_files import MODELS, file_problems, on_the_hub_perhaps
-from dwl_plugin.run.dataset_check import SURVEY_ROWS, labeller_of
-from dwl_plugin.values import IGNORE_INDEX, REST
+from dwl_plugin.run.dataset_check import SURVEY_ROWS, labeller_of, no_rows, no_targets
+from dwl_plugin.values import REST
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -108,10 +108,10 @@ class LookedAt:
 
     def members(self, sample: Mapping[str, Any], *, matched: bool = False) -> NDArray[np.bool_]:
         """(C, T) True where a target counts in a class of `class_names`; `matched`: where its selector matches, counted or not."""
-        target_T: NDArray[np.bool_] = np.not_equal(sample["labels"], IGNORE_INDEX)
+        target_T = trained_on(sample)
         if self.labeller is None:
             return np.atleast_2d(target_T)
-        found_KT = self.labeller.members(sample["input_ids"], sample["labels"], sample.get("position_ids"))
+        found_KT = self.labeller.members(sample["input_ids"], sample["labels"], sample.get("position_ids")) & target_T
         rest_1T = (target_T & ~found_KT.any(0))[None]
         if not matched and self.labeller.overlap == "first":
             found_KT &= np.cumsum(found_KT, axis=0) == 1
@@ -281,16 +281,17 @@ def _look_at(seen: LookedAt, found: Findings) -> LookedAt:
 
     block, rows, length, classes = seen.block, seen.rows, seen.length, None
     if not rows.samples:
-        why = f"{rows.too_long:,} are too long or too short, {rows.masked:,} have no target"
-        none_left = f"none of the {rows.looked_at:,} rows looked at is left: {why}"
-        found.problems.append(Problem("datasets", none_left if rows.looked_at else "there is no row to train on"))
+        why = f"of the {rows.looked_at:,} looked at {rows.too_long:,} are too long or too short, {rows.masked:,} have no target"
+        found.problems.append(no_rows(why=why) if rows.looked_at else no_rows())
         return seen
     if block is None:
         return seen
     try:
-        if seen.labeller is not None:
-            classes = survey(seen.labeller, rows.samples)
-            _empty_classes(classes, block, rows, found)
+        classes = survey(seen.labeller, rows.samples)
+        if not classes.targets:
+            found.problems.append(no_targets(classes.rows))
+            return seen
+        _empty_classes(classes, block, rows, found)
     except ConfigError as error:  # a pattern that backtracks
         found.add(error)
     picks = (seen.cfg.metric_for_best_model or "loss") if seen.cfg.load_best_model_at_end else None
@@ -302,7 +303,7 @@ def _look_at(seen: LookedAt, found: Findings) -> LookedAt:
         found.hints.extend(line.removeprefix("hint: ") for line in lines)
     except ConfigError as error:
         found.add(error)
-    if classes is None:
+    if classes is None or seen.labeller is None:
         return seen
     weighed = block.loss == "dwl" and not found.problems
     weights = class_weight_table(block.reduction, block.class_names, start, classes.counts)
@@ -315,7 +316,7 @@ def _look_at(seen: LookedAt, found: Findings) -> LookedAt:
 
 def _empty_classes(classes: ClassSurvey, block: Block, rows: Rows, found: Findings) -> None:
     empty = empty_class_problems(classes, block.class_configs, may_be_empty(block.class_configs))
-    if not classes.targets or rows.looked_at >= min(SURVEY_ROWS, rows.total or SURVEY_ROWS):
+    if rows.looked_at >= min(SURVEY_ROWS, rows.total or SURVEY_ROWS):
         found.problems.extend(empty)
     else:  # the run looks at more rows before it stops for that
         found.notes.extend(f"{problem.path} {problem.message}; a run looks at {SURVEY_ROWS} rows" for problem in empty)

@@ -26,14 +26,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dwl_plugin.classes import FOLLOWS
 from dwl_plugin.config.overrides import SWEEP_FILE, VARIABLE
 from dwl_plugin.errors import ConfigError, DWLError, Problem, first_line
-from dwl_plugin.run.dataset_check import picked_rows
+from dwl_plugin.run.dataset_check import no_rows, no_targets, picked_rows
 from dwl_plugin.values import IGNORE_INDEX
 
 __all__ = [
     "NotSeenError",
     "Rows",
+    "dropped_all",
     "host_schema",
     "import_axolotl",
     "load_cfg",
@@ -41,6 +43,7 @@ __all__ = [
     "load_rows",
     "load_tokenizer",
     "offline",
+    "packs_of",
     "plugin_is_active",
     "quiet",
     "vocabulary_problems",
@@ -257,9 +260,16 @@ def load_rows(cfg: Any, tokenizer: Any, count: int, *, spread: bool = False) -> 
         except StopIteration:  # what the host makes of a file without a row
             raise _no_rows(cfg) from None
         except Exception as error:  # whatever a dataset and its template can raise
+            if dropped_all(error):
+                raise ConfigError([no_targets(None)]) from None
             if isinstance(error, OSError) or any(words in str(error).lower() for words in _OUT_OF_REACH):
                 raise NotSeenError(f"datasets: {first_line(error)}") from error
             raise ConfigError.at("datasets", f"Axolotl cannot read them: {first_line(error)}") from error
+
+
+def dropped_all(error: Exception) -> bool:
+    """Whether the host's packing found a target in no row."""
+    return isinstance(error, ValueError) and "no trainable tokens" in str(error)
 
 
 @contextlib.contextmanager
@@ -348,6 +358,8 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     if not len(order):
         raise _no_rows(cfg)
     total = _training_rows(len(order), cfg)
+    if total < 1:
+        raise ConfigError([no_rows(why=f"`val_set_size` takes all {len(order):,} of the data", value=cfg.val_set_size)])
     head = order.select(picked_rows(total, cfg.seed or 0, count) if spread else range(min(count, total)))
     if prepared is not None:
         folder = cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH
@@ -403,7 +415,7 @@ def _order_of_the_run(lengths: list[int], cfg: Any) -> Any:
 def _training_rows(rows: int, cfg: Any) -> int:
     """Those left when the validation set is cut off the end."""
     held_out = cfg.val_set_size or 0
-    return max(rows - (math.ceil(rows * held_out) if 0 < held_out < 1 else int(held_out)), 1)
+    return rows - (math.ceil(rows * held_out) if 0 < held_out < 1 else int(held_out))
 
 
 def _samples(dataset: Any) -> list[Sample]:
@@ -418,27 +430,33 @@ def _made_with_a_batch() -> NotSeenError:
 
 
 def _packed(rows: Rows, cfg: Any) -> Rows:
-    """`rows` with the packs that Axolotl's own sampler makes of them."""
     if not cfg.sample_packing or not rows.samples:
         return rows
+    return replace(rows, packs=packs_of(rows.samples, cfg))
+
+
+def packs_of(samples: list[Sample], cfg: Any) -> list[list[int]]:
+    """The rows that Axolotl's own sampler packs `samples` into, as their indices; all but the first of each become `FOLLOWS`."""
     import numpy as np
     from axolotl.utils.samplers import MultipackBatchSampler
     from torch.utils.data import SequentialSampler
 
     real = bool(cfg.multipack_real_batches)
     sampler = MultipackBatchSampler(
-        SequentialSampler(range(len(rows.samples))),
+        SequentialSampler(range(len(samples))),
         batch_size=cfg.micro_batch_size if real else 1,
         batch_max_len=cfg.sequence_len if real else cfg.sequence_len * cfg.micro_batch_size,
-        lengths=np.array([len(sample["input_ids"]) for sample in rows.samples]),
+        lengths=np.array([len(sample["input_ids"]) for sample in samples]),
         bin_size=cfg.sample_packing_bin_size or 200,
         sequential=bool(cfg.sample_packing_sequentially),
         group_size=cfg.sample_packing_group_size or 100_000,
         num_processes=1,
         drop_last=False,
     )
-    packs = [sorted(map(int, pack)) for batch in sampler.generate_batches() for pack in batch]
-    return replace(rows, packs=sorted(packs))
+    packs = sorted(sorted(map(int, pack)) for batch in sampler.generate_batches() for pack in batch)
+    for index in (index for pack in packs for index in pack[1:]):
+        samples[index][FOLLOWS] = True
+    return packs
 
 
 def _stream(cfg: Any, tokenizer: Any, count: int) -> Rows:
@@ -465,7 +483,7 @@ def _stream(cfg: Any, tokenizer: Any, count: int) -> Rows:
 def _no_rows(cfg: Any) -> ConfigError:
     key = "pretraining_dataset" if cfg.pretraining_dataset else "datasets"
     named = [cfg[key]] if isinstance(cfg[key], str) else [dataset.path for dataset in cfg[key]]
-    return ConfigError.at(key, "there is no row in them", ", ".join(map(str, named)))
+    return ConfigError([no_rows(key, value=", ".join(map(str, named)))])
 
 
 @contextlib.contextmanager
