@@ -229,7 +229,7 @@ def _host_config(raw: Mapping[str, Any], found: Findings, to_run: bool) -> Any:
     finally:
         named = " ".join(problem.message for problem in found.problems)
         for key, what in dropped_keys(raw):
-            if f"`{key}`" not in named:
+            if f"`{key}`" not in named and key not in Block.model_fields:
                 found.hints.append(f"Axolotl does not know the key `{key}` and drops it{'; ' + what if what else ''}")
 
 

@@ -18,7 +18,7 @@ from dwl_plugin.config.overrides import overridden, overrides_of, plain
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.hosts.as_it_ran import config_as_it_ran
 from dwl_plugin.hosts.axolotl_args import block_of, fused_losses_asked_for
-from dwl_plugin.hosts.axolotl_preview import dropped_all, packs_of
+from dwl_plugin.hosts.axolotl_preview import dropped_all, packs_of, require_rows_that_tokenise
 from dwl_plugin.hosts.checkpoints import choose_checkpoint
 from dwl_plugin.hosts.dropped_options import dropped_options
 from dwl_plugin.hosts.four_bits import keep_the_training_format
@@ -101,6 +101,10 @@ class DWLPlugin(BasePlugin):
             if "test_size=" in str(error):
                 why = "`val_set_size` takes all of the data"
                 raise ConfigError([no_rows(why=why, value=cfg.val_set_size)]) from None
+            require_rows_that_tokenise(cfg, load_tokenizer(cfg))
+            raise
+        except (KeyError, TypeError, AttributeError):
+            require_rows_that_tokenise(cfg, load_tokenizer(cfg))
             raise
         require_rows(meta.train_dataset)
         if block.moves:

@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ __all__ = [
     "packs_of",
     "plugin_is_active",
     "quiet",
+    "require_rows_that_tokenise",
     "vocabulary_problems",
 ]
 
@@ -367,8 +368,8 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
         return Rows(_samples(head), total=total, looked_at=len(head), notes=[note])
 
     picked = head.with_format("numpy")[:]
-    by_source = [(dataset.select(picked["row"][picked["source"] == k]), how) for k, (dataset, how) in enumerate(sources)]
-    tokenised = [how(dataset=rows.flatten_indices(keep_in_memory=True))[0] for rows, how in by_source if len(rows)]
+    by_source = [(picked["row"][picked["source"] == k], dataset, how) for k, (dataset, how) in enumerate(sources)]
+    tokenised = [_tokenised(dataset, numbers, how) for numbers, dataset, how in by_source if len(numbers)]
     if not all("input_ids" in rows.column_names for rows in tokenised):
         raise _made_with_a_batch()
     merged = concatenate_datasets(tokenised)
@@ -381,7 +382,53 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     return Rows(_samples(kept), total=total, looked_at=len(merged), too_long=too_long, masked=masked)
 
 
-def _raw_datasets(cfg: Any, tokenizer: Any) -> list[tuple[Any, Any]]:
+def require_rows_that_tokenise(cfg: Any, tokenizer: Any) -> None:
+    """Raise `ConfigError` for the first row of the training or evaluation data that the host cannot tokenise."""
+    cfg = copy.deepcopy(cfg)
+    cfg.dataset_num_proc, cfg.dataset_keep_in_memory = None, True
+    with quiet(), _nothing_cached_beside_the_data():
+        for key in ("datasets", "test_datasets"):
+            for dataset, how in _raw_datasets(cfg, tokenizer, key):
+                _tokenised(dataset, range(len(dataset)), how)
+
+
+def _tokenised(dataset: Any, numbers: Sequence[int], how: Any) -> Any:
+    """These rows of a dataset as the host makes them. Raises `ConfigError` with the first that it cannot."""
+    try:
+        return how(dataset=dataset.select(numbers).flatten_indices(keep_in_memory=True))[0]
+    except OSError:
+        raise
+    except Exception as whole:  # whatever a prompt's strategy and its template make of a row
+        error = whole
+        while len(numbers) > 1:
+            half = numbers[: len(numbers) // 2]
+            try:
+                how(dataset=dataset.select(half).flatten_indices(keep_in_memory=True))
+            except Exception as nearer:
+                error, numbers = nearer, half
+            else:
+                numbers = numbers[len(half) :]
+        source = how.keywords["dataset_config"]
+        row = dict(dataset[int(numbers[0])])
+        why = _odd_messages(row, source) or f"Axolotl stops at it: {type(error).__name__}: {first_line(error)}"
+        raise ConfigError.at("datasets", f"row {int(numbers[0]) + 1:,} of {source.path}: {why}", row) from error
+
+
+def _odd_messages(row: Mapping[str, Any], source: Any) -> str:
+    """What is wrong with a conversation, where that can be seen without a template."""
+    if not str(source.type).startswith("chat_template"):
+        return ""
+    field = source.field_messages or "messages"
+    messages = row.get(field)
+    if not isinstance(messages, list):
+        return f"it has no list under `{field}`" + ("" if field in row else f"; its columns are {', '.join(row)}")
+    if not messages:
+        return f"its `{field}` is empty"
+    odd = [k for k, message in enumerate(messages) if not isinstance(message, Mapping)]
+    return f"`{field}[{odd[0]}]` is no message" if odd else ""
+
+
+def _raw_datasets(cfg: Any, tokenizer: Any, key: str = "datasets") -> list[tuple[Any, Any]]:
     """Each dataset before it is tokenised, and what tokenises it."""
     from axolotl.utils.data import sft
     from axolotl.utils.data.shared import datasets_with_name_generator
@@ -395,8 +442,9 @@ def _raw_datasets(cfg: Any, tokenizer: Any) -> list[tuple[Any, Any]]:
 
     sft.get_dataset_wrapper = keep
     try:
-        for config in datasets_with_name_generator(cfg.datasets):
-            sft._load_and_process_single_dataset(dataset_config=config, cfg=cfg, tokenizer=tokenizer, split="train", seed=cfg.seed)
+        for config in datasets_with_name_generator(cfg[key] or []):
+            split = "train" if key == "datasets" else "test"
+            sft._load_and_process_single_dataset(dataset_config=config, cfg=cfg, tokenizer=tokenizer, split=split, seed=cfg.seed)
     finally:
         sft.get_dataset_wrapper = tokenise
     return sources

@@ -305,6 +305,7 @@ def test_check_stops_at_missing_files_and_opens_no_pipe(
     result = dwl("check", write_config(loss="dft", **lost), "--json")
     assert result.exit_code == 1
     assert told(result) == ["deepspeed: there is no such file", "resume_from_checkpoint: there is no such folder"]
+    assert found_by(result)["hints"] == []
     lay(tmp_path)
     for model, kind in (("piped", "pipe"), ("endless", "device")):
         result = dwl("check", write_config(model=tmp_path / model, loss="dft"), "--json")
