@@ -20,7 +20,7 @@ from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.hosts import trl
 from dwl_plugin.hosts.trainer import BelowHost, TrainerMixin, install, less_is_better, replaced_methods, uninstall
 from dwl_plugin.hosts.versions import newer_host, older_host
-from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows, require_rows, require_targets
+from dwl_plugin.run.dataset_check import check_dataset, ids_outside, labeller_of, picked_rows, require_rows, require_targets
 from dwl_plugin.run.session import Session
 from dwl_plugin.run.startup import log_line
 
@@ -83,7 +83,10 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
     ConfigError.raise_any(problems)
     require_rows(trainer.train_dataset)
     labeller = _labeller_of(trainer, block)
-    survey = check_dataset(block, labeller, _collated(trainer, trainer.train_dataset))
+    rows = list(_collated(trainer, trainer.train_dataset))
+    size = getattr(trainer.model.get_input_embeddings(), "num_embeddings", None)
+    ConfigError.raise_any(() if size is None else ids_outside(rows, size))
+    survey = check_dataset(block, labeller, rows)
     held_out = trainer.eval_dataset
     for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
         require_targets(_collated(trainer, dataset), "eval_dataset")

@@ -473,6 +473,16 @@ def test_rows_without_a_target_stop_before_training(
     assert "no target token in the 4 rows looked at" in found[path]
 
 
+def test_a_token_that_the_model_does_not_have_stops_before_training(trainer_of: Build, samples: list[dict[str, Any]]) -> None:
+    from datasets import Dataset
+
+    ids = [*samples[0]["input_ids"][:-1], 400]
+    found = problems_of(
+        trainer_of(train_dataset=Dataset.from_list([*samples[1:], {**samples[0], "input_ids": ids}])), {"loss": "nll"}
+    )
+    assert "`input_ids` of 1 of the rows looked at name tokens that the model does not have (got 400)" in found["datasets"]
+
+
 def test_an_empty_data_set_is_a_sentence(trainer_of: Build) -> None:
     assert "there is no row to train on" in problems_of(trainer_of(train_dataset=[]), {"loss": "nll"})["datasets"]
 

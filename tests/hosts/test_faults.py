@@ -512,6 +512,28 @@ def test_rows_without_a_target_stop_every_loss_before_a_model_is_loaded(
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("key", "outside"), [("input_ids", 400), ("input_ids", -1), ("labels", 400), ("labels", -5)])
+def test_a_token_that_the_model_does_not_have_stops_every_loss_before_a_model_is_loaded(
+    configure: Configure, tmp_path: Path, loss: str, key: str, outside: int
+) -> None:
+    """In the training rows, or in those held out."""
+    good = {"input_ids": [5, 6, 7, 8], "labels": TRAINED, "attention_mask": [1] * 4}
+    bad = good | {key: [*good[key][:2], outside, good[key][3]]}
+    sources = []
+    for name, rows in (("good", [good] * 6), ("bad", [good] * 5 + [bad])):
+        path = harness.write_rows(tmp_path / f"{name}.jsonl", rows)
+        sources.append({"path": str(path), "ds_type": "json", "type": None, "split": "train"})
+    for train, test in (sources, sources[::-1]):
+        settings = {"datasets": [train], "test_datasets": [test], "val_set_size": None}
+        with pytest.raises(ConfigError) as caught:
+            harness.train(configure(**LOSSES[loss], **settings, eval_steps=1))
+        (problem,) = caught.value.problems
+        assert (problem.path, problem.value) == ("datasets", outside)
+        assert problem.message == f"`{key}` of 1 of the rows looked at name tokens that the model does not have"
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("loss", LOSSES)
 def test_an_evaluation_set_without_a_target_stops_the_run(configure: Configure, tmp_path: Path, loss: str) -> None:
     train, test = with_labels(tmp_path / "train.jsonl", *[TRAINED] * 6), with_labels(tmp_path / "test.jsonl", *[MASKED] * 4)
     settings = {"datasets": [train], "test_datasets": [test | {"split": "train"}], "val_set_size": None}
