@@ -17,8 +17,9 @@ from dwl_plugin.hosts.axolotl_args import block_of, fused_losses_asked_for
 from dwl_plugin.hosts.checkpoints import choose_checkpoint
 from dwl_plugin.hosts.dropped_options import dropped_options
 from dwl_plugin.hosts.four_bits import keep_the_training_format
+from dwl_plugin.hosts.incompatible import shares_sequences
 from dwl_plugin.hosts.trainer import install, less_is_better, uninstall
-from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl
+from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl, newer_deepspeed
 from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows, require_rows
 from dwl_plugin.run.moving import require_places
 from dwl_plugin.run.startup import log_line
@@ -94,7 +95,10 @@ class DWLPlugin(BasePlugin):
         return meta
 
     def pre_model_load(self, cfg: Any) -> None:
-        if cfg.get("loss") is not None and (line := keep_the_training_format(cfg)):
+        if cfg.get("loss") is None:
+            return
+        lines = [keep_the_training_format(cfg), newer_deepspeed() if shares_sequences(cfg) else None]
+        for line in filter(None, lines):
             log_line(line)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:

@@ -9,12 +9,26 @@ from typing import Any
 
 from dwl_plugin.errors import Problem
 
-__all__ = ["AXOLOTL", "TRANSFORMERS", "axolotl_problems", "divided_later", "newer_axolotl", "transformers_problems"]
+__all__ = [
+    "AXOLOTL",
+    "DEEPSPEED",
+    "TRANSFORMERS",
+    "axolotl_problems",
+    "divided_later",
+    "gradients_are_averaged",
+    "newer_axolotl",
+    "newer_deepspeed",
+    "release",
+    "transformers_problems",
+]
 
 Release = tuple[int, int]
 
 AXOLOTL: tuple[Release, Release] = ((0, 19), (0, 21))
 """Oldest and newest Axolotl that the tests run under."""
+
+DEEPSPEED: Release = (0, 19)
+"""Newest DeepSpeed that the tests run under."""
 
 _OLDEST, _NEWEST = ("{}.{}".format(*of) for of in AXOLOTL)
 
@@ -43,6 +57,14 @@ def newer_axolotl() -> str | None:
     return f"Axolotl {version('axolotl')} is newer than {tested}: look for a newer dwl_plugin"
 
 
+def newer_deepspeed() -> str | None:
+    """A sentence if this DeepSpeed may scale the gradients of ranks that share a sequence in another way."""
+    if release("deepspeed") <= DEEPSPEED:
+        return None
+    tested = "{}.{}, the newest that this dwl_plugin was tested with".format(*DEEPSPEED)
+    return f"DeepSpeed {version('deepspeed')} is newer than {tested}: it may scale gradients of shared sequences in another way"
+
+
 def transformers_problems() -> Iterator[Problem]:
     """A problem if this transformers is older than what is supported."""
     if release("transformers") < TRANSFORMERS:
@@ -61,3 +83,9 @@ def divided_later(trainer: Any, num_items_in_batch: Any) -> int:
     if counted or trainer.compute_loss_func is not None or hasattr(trainer._dwl_host, "loss_is_scaled_for_ga"):
         return 1
     return int(trainer.current_gradient_accumulation_steps)
+
+
+def gradients_are_averaged(engine: Any) -> bool:
+    """Whether a DeepSpeed engine averages the gradients of the ranks that share a sequence: ZeRO-3 does as it scatters them, while
+    the other stages add them up (https://github.com/deepspeedai/DeepSpeed/issues/5248)."""
+    return bool(engine.zero_optimization_stage() == 3 and engine.zero_reduce_scatter())
