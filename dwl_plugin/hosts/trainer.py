@@ -323,7 +323,7 @@ class AlphaCallback(TrainerCallback):
 
 
 def ranks_per_sequence(accelerator: Any) -> int:
-    """How many ranks share a sequence in training: several under DeepSpeed's sequence parallelism, which cuts it after the collator."""
+    """How many ranks share a sequence in training: several under DeepSpeed's sequence parallelism."""
     return getattr(getattr(accelerator, "parallelism_config", None), "sp_size", None) or 1
 
 

@@ -19,25 +19,22 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 Settings = dict[str, Any]
 TIMEOUT = 600.0  # seconds that a run may take on a machine that does much else; four on one that does not
 
-LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "lora_dropout": 0.0, "learning_rate": 0.3}
+LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, "lora_dropout": 0.0}
 ON_THE_HEAD = {**LORA, "lora_target_linear": None, "lora_target_modules": ["q_proj", "lm_head"]}
 CONTROLLER = {"type": "group_dro", "eta": 0.5, "every": 1, "min_alpha": 0.02}
 ADAM = {"optimizer": "adamw_torch", "learning_rate": 0.003}
 
+DFT = {"loss": "dft", "dwl": {"classes": {"number": {"regex": r"\d+", "allow_empty": True}, "control": {"tokens": ["<|im_end|>"]}}}}
+
 CASES: dict[str, Settings] = {
-    "dft": {"loss": "dft"},
+    "dft": DFT,
     "dwl": {},
     "dwl, accumulated": {"micro_batch_size": 1, "gradient_accumulation_steps": 2},
     "dwl, LoRA, held to the base model": {**LORA, "dft": {"anchor": 0.3}},
     "dwl, LoRA on the head": ON_THE_HEAD,
     "controller": {"dwl": {"classes": CLASSES, "alpha": ALPHA, "reduction": "class_mean", "controller": CONTROLLER}},
 }
-SHARED: dict[str, Settings] = {
-    "dft": {"loss": "dft"},
-    "dwl": {},
-    "dwl, samples": {"dwl": dwl("sequence_mean_token_sum")},
-    "dwl, LoRA": LORA,
-}
+SHARED: dict[str, Settings] = {"dft": DFT, "dwl": {}, "dwl, samples": {"dwl": dwl("sequence_mean_token_sum")}, "dwl, LoRA": LORA}
 
 
 def zero(stage: int) -> Settings:
