@@ -38,8 +38,9 @@ SHARED: dict[str, Settings] = {"dft": DFT, "dwl": {}, "dwl, samples": {"dwl": dw
 
 
 def zero(stage: int) -> Settings:
-    """Every parameter in pieces: by default ZeRO-3 keeps small ones whole."""
-    whole = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}
+    """Under ZeRO-3 every parameter in pieces, and again after each use: by default it keeps small ones whole."""
+    pieces = dict.fromkeys(("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"), 0)
+    whole = {**pieces, "stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {}
     auto = ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu")
     return {"zero_optimization": {"stage": stage, **whole}, **dict.fromkeys(auto, "auto")}
 
