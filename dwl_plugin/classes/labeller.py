@@ -23,7 +23,7 @@ from dwl_plugin.classes.token_bytes import Bools, Ints, TokenTable
 from dwl_plugin.errors import RunError, shortened
 from dwl_plugin.values import FIRST_TARGET, IGNORE_INDEX, Overlap
 
-__all__ = ["IGNORE_INDEX", "Labeller", "as_ints"]
+__all__ = ["IGNORE_INDEX", "Labeller", "as_ints", "ids_and_targets", "sample_starts"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class Labeller:
                 raise ValueError("of different lengths")
         except _NOT_INTEGERS:
             for input_ids, labels, _ in samples:
-                _pair(input_ids, labels)  # says which
+                ids_and_targets(input_ids, labels)  # says which
             raise
         edges = list(pairwise([0, *ends]))
         if not len(ids_T):
@@ -86,7 +86,7 @@ class Labeller:
             if begin < end:
                 starts_T[begin] = True
                 if position_ids is not None:
-                    starts_T[begin:end] = _sample_starts(ids_T[begin:end], position_ids)
+                    starts_T[begin:end] = sample_starts(ids_T[begin:end], position_ids)
         classes_T = self._classify(ids_T, labels_T != IGNORE_INDEX, np.flatnonzero(starts_T))
         return [classes_T[begin:end] for begin, end in edges]
 
@@ -109,7 +109,7 @@ class Labeller:
             RunError: `packed`, a class looks beyond one token, and nothing tells where samples begin.
             PatternTooSlowError: a pattern backtracks on a sample.
         """
-        ids_BT, target_BT = _pair(input_ids, labels)
+        ids_BT, target_BT = ids_and_targets(input_ids, labels)
         mask_BT, position_BT = _aligned(attention_mask, ids_BT), _aligned(position_ids, ids_BT)
         if mask_BT is not None:
             target_BT &= mask_BT != 0
@@ -124,7 +124,7 @@ class Labeller:
                 "Turn packing off, or select by `token_ids`, `tokens`, `token_regex`, `special` or `added` and take another "
                 "reduction."
             )
-        first_BT = _sample_starts(ids_BT, position_BT)
+        first_BT = sample_starts(ids_BT, position_BT)
         if mask_BT is None:
             classes_N = self._classify(ids_BT.ravel(), target_BT.ravel(), np.flatnonzero(first_BT))
             return classes_N.reshape(ids_BT.shape)
@@ -136,10 +136,10 @@ class Labeller:
 
     def members(self, input_ids: Any, labels: Any, position_ids: Any = None) -> Bools:
         """(K, T) True where a target matches a class, whatever the priority; samples begin as in `label_batch`."""
-        ids_T, target_T = _pair(input_ids, labels)
+        ids_T, target_T = ids_and_targets(input_ids, labels)
         matches_KT = np.zeros((len(self.masks), len(ids_T)), np.bool_)
         if target_T.any():
-            starts_S = np.flatnonzero(_sample_starts(ids_T, position_ids))
+            starts_S = np.flatnonzero(sample_starts(ids_T, position_ids))
             samples = Samples(self.table, self._known(ids_T), target_T, starts_S)
             for matches_T, mask in zip(matches_KT, self.masks, strict=True):
                 np.logical_and(mask(samples), target_T, out=matches_T)
@@ -175,7 +175,7 @@ class Labeller:
 _NOT_INTEGERS = (TypeError, ValueError, OverflowError)
 
 
-def _pair(input_ids: Any, labels: Any) -> tuple[Ints, Bools]:
+def ids_and_targets(input_ids: Any, labels: Any) -> tuple[Ints, Bools]:
     """The ids, and True at the targets. Raises `RunError` with what the row begins with, which finds it in the data."""
     try:
         ids, label = as_ints(input_ids), as_ints(labels)
@@ -206,7 +206,7 @@ def _aligned(values: Any, ids: Ints) -> Ints | None:
     return array if array is not None and array.shape == ids.shape else None
 
 
-def _sample_starts(ids: Ints, position_ids: Any) -> Bools:
+def sample_starts(ids: Ints, position_ids: Any) -> Bools:
     """True at the first token of each row, and where positions stop increasing."""
     starts = np.zeros(ids.shape, np.bool_)
     starts[..., :1] = True

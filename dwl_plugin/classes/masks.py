@@ -252,24 +252,23 @@ class AtTurnEnds:
 
 @dataclass(frozen=True)
 class OfRole:
-    """`role`: the messages whose header is `own`. A message ends where the next of any of the `headers` begins."""
+    """`role`: the messages that one of `own` begins. A message ends where the next header begins."""
 
-    headers: frozenset[bytes]
-    own: bytes
+    header: re.Pattern[bytes]
+    own: frozenset[bytes]
 
     def __call__(self, samples: Samples) -> Bools:
         spans = np.array(list(self._spans(samples)), np.int64).reshape(-1, 2)
         return samples.covered(spans[:, 0], spans[:, 1])
 
     def _spans(self, samples: Samples) -> Iterator[tuple[int, int]]:
-        longest_first = sorted(self.headers, key=len, reverse=True)
-        header = re.compile(b"|".join(map(re.escape, longest_first)))
         for begin, end in samples.extents:
-            found = list(header.finditer(samples.data, begin, end))
-            ends = [*(match.start() for match in found[1:]), end]
-            for match, stop in zip(found, ends, strict=False):
-                if match.group() == self.own:
-                    yield match.start(), stop
+            text = samples.data[begin:end]  # of its own: a pattern looks at what stands before a header
+            found = list(self.header.finditer(text))
+            starts = [samples.without_blank(begin + match.start()) for match in found]
+            for match, start, stop in zip(found, starts, [*starts[1:], end], strict=False):
+                if match.group() in self.own:
+                    yield start, stop
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,11 @@ class Samples:
         end_P = np.flatnonzero(before & (edge | ~after))
         return begin_P, end_P, np.searchsorted(self.starts_S, begin_P, "right") - 1
 
+    def without_blank(self, byte: int) -> int:
+        """Where the token at `byte` begins, if nothing but whitespace of it stands before `byte`; else `byte`."""
+        begin = int(self.offsets[np.searchsorted(self.offsets, byte, "right") - 1])
+        return byte if self.data[begin:byte].strip() else begin
+
     def covered(self, begin_M: Ints, end_M: Ints) -> Bools:
         """(T,) True where a token's bytes overlap a span of `data`, or a token without bytes stands inside one."""
         some_M = begin_M < end_M

@@ -287,12 +287,12 @@ class RoleSelector(SelectorConfig):
     role: Role = Field(description="user, assistant, tool or system.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
-        headers, why_not = role_headers(context.tokenizer, context.table)
-        if self.role in headers:
-            return masks.OfRole(frozenset(headers.values()), headers[self.role])
-        message = f"cannot be known from this tokenizer's chat template: {why_not[self.role]}"
+        headers = role_headers(context.tokenizer, context.table)
+        if self.role in headers.known:
+            return masks.OfRole(headers.pattern(), headers.of(self.role))
+        message = f"cannot be known from this tokenizer's chat template: {headers.why_not[self.role]}"
         hint = "use `regex` or `between` with what stands around such messages"
-        context.problems.append(Problem(f"{path}.role", message, self.role, ", ".join(headers), hint))
+        context.problems.append(Problem(f"{path}.role", message, self.role, ", ".join(headers.known), hint))
         return context.look_up([])
 
 

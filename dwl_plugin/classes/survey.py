@@ -1,5 +1,7 @@
 """What the classes find in some samples, and what is wrong where they find nothing.
 
+Counted is what is trained: position t predicts token t + 1, so the first label of a row is classified and counts nowhere.
+
 Suffixes: C classes with `rest`, K classes without it, T tokens.
 """
 
@@ -11,12 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from dwl_plugin.classes.labeller import Labeller, as_ints
+from dwl_plugin.classes.labeller import Labeller, ids_and_targets, sample_starts
 from dwl_plugin.classes.selectors import SelectorConfig
+from dwl_plugin.classes.token_bytes import Bools
 from dwl_plugin.errors import Problem
-from dwl_plugin.values import IGNORE_INDEX
+from dwl_plugin.values import REST
 
-__all__ = ["ClassSurvey", "empty_class_problems", "survey"]
+__all__ = ["FOLLOWS", "ClassSurvey", "empty_class_problems", "survey", "trained_on"]
+
+FOLLOWS = "dwl_follows"
+"""Key of a sample that stands behind another one in its row, whose last token predicts its first."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +33,17 @@ class ClassSurvey:
         names: classes in priority order, then `rest`.
         tokens: targets of each class; where classes overlap, in each of their classes.
         matches: targets that each selector matches before priority; for `rest`, its tokens.
+        unpredicted: first labels of rows that each selector matches; they are no targets. For `rest`, those of no class.
         rows_without: rows without a token of the class.
         rows: rows looked at.
-        rows_with_targets: rows with a target.
+        rows_with_targets: samples with a target; a row is one, or has several, told apart by their positions.
         targets: targets looked at.
     """
 
     names: tuple[str, ...]
     tokens: tuple[int, ...]
     matches: tuple[int, ...]
+    unpredicted: tuple[int, ...]
     rows_without: tuple[int, ...]
     rows: int
     rows_with_targets: int
@@ -47,42 +55,60 @@ class ClassSurvey:
         return (*self.tokens, self.targets, self.rows_with_targets)
 
 
-def survey(labeller: Labeller, samples: Iterable[Mapping[str, Any]]) -> ClassSurvey:
-    """Count the classes in samples, each a mapping with `input_ids`, `labels` and perhaps `position_ids` of (T,)."""
-    count = len(labeller.names)
-    tokens_C, matches_C, without_C = np.zeros((3, count), np.int64)
+def trained_on(sample: Mapping[str, Any]) -> Bools:
+    """(T,) True at the labels of a row that something predicts."""
+    _, target_T = ids_and_targets(sample["input_ids"], sample["labels"])
+    if not sample.get(FOLLOWS):
+        target_T[:1] = False
+    return target_T
+
+
+def survey(labeller: Labeller | None, samples: Iterable[Mapping[str, Any]]) -> ClassSurvey:
+    """Count the classes in samples, each a mapping with `input_ids`, `labels` and perhaps `position_ids` of (T,), and `FOLLOWS`.
+
+    Without a labeller every target is `rest`.
+    """
+    names = (REST,) if labeller is None else labeller.names
+    overlaps = labeller is not None and labeller.overlap == "sum"
+    tokens_C, matches_C, unpredicted_C, without_C = np.zeros((4, len(names)), np.int64)
     rows = rows_with_targets = targets = 0
     for sample in samples:
-        members_KT = labeller.members(sample["input_ids"], sample["labels"], sample.get("position_ids"))
-        claimed_KT = members_KT & (np.cumsum(members_KT, axis=0) == 1)
-        in_sample = int(np.count_nonzero(as_ints(sample["labels"]) != IGNORE_INDEX))
-        in_rest = in_sample - int(claimed_KT.sum())
-        in_class_C = np.append((claimed_KT if labeller.overlap == "first" else members_KT).sum(1), in_rest)
-        tokens_C += in_class_C
-        matches_C += np.append(members_KT.sum(1), in_rest)
-        without_C += in_class_C == 0
-        targets += in_sample
+        ids_T, target_T = ids_and_targets(sample["input_ids"], sample["labels"])
+        trained_T, positions = trained_on(sample), sample.get("position_ids")
+        matched_KT = (
+            np.zeros((0, len(ids_T)), np.bool_) if labeller is None else labeller.members(ids_T, sample["labels"], positions)
+        )
+        matched_CT = np.concatenate([matched_KT, ~matched_KT.any(0, keepdims=True)])
+        unpredicted_C += (matched_CT & target_T & ~trained_T).sum(1)
+        members_CT = matched_CT & trained_T
+        claimed_CT = members_CT if overlaps else members_CT & (np.cumsum(members_CT, axis=0) == 1)
+        tokens_C += claimed_CT.sum(1)
+        matches_C += members_CT.sum(1)
+        without_C += ~claimed_CT.any(1)
+        targets += int(trained_T.sum())
         rows += 1
-        rows_with_targets += in_sample > 0
-    tokens, matches, without = (tuple(count_C.tolist()) for count_C in (tokens_C, matches_C, without_C))
-    return ClassSurvey(labeller.names, tokens, matches, without, rows, rows_with_targets, targets)
+        starts_T = sample_starts(ids_T, positions)
+        rows_with_targets += len(np.unique(np.cumsum(starts_T)[trained_T & ~starts_T]))
+    counts = (tokens_C, matches_C, unpredicted_C, without_C)
+    tokens, matches, unpredicted, without = (tuple(count_C.tolist()) for count_C in counts)
+    return ClassSurvey(names, tokens, matches, unpredicted, without, rows, rows_with_targets, targets)
 
 
 def empty_class_problems(
     found: ClassSurvey, classes: Mapping[str, SelectorConfig], may_be_empty: Container[str] = ()
 ) -> list[Problem]:
     """One problem for each class without a token that is not in `may_be_empty`."""
-    if found.rows and not found.targets:
-        message = f"there is nothing to classify: no target token in the {found.rows:,} rows looked at"
-        hint = "every label is -100; look at the dataset's type and at `train_on_inputs`"
-        return [Problem("dwl.classes", message, hint=hint)]
     looked = f"looked at {found.targets:,} target tokens in {found.rows:,} rows"
     problems: list[Problem] = []
-    for (name, config), tokens, matches in zip(classes.items(), found.tokens, found.matches, strict=False):
+    counts = zip(classes.items(), found.tokens, found.matches, found.unpredicted, strict=False)
+    for (name, config), tokens, matches, unpredicted in counts:
         if tokens or name in may_be_empty:
             continue
         message = f"matches nothing ({looked})"
-        hint = f"{config.if_empty} If the class may be empty, write `allow_empty: true`"
+        why = config.if_empty
+        if unpredicted:
+            why = f"The {unpredicted:,} it does match are first in their rows, where no token before predicts them."
+        hint = f"{why} If the class may be empty, write `allow_empty: true`"
         if matches:
             message = f"has no token: classes above it take all {matches:,} that it matches ({looked})"
             hint = "the first class that matches wins; move this class up, or write `allow_empty: true`"

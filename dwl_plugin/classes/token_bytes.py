@@ -129,7 +129,7 @@ def added_ids(tokenizer: Any) -> set[int]:
 def special_ids(tokenizer: Any) -> set[int]:
     """Ids of the tokens that the tokenizer calls special."""
     marked = {token_id for token_id, token in _added(tokenizer).items() if getattr(token, "special", False)}
-    return marked | set(tokenizer.all_special_ids)
+    return marked | set(tokenizer.all_special_ids) - {None}  # as one has that is named, and not in the vocabulary
 
 
 def _spellings(tokenizer: Any) -> Iterator[tuple[int, Spelling]]:

@@ -75,6 +75,11 @@ class Block(Strict):
         return self.dwl.reduction if self.loss == "dwl" and self.dwl is not None else "token_mean"
 
     @property
+    def writes_reduction(self) -> bool:
+        """Whether `reduction` was written, by the config or its pack, and is not only the default."""
+        return self.dwl is not None and "reduction" in self.dwl.model_fields_set
+
+    @property
     def labels_tokens(self) -> bool:
         """Whether batches carry class ids: there are classes, or samples have to be counted."""
         return bool(self.class_configs) or self.reduction == "sequence_mean_token_sum"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,13 @@ def fused_losses_asked_for(cfg: Any) -> list[str]:
     return asked
 
 
-def block_of(cfg: Any) -> Block | None:
-    """The block of a validated Axolotl config; None without `loss`."""
-    return parse({key: plain(cfg.get(key)) for key in ("loss", "dft", "dwl")})
+def block_of(cfg: Any, unwritten: Container[str] = ()) -> Block | None:
+    """The block of a validated Axolotl config; None without `loss`.
+
+    The host has written all defaults out; those of `dwl` that are `unwritten` are taken to be ones again.
+    """
+    raw = {key: plain(cfg.get(key)) for key in ("loss", "dft", "dwl")}
+    if raw["dwl"]:
+        defaults = {key: info.default for key, info in DWLConfig.model_fields.items() if key in unwritten}
+        raw["dwl"] = {key: value for key, value in raw["dwl"].items() if key not in defaults or defaults[key] != value}
+    return parse(raw)

@@ -19,20 +19,23 @@ import math
 import os
 import shutil
 import tempfile
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+from dwl_plugin.classes import FOLLOWS
 from dwl_plugin.config.overrides import SWEEP_FILE, VARIABLE
-from dwl_plugin.errors import ConfigError, DWLError, Problem, did_you_mean, first_line
-from dwl_plugin.run.dataset_check import picked_rows
+from dwl_plugin.errors import ConfigError, DWLError, Problem, first_line
+from dwl_plugin.run.dataset_check import no_rows, no_targets, picked_rows
 from dwl_plugin.values import IGNORE_INDEX
 
 __all__ = [
     "NotSeenError",
     "Rows",
+    "dropped_all",
     "host_schema",
     "import_axolotl",
     "load_cfg",
@@ -40,10 +43,9 @@ __all__ = [
     "load_rows",
     "load_tokenizer",
     "offline",
-    "other_names",
+    "packs_of",
     "plugin_is_active",
     "quiet",
-    "unknown_keys",
     "vocabulary_problems",
 ]
 
@@ -188,41 +190,11 @@ def load_cfg(raw: Mapping[str, Any], path: Path, *, to_run: bool = False) -> tup
             normalize_config(cfg)
         normalize_cfg_datasets(cfg)
         plugin_set_cfg(cfg)
+        kernels = [f"`{key}`" for key in _CPU_ONLY if key.startswith("lora_") and cfg[key]]
+        if kernels and not torch.cuda.is_available():
+            which = f"the kernels for LoRA, which this config has or Axolotl turns on ({', '.join(kernels)}), run on a GPU only"
+            notes.append(f"{which}: to train on this machine, set them to `false`")
     return cfg, notes
-
-
-def unknown_keys(raw: Mapping[str, Any]) -> dict[str, str]:
-    """Top-level keys that Axolotl drops without a word, and what each may have been meant to be."""
-    from axolotl.integrations.config import merge_input_args
-
-    fields = merge_input_args()[0].model_fields
-    known = {name for key, info in fields.items() for name in (key, *_aliases(info))}
-    return {key: did_you_mean(key, list(fields)) for key in raw if key not in known}
-
-
-@functools.cache
-def other_names() -> frozenset[tuple[str, str]]:
-    """Each alias in Axolotl's schema, blocks inside it included, with the key that it stands for."""
-    import_axolotl()
-    from axolotl.utils.schemas.config import AxolotlInputConfig
-
-    names, seen = set[tuple[str, str]](), set[Any]()
-    left: list[Any] = [AxolotlInputConfig]
-    while left:
-        kind = left.pop()
-        left.extend(get_args(kind))
-        if kind not in seen and hasattr(kind, "model_fields"):
-            seen.add(kind)
-            left.extend(info.annotation for info in kind.model_fields.values())
-            names |= {(alias, key) for key, info in kind.model_fields.items() for alias in _aliases(info) if alias != key}
-    return frozenset(names)
-
-
-def _aliases(info: Any) -> Iterator[str]:
-    for alias in (info.alias, info.validation_alias):
-        for choice in getattr(alias, "choices", [alias]):
-            if choice is not None:
-                yield str(getattr(choice, "path", [choice])[0])
 
 
 def host_schema() -> dict[str, Any]:
@@ -261,7 +233,7 @@ def load_tokenizer(cfg: Any) -> Any:
     with quiet():
         from axolotl.loaders import load_tokenizer as load
 
-        with _loading("tokenizer", cfg.tokenizer_config):
+        with _loading("tokenizer_config" if cfg.tokenizer_config != cfg.base_model else "base_model", cfg.tokenizer_config):
             return load(cfg)
 
 
@@ -288,9 +260,16 @@ def load_rows(cfg: Any, tokenizer: Any, count: int, *, spread: bool = False) -> 
         except StopIteration:  # what the host makes of a file without a row
             raise _no_rows(cfg) from None
         except Exception as error:  # whatever a dataset and its template can raise
+            if dropped_all(error):
+                raise ConfigError([no_targets(None)]) from None
             if isinstance(error, OSError) or any(words in str(error).lower() for words in _OUT_OF_REACH):
                 raise NotSeenError(f"datasets: {first_line(error)}") from error
             raise ConfigError.at("datasets", f"Axolotl cannot read them: {first_line(error)}") from error
+
+
+def dropped_all(error: Exception) -> bool:
+    """Whether the host's packing found a target in no row."""
+    return isinstance(error, ValueError) and "no trainable tokens" in str(error)
 
 
 @contextlib.contextmanager
@@ -339,15 +318,22 @@ def load_model(cfg: Any, tokenizer: Any) -> Any:
             return ModelLoader(cfg, tokenizer).load()[0].eval()
 
 
+def _raised_by_axolotl(error: BaseException) -> bool:
+    import axolotl
+
+    where = traceback.extract_tb(error.__traceback__)[-1].filename
+    return where.startswith(tuple(axolotl.__path__))
+
+
 @contextlib.contextmanager
 def _loading(key: str, name: Any) -> Iterator[None]:
-    """What is here and cannot be read, or is named by a path, is the config's mistake; what the hub has may be out of reach."""
+    """What is here and cannot be read is the config's mistake; what the hub has may be out of reach."""
     try:
         yield
     except Exception as error:
-        exists = Path(str(name)).expanduser().exists()
-        if str(name).startswith(("/", "./", "../", "~")) and not exists:
-            raise ConfigError.at(key, "there is no such folder", name) from error
+        if isinstance(error, (ValueError, NotImplementedError)) and _raised_by_axolotl(error):  # it refuses something else
+            raise ConfigError.at("axolotl", first_line(error)) from error
+        exists = Path(str(name)).exists()
         if isinstance(error, OSError) and not exists:
             raise NotSeenError(f"{key} {name}: {first_line(error)}") from error
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
@@ -357,6 +343,7 @@ def _loading(key: str, name: Any) -> Iterator[None]:
 def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     """Rows of datasets that can be indexed."""
     import numpy as np
+    from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
     from axolotl.utils.data import sft
     from axolotl.utils.data.shared import generate_dataset_hash_from_config, load_preprocessed_dataset
     from datasets import concatenate_datasets
@@ -371,9 +358,12 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     if not len(order):
         raise _no_rows(cfg)
     total = _training_rows(len(order), cfg)
+    if total < 1:
+        raise ConfigError([no_rows(why=f"`val_set_size` takes all {len(order):,} of the data", value=cfg.val_set_size)])
     head = order.select(picked_rows(total, cfg.seed or 0, count) if spread else range(min(count, total)))
     if prepared is not None:
-        note = f"the rows are those prepared earlier under {cfg.dataset_prepared_path}, as the run would take them"
+        folder = cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH
+        note = f"the rows are those prepared earlier under {folder}, as the run would take them"
         return Rows(_samples(head), total=total, looked_at=len(head), notes=[note])
 
     picked = head.with_format("numpy")[:]
@@ -425,7 +415,7 @@ def _order_of_the_run(lengths: list[int], cfg: Any) -> Any:
 def _training_rows(rows: int, cfg: Any) -> int:
     """Those left when the validation set is cut off the end."""
     held_out = cfg.val_set_size or 0
-    return max(rows - (math.ceil(rows * held_out) if 0 < held_out < 1 else int(held_out)), 1)
+    return rows - (math.ceil(rows * held_out) if 0 < held_out < 1 else int(held_out))
 
 
 def _samples(dataset: Any) -> list[Sample]:
@@ -440,27 +430,33 @@ def _made_with_a_batch() -> NotSeenError:
 
 
 def _packed(rows: Rows, cfg: Any) -> Rows:
-    """`rows` with the packs that Axolotl's own sampler makes of them."""
     if not cfg.sample_packing or not rows.samples:
         return rows
+    return replace(rows, packs=packs_of(rows.samples, cfg))
+
+
+def packs_of(samples: list[Sample], cfg: Any) -> list[list[int]]:
+    """The rows that Axolotl's own sampler packs `samples` into, as their indices; all but the first of each become `FOLLOWS`."""
     import numpy as np
     from axolotl.utils.samplers import MultipackBatchSampler
     from torch.utils.data import SequentialSampler
 
     real = bool(cfg.multipack_real_batches)
     sampler = MultipackBatchSampler(
-        SequentialSampler(range(len(rows.samples))),
+        SequentialSampler(range(len(samples))),
         batch_size=cfg.micro_batch_size if real else 1,
         batch_max_len=cfg.sequence_len if real else cfg.sequence_len * cfg.micro_batch_size,
-        lengths=np.array([len(sample["input_ids"]) for sample in rows.samples]),
+        lengths=np.array([len(sample["input_ids"]) for sample in samples]),
         bin_size=cfg.sample_packing_bin_size or 200,
         sequential=bool(cfg.sample_packing_sequentially),
         group_size=cfg.sample_packing_group_size or 100_000,
         num_processes=1,
         drop_last=False,
     )
-    packs = [sorted(map(int, pack)) for batch in sampler.generate_batches() for pack in batch]
-    return replace(rows, packs=sorted(packs))
+    packs = sorted(sorted(map(int, pack)) for batch in sampler.generate_batches() for pack in batch)
+    for index in (index for pack in packs for index in pack[1:]):
+        samples[index][FOLLOWS] = True
+    return packs
 
 
 def _stream(cfg: Any, tokenizer: Any, count: int) -> Rows:
@@ -487,7 +483,7 @@ def _stream(cfg: Any, tokenizer: Any, count: int) -> Rows:
 def _no_rows(cfg: Any) -> ConfigError:
     key = "pretraining_dataset" if cfg.pretraining_dataset else "datasets"
     named = [cfg[key]] if isinstance(cfg[key], str) else [dataset.path for dataset in cfg[key]]
-    return ConfigError.at(key, "there is no row in them", ", ".join(map(str, named)))
+    return ConfigError([no_rows(key, value=", ".join(map(str, named)))])
 
 
 @contextlib.contextmanager
@@ -510,4 +506,13 @@ def _axolotl_problems(where: str) -> Iterator[None]:
 def _problem(item: Any) -> Problem:
     path = ".".join(str(part) for part in item["loc"]) or "axolotl"
     message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return Problem(path, f"Axolotl: {message}", item["input"]) if item["loc"] else Problem(path, message)
+    if not item["loc"] or not _is_plain(item["input"]):
+        return Problem(path, f"Axolotl: {message}" if item["loc"] else message)
+    return Problem(path, f"Axolotl: {message}", item["input"])
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a value of YAML: a validator may have been given objects of the host."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    return all(map(_is_plain, value)) if isinstance(value, list) else value is None or isinstance(value, (str, int, float))

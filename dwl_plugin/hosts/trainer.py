@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
+from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -36,11 +38,14 @@ from dwl_plugin.loss.shift import IGNORE_INDEX
 from dwl_plugin.run.closed_loop import ClosedLoop
 from dwl_plugin.run.collate import LabellingCollator
 from dwl_plugin.run.moving import controller_of
+from dwl_plugin.run.record import BatchSize, Record
 from dwl_plugin.run.session import RunState, Session
 from dwl_plugin.run.startup import keep_config, log_line, other_length_lines, other_options_lines, startup_lines
 
 __all__ = [
+    "Batch",
     "BelowHost",
+    "Items",
     "TrainerMixin",
     "computes_loss",
     "install",
@@ -54,6 +59,7 @@ _STATE = "dwl"
 """The key in `stateful_callbacks` of the trainer's state."""
 _PACKING = ("sample_packing", "batch_flattening", "packing", "padding_free")
 """Training arguments, Axolotl's and TRL's, that put several samples into one row."""
+_VERSIONED = ("axolotl", "transformers", "trl", "peft", "accelerate", "deepspeed", "torch")
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 Batch = dict[str, Any]
@@ -187,7 +193,7 @@ class TrainerMixin(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             self.stop_if_not_finite()
-            logs.update(self._dwl.train_sums.take(self._over_ranks, self.args.device))
+            logs.update(self._dwl.measured(self._over_ranks, self.args.device))
             logs.update(self._dwl.moving_numbers())
         super().log(logs, start_time)
 
@@ -213,6 +219,8 @@ class TrainerMixin(Trainer):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         measured = self._dwl.eval_sums.take(self._over_ranks, self.args.device)
+        if not measured and f"{prefix}_loss" in output.metrics:
+            log_line(f"the evaluation set has no target token, so `{prefix}_loss` says nothing and there is no `{prefix}_nll`")
         output.metrics.update({f"{prefix}_{key}": value for key, value in measured.items()})
         return output
 
@@ -222,9 +230,14 @@ class _CheckedMixin(TrainerMixin):
 
     def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Items = None) -> Any:
         self._dwl.model_loss = None
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        try:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        except LossNotTakenError:
+            if self._dwl.model_loss is not None:
+                raise
+            result = (None, None)
         loss = result[0] if return_outputs else result
-        if loss is not self._dwl.model_loss:
+        if loss is None or loss is not self._dwl.model_loss:
             name = computes_loss(self._dwl_host).__qualname__
             raise LossNotTakenError(
                 f"{name}.compute_loss returned a loss that is not the model's, so the configured loss would not be the one "
@@ -241,11 +254,7 @@ class BelowHost(Trainer):
     def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Items = None) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._dwl.model_loss = loss
-        self.measure(outputs, inputs)
         return (loss, outputs) if return_outputs else loss
-
-    def measure(self, outputs: Any, inputs: Mapping[str, Any]) -> None:
-        """For a host that wants more of the outputs than there is."""
 
 
 class _PerplexityOfNll(Trainer):
@@ -265,10 +274,11 @@ class AlphaCallback(TrainerCallback):
     """Moves α once per optimizer step, and shows the controller what the step cost."""
 
     def __init__(self, trainer: TrainerMixin) -> None:
-        self._trainer, self._session = trainer, trainer._dwl
+        self._trainer, self._session, self._began_at = trainer, trainer._dwl, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         session, tau = self._session, state.global_step
+        self._began_at = tau
         kept = dict(state.stateful_callbacks or {}).get(_STATE) if tau else None
         with named_in(self._trainer._dwl_checkpoint, f"stateful_callbacks.{_STATE}"):
             saved = None if kept is None else RunState.model_validate(kept)
@@ -276,7 +286,7 @@ class AlphaCallback(TrainerCallback):
         session.loop = self._closed_loop(saved, tau)
         session.move(tau)
         if state.is_world_process_zero:
-            keep_config(session.block, Path(args.output_dir))
+            keep_config(session.block, _record(self._trainer, tau), Path(args.output_dir))
         picks = args.metric_for_best_model or "loss" if args.load_best_model_at_end else None
         counts = None if session.survey is None else session.survey.counts
         lines = [*startup_lines(session.block, counts, session.alpha_at, session.length, session.replaced, picks)]
@@ -294,7 +304,14 @@ class AlphaCallback(TrainerCallback):
             self._session.loop.end_step(state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.stop_if_not_finite()  # what comes next saves the model
+        trainer, session = self._trainer, self._session
+        trainer.stop_if_not_finite()  # what comes next saves the model
+        session.measured(trainer._over_ranks, trainer.args.device)
+        if not session.has_trained and state.global_step > self._began_at:
+            raise RunError(
+                "no batch of this run had a target token, so nothing was trained and no model is saved. A label is -100, or the "
+                "first of its row, which nothing predicts: look at `train_on_inputs`, roles and the dataset's type."
+            )
 
     def _closed_loop(self, saved: RunState | None, tau: int) -> ClosedLoop | None:
         """The controller, as the checkpoint left it or from the start."""
@@ -344,6 +361,23 @@ def _require_cut_sequences(accelerator: Any, batches: Sequence[Any]) -> None:
         )
 
 
+def _record(trainer: TrainerMixin, tau: int) -> Record:
+    args, rows = trainer.args, trainer.train_dataset
+    batch = trainer.get_total_train_batch_size(args)
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    used = [name for name in _VERSIONED if name in sys.modules]
+    return Record(
+        began=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        resumed_at_step=tau or None,
+        model=getattr(trainer.accelerator.unwrap_model(trainer.model).config, "name_or_path", None) or None,
+        data=trainer._dwl.data,
+        rows=len(rows) if hasattr(rows, "__len__") else None,
+        learning_rate=args.learning_rate,
+        batch=BatchSize(micro=micro, accumulation=accumulation, ranks=max(batch // (micro * accumulation), 1)),
+        versions={"dwl_plugin": version("axolotl-dwl"), **{name: version(name) for name in used}},
+    )
+
+
 def _run_length(args: Any, state: Any, loader: Any) -> RunLength:
     try:
         per_epoch = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1)
@@ -358,12 +392,12 @@ def install(
     labeller: Labeller | None,
     survey: ClassSurvey | None = None,
     taken_over: Sequence[str] = (),
-    below: type[BelowHost] | None = None,
+    below: type[Trainer] | None = None,
 ) -> tuple[Session, AlphaCallback]:
     """Put a mixin before the class of `trainer`, on this instance only, and a seam into its model.
 
-    `taken_over` names the fused losses of the host that were switched off. `below` comes between the host's class and
-    `transformers.Trainer`, where the host is not trusted to return the loss of the model: what it returns is compared.
+    `taken_over` names the fused losses of the host that were switched off. `below` is what the host's `super().compute_loss`
+    reaches, or what is in the place of the host's own; what the host returns is then compared with the loss of the model.
     """
     for name in replaced_methods(trainer):
         raise RunError(
@@ -374,7 +408,9 @@ def install(
         raise RunError(f"the trainer has its own loss, {trainer.compute_loss_func!r}; `loss: {block.loss}` cannot be used with it.")
     session = Session(trainer.model, block, labeller, survey, taken_over)
     host = type(trainer)
-    bases: tuple[type, ...] = (TrainerMixin, host) if below is None else (_CheckedMixin, host, below)
+    bases: tuple[type, ...] = (TrainerMixin, host)
+    if below is not None:
+        bases = (_CheckedMixin, below) if issubclass(below, host) else (_CheckedMixin, host, below)
     if host is not Trainer:
         bases += (_PerplexityOfNll,)
     trainer.__class__ = type(f"DWL{host.__name__}", bases, {"_dwl": session, "_dwl_host": host})

@@ -27,8 +27,8 @@ from dwl_plugin.hosts.trainer import (
     replaced_methods,
     uninstall,
 )
-from dwl_plugin.hosts.versions import transformers_problems
-from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows, require_rows
+from dwl_plugin.hosts.versions import newer_host, older_host
+from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows, require_rows, require_targets
 from dwl_plugin.run.session import Session
 from dwl_plugin.run.startup import log_line
 
@@ -77,7 +77,7 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
 
     Raises:
         ConfigError: every problem of the config and every setting of the trainer that makes a loss of its own, all at once;
-            then every class that the tokenizer or the training data does not have.
+            then training data without a token to train on; then every class that the tokenizer or the data does not have.
         LossNotTakenError: the model has no output head.
     """
     if not isinstance(trainer, Trainer):
@@ -90,9 +90,15 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
         raise ConfigError([*error.problems, *problems]) from None
     ConfigError.raise_any(problems)
     require_rows(trainer.train_dataset)
-    labeller, survey = _classes_of(trainer, block)
+    labeller = _labeller_of(trainer, block)
+    survey = check_dataset(block, labeller, _collated(trainer, trainer.train_dataset))
+    held_out = trainer.eval_dataset
+    for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
+        require_targets(_collated(trainer, dataset), "eval_dataset")
     is_sft = trl.is_sft_trainer(type(trainer))
-    below = None if type(trainer) is Trainer else trl.BelowSFTTrainer if is_sft else BelowHost
+    below = None if type(trainer) is Trainer else trl.in_place_of_sft_trainer(type(trainer)) if is_sft else BelowHost
+    for line in (line for package in ("transformers", *(("trl",) if is_sft else ())) for line in newer_host(package)):
+        log_line(line)
     with ExitStack() as undo:
         taken_over = trl.take_over(trainer, undo) if is_sft else []
         session, callback = install(trainer, block, labeller, survey, taken_over, below)
@@ -114,7 +120,7 @@ def _problems(trainer: Trainer) -> Iterator[Problem]:
         hint = "call `detach()` on what the first `apply` returned; under Axolotl the plugin applies the config's `loss:` by itself"
         yield Problem("trainer", f"already trains with `loss: {trainer._dwl.block.loss}`", hint=hint)
         return
-    yield from transformers_problems()
+    yield from older_host("transformers")
     yield from trl.trl_problems(trainer)
     for name in replaced_methods(trainer):
         why = "was replaced on this one trainer, so ours would never be called"
@@ -125,7 +131,7 @@ def _problems(trainer: Trainer) -> Iterator[Problem]:
     if trainer.label_smoother is not None:
         why = "smooths the targets of the loss that is replaced"
         yield Problem("args.label_smoothing_factor", why, args.label_smoothing_factor, hint="set it to 0")
-    if args.use_liger_kernel and not trl.is_sft_trainer(type(trainer)):
+    if args.use_liger_kernel:
         yield from _liger_problems(args.liger_kernel_config or {})
     if args.n_gpu > 1:
         hint = "start one process for each GPU: `torchrun` or `accelerate launch`"
@@ -146,10 +152,9 @@ def _liger_problems(options: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("args.use_liger_kernel", "Liger computes the loss that is replaced", True, hint=hint)
 
 
-def _classes_of(trainer: Trainer, block: Block) -> tuple[Labeller | None, ClassSurvey | None]:
-    """The classes, and what they find in the training data. Raises `ConfigError` for what they cannot find."""
+def _labeller_of(trainer: Trainer, block: Block) -> Labeller | None:
     if not block.labels_tokens:
-        return None, None
+        return None
     processing = trainer.processing_class
     tokenizer = getattr(processing, "tokenizer", processing)  # a processor has its tokenizer inside
     if tokenizer is None:
@@ -158,17 +163,17 @@ def _classes_of(trainer: Trainer, block: Block) -> tuple[Labeller | None, ClassS
     labeller = labeller_of(block, tokenizer)
     assert labeller is not None
     ConfigError.raise_any(trl.cut_problems(trainer.args, labeller))
-    return labeller, check_dataset(block, labeller, _collated(trainer))
+    return labeller
 
 
-def _collated(trainer: Trainer) -> Iterator[dict[str, Any]]:
-    """Some rows of the training data, each as the trainer's collator makes it; a stream gives none."""
-    dataset = trainer.train_dataset
+def _collated(trainer: Trainer, dataset: Any) -> Iterator[dict[str, Any]]:
+    """Some rows of a dataset, each as the trainer's collator makes it; a stream gives none."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         return
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
     with torch.random.fork_rng(devices=[]):  # the run draws what it would have drawn
         for index in picked_rows(len(dataset), trainer.args.seed):
-            batch = collate([dict(dataset[index])])
+            row = dataset[index]
+            batch = collate([dict(row)]) if isinstance(row, Mapping) else {}  # only a mapping is known to have labels
             if "labels" in batch:
                 yield {key: batch[key][0] for key in ("input_ids", "labels", "position_ids") if key in batch}

@@ -13,13 +13,14 @@ __all__ = [
     "AXOLOTL",
     "DEEPSPEED",
     "TRANSFORMERS",
+    "TRL",
     "axolotl_problems",
     "divided_later",
     "gradients_are_averaged",
     "newer_axolotl",
-    "newer_deepspeed",
+    "newer_host",
+    "older_host",
     "release",
-    "transformers_problems",
 ]
 
 Release = tuple[int, int]
@@ -27,13 +28,16 @@ Release = tuple[int, int]
 AXOLOTL: tuple[Release, Release] = ((0, 19), (0, 21))
 """Oldest and newest Axolotl that the tests run under."""
 
-DEEPSPEED: Release = (0, 19)
-"""Newest DeepSpeed that the tests run under."""
-
 _OLDEST, _NEWEST = ("{}.{}".format(*of) for of in AXOLOTL)
 
-TRANSFORMERS: Release = (5, 16)
-"""Oldest transformers that the tests run under."""
+TRANSFORMERS: tuple[Release, Release] = ((5, 16), (5, 24))
+TRL: tuple[Release, Release] = ((1, 9), (1, 16))
+"""Oldest and newest of each that the tests of `apply` run under."""
+
+DEEPSPEED: tuple[Release, Release] = ((0, 19), (0, 19))
+"""That the tests of shared sequences run under: what it does with gradients there is not the same everywhere."""
+
+_BOUNDS = {"transformers": TRANSFORMERS, "trl": TRL, "deepspeed": DEEPSPEED}
 
 
 def release(package: str) -> Release:
@@ -57,20 +61,20 @@ def newer_axolotl() -> str | None:
     return f"Axolotl {version('axolotl')} is newer than {tested}: look for a newer dwl_plugin"
 
 
-def newer_deepspeed() -> str | None:
-    """A sentence if this DeepSpeed may scale the gradients of ranks that share a sequence in another way."""
-    if release("deepspeed") <= DEEPSPEED:
-        return None
-    tested = "{}.{}, the newest that this dwl_plugin was tested with".format(*DEEPSPEED)
-    return f"DeepSpeed {version('deepspeed')} is newer than {tested}: it may scale gradients of shared sequences in another way"
+def older_host(package: str) -> Iterator[Problem]:
+    """A problem if this transformers, or TRL, is older than what is supported."""
+    oldest, newest = ("{}.{}".format(*of) for of in _BOUNDS[package])
+    if release(package) < _BOUNDS[package][0]:
+        why = f"{package} {version(package)} is older than dwl_plugin supports, {oldest} to {newest}"
+        yield Problem("trainer", why, hint=f"`pip install '{package}>={oldest}'`")
 
 
-def transformers_problems() -> Iterator[Problem]:
-    """A problem if this transformers is older than what is supported."""
-    if release("transformers") < TRANSFORMERS:
-        oldest = "{}.{}".format(*TRANSFORMERS)
-        why = f"transformers {version('transformers')} is older than dwl_plugin supports, {oldest}"
-        yield Problem("trainer", why, hint=f"`pip install 'transformers>={oldest}'`")
+def newer_host(package: str) -> Iterator[str]:
+    """A sentence if this transformers, TRL or DeepSpeed is newer than what the tests run under."""
+    oldest, newest = ("{}.{}".format(*of) for of in _BOUNDS[package])
+    if release(package) > _BOUNDS[package][1]:
+        tested = f"what this dwl_plugin was tested with, {oldest} to {newest}"
+        yield f"{package} {version(package)} is newer than {tested}: look for a newer dwl_plugin"
 
 
 def divided_later(trainer: Any, num_items_in_batch: Any) -> int:

@@ -1,4 +1,4 @@
-"""A look at the training data before the first step: a class that is nowhere in it stops the run."""
+"""A look at the data before the first step: a class that is nowhere in it stops the run, and so does data without a target."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from dwl_plugin.classes import ClassSurvey, Labeller, build_labeller, empty_class_problems, survey
 from dwl_plugin.config import Block
 from dwl_plugin.config.classes import may_be_empty
-from dwl_plugin.errors import ConfigError
+from dwl_plugin.errors import ConfigError, Problem
 
-__all__ = ["SURVEY_ROWS", "check_dataset", "labeller_of", "picked_rows", "require_rows"]
+__all__ = ["SURVEY_ROWS", "check_dataset", "labeller_of", "no_rows", "no_targets", "picked_rows", "require_rows", "require_targets"]
 
 SURVEY_ROWS = 512
 """Rows of the training set that are labelled to see that every class exists."""
@@ -35,19 +35,41 @@ def picked_rows(count: int, seed: int, most: int = SURVEY_ROWS) -> list[int]:
 def require_rows(dataset: Any) -> None:
     """Raise `ConfigError` for a training set without a row; a stream does not tell."""
     if hasattr(dataset, "__len__") and not len(dataset):
-        why = "no row is left to train on: the data is empty, or every row was dropped"
-        hint = "rows longer than `sequence_len` are dropped, and rows without a token to train on (`train_on_inputs`, roles)"
-        raise ConfigError.at("datasets", why, hint=hint)
+        raise ConfigError([no_rows()])
 
 
-def check_dataset(block: Block, labeller: Labeller, samples: Iterable[Mapping[str, Any]]) -> ClassSurvey | None:
+def no_rows(key: str = "datasets", why: str = "the data is empty, or every row was dropped", **received: Any) -> Problem:
+    hint = "rows longer than `sequence_len` are dropped, and rows without a token to train on (`train_on_inputs`, roles)"
+    return Problem(key, f"there is no row to train on: {why}", hint=hint, **received)
+
+
+def no_targets(rows: int | None, key: str = "datasets") -> Problem:
+    """Of the training set; of an evaluation set where `key` is another."""
+    looked = "in any row" if rows is None else f"in the {rows:,} rows looked at"
+    what = "to train on" if key == "datasets" else "to evaluate on, and its loss would be NaN"
+    hint = (
+        "a label is -100, or the first of its row, which nothing predicts: look at `train_on_inputs`, roles and the dataset's type"
+    )
+    return Problem(key, f"there is nothing {what}: no target token {looked}", hint=hint)
+
+
+def require_targets(samples: Iterable[Mapping[str, Any]], key: str) -> None:
+    """Raise `ConfigError` if the samples of an evaluation set have no target."""
+    found = survey(None, samples)
+    if found.rows and not found.targets:
+        raise ConfigError([no_targets(found.rows, key)])
+
+
+def check_dataset(block: Block, labeller: Labeller | None, samples: Iterable[Mapping[str, Any]]) -> ClassSurvey | None:
     """Survey the classes in `samples`; None where there are none.
 
     Raises:
-        ConfigError: every class without a token that does not say `allow_empty: true`.
+        ConfigError: samples without a target; or every class without a token that does not say `allow_empty: true`.
     """
     found = survey(labeller, samples)
     if not found.rows:
         return None
+    if not found.targets:
+        raise ConfigError([no_targets(found.rows)])
     ConfigError.raise_any(empty_class_problems(found, block.class_configs, may_be_empty(block.class_configs)))
     return found

@@ -67,6 +67,8 @@ class Session:
             raise ConfigError(without_base_model(block))
         self.seam = Seam(model, log_line, model.disable_adapter if self.spec.is_anchored else None)
         self.replaced = " and ".join([self.seam.replaced, *(f"`{key}`" for key in taken_over)])
+        self.data: list[str] | None = None
+        """Paths of the data, where the host has them."""
         self.loop: ClosedLoop | None = None
         self.base_nll: dict[str, float] | None = None
         self.keeps_logits = False
@@ -87,6 +89,8 @@ class Session:
         if length is not None:
             self.alpha_at, self.token_losses_at = alpha_of(self.block, length), token_losses_of(self.block, length)
         self.train_sums, self.first_bad = ClassSums(self.names), FirstBadStep(self.names)
+        self.has_trained = False
+        """Whether a target token was seen in what was measured."""
         self.step_counts: torch.Tensor | None = None
 
     def move(self, tau: int) -> None:
@@ -102,6 +106,12 @@ class Session:
             objectives = zip(before, self.token_losses, self.spec.objective, strict=True)
             kept_or_new = tuple(kept if new is old else objective_of(new) for old, new, kept in objectives)
             self.spec = replace(self.spec, objective=kept_or_new)
+
+    def measured(self, reduce: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, float]:
+        """What the tokens trained on since the last call cost, as `ClassSums.take`."""
+        taken = self.train_sums.take(reduce, device)
+        self.has_trained = self.has_trained or bool(taken)
+        return taken
 
     def moving_numbers(self) -> dict[str, float]:
         """α, the controller's signal and scheduled options of token losses, as metrics."""

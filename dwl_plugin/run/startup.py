@@ -17,13 +17,16 @@ from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.config import Block, ControllerOptions, LossControllerOptions
 from dwl_plugin.errors import PREFIX, ConfigError, DWLError, printable, shortened
 from dwl_plugin.files import write_whole
-from dwl_plugin.loss.reduction import class_weight_table
+from dwl_plugin.loss.reduction import ClassWeight, class_weight_table
 from dwl_plugin.loss.token_losses import SCHEDULED, DFTConfig
 from dwl_plugin.run.moving import alpha_of, end_hints, token_losses_of
+from dwl_plugin.run.record import Record
 
 __all__ = ["hints", "keep_config", "log_line", "other_length_lines", "other_options_lines", "startup_lines"]
 
 _RESOLVED_CONFIG = "dwl_config.yaml"
+_NEAR_ONE = 0.8
+"""A loss of this share of SFT's size is not worth a hint."""
 
 
 def log_line(line: str) -> None:
@@ -33,9 +36,9 @@ def log_line(line: str) -> None:
             print("\n".join(f"{PREFIX} {printable(part)}" for part in line.splitlines()), flush=True)
 
 
-def keep_config(block: Block, folder: Path) -> None:
+def keep_config(block: Block, record: Record, folder: Path) -> None:
     """For people and `dwl report`. Training does not stop for want of it."""
-    text = yaml.safe_dump(block.dump(), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump({**block.dump(), "run": record.dump()}, sort_keys=False, allow_unicode=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / _RESOLVED_CONFIG, text.encode())
@@ -71,23 +74,38 @@ def _table(block: Block, counts: Sequence[int] | None, alpha_at: Curve) -> Itera
         yield from (f"{name:<{width}}  {a:6.3f}" for name, a in zip(names, alpha, strict=True))
         return
     yield f"{'class':<{width}}   tokens       α   one token, vs SFT   share of the weight"
-    for row in class_weight_table(block.reduction, names, alpha, counts):
+    for row in _weights(block, alpha, counts):
         measured = f"{row.alpha:6.3f}" if block.loss == "dwl" else "     –"
         tokens, share = 100 * row.token_share, 100 * row.weight_share
         yield f"{row.name:<{width}}  {tokens:5.1f} %  {measured}  {row.one_token:17.2f}×  {share:17.1f} %"
 
 
-def _schedule_hints(block: Block, counts: Sequence[int] | None, alphas: Sequence[Sequence[float]], steps: int) -> Iterator[str]:
-    if block.schedule is not None and block.schedule.type != "constant" and len(set(alphas)) == 1:
-        yield f"hint: the schedule does not move α within the {steps} steps of this run"
-    if counts is not None and any(counts) and block.reduction == "token_mean":
-        means = [math.fsum(a * count for a, count in zip(alpha, counts, strict=False)) / counts[-2] for alpha in alphas]
-        low, high = min(means), max(means)
-        if high > 2 * low:
-            yield (
-                f"hint: the mean weight of a token goes between {low:.3f} and {high:.3f} over the schedule, and the size of the "
-                "gradients with it; `reduction: weighted_mean` keeps it steady"
-            )
+def _size_hints(block: Block, counts: Sequence[int], alphas: Sequence[Sequence[float]]) -> Iterator[str]:
+    """How large the whole loss is beside one in which every token counts once."""
+    size_of = (math.fsum(row.token_share * row.one_token for row in _weights(block, alpha, counts)) for alpha in alphas)
+    sizes = list(size_of)
+    first, low, high = sizes[0], min(sizes), max(sizes)
+    if block.reduction == "sequence_mean_token_sum":
+        each = counts[-2] / max(counts[-1], 1)
+        yield (
+            f"hint: the loss sums over a sample ({each:.0f} targets on average), so it and its gradients are {first:.3g}× those of "
+            "SFT; look at `max_grad_norm`, or take `reduction: weighted_mean`, which keeps SFT's size"
+        )
+    elif block.reduction == "token_mean" and high > 2 * low:
+        yield (
+            f"hint: the mean weight of a token goes between {low:.3f} and {high:.3f} over the schedule, and the size of the "
+            "gradients with it; `reduction: weighted_mean` keeps it steady"
+        )
+    elif first < _NEAR_ONE and not block.writes_reduction:
+        yield (
+            f"hint: the mean α of a token is {first:.2f}, so the whole loss and its gradients are {first:.2f}× those of SFT, where "
+            "a token counts 1; `reduction: weighted_mean` keeps SFT's size and the ratios of α (`reduction: token_mean`, written "
+            "out, takes this hint away)"
+        )
+
+
+def _weights(block: Block, alpha: Sequence[float], counts: Sequence[int]) -> list[ClassWeight]:
+    return class_weight_table(block.reduction, block.class_names, alpha, counts)
 
 
 def _controller(options: ControllerOptions) -> Iterator[str]:
@@ -146,15 +164,13 @@ def hints(block: Block, counts: Sequence[int] | None, alpha_at: Curve, length: R
     moves = block.schedule is not None or block.controller is not None
     if length.total_steps:
         yield from end_hints(block, length)
+    alphas = [alpha_at(0)]
     if block.schedule is not None and length.total_steps:
         alphas = [alpha_at(tau) for tau in sorted({round((length.total_steps - 1) * k / 500) for k in range(501)})]
-        yield from _schedule_hints(block, counts, alphas, length.total_steps)
-    if block.reduction == "sequence_mean_token_sum" and counts is not None and counts[-1]:
-        length_of_one = counts[-2] / counts[-1]
-        yield (
-            f"hint: the loss sums over a sample ({length_of_one:.0f} targets on average), so it and its gradients are that much "
-            "larger than a mean over tokens; look at `max_grad_norm`"
-        )
+        if block.schedule.type != "constant" and len(set(alphas)) == 1:
+            yield f"hint: the schedule does not move α within the {length.total_steps} steps of this run"
+    if counts is not None and any(counts) and block.loss == "dwl":
+        yield from _size_hints(block, counts, alphas)
     if best_metric is not None and best_metric.removeprefix("eval_") == "loss" and (moves or block.loss == "dft"):
         why = "α moves" if moves else "is the DFT loss"
         yield (

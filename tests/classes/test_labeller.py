@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from dwl_plugin.classes import Labeller, build_labeller, empty_class_problems, survey
+from dwl_plugin.classes import FOLLOWS, Labeller, build_labeller, empty_class_problems, survey
 from dwl_plugin.config import ClassConfig
-from dwl_plugin.config.classes import BetweenClass, RegexClass, TokenIdsClass, TokenRegexClass, TokensClass
+from dwl_plugin.config.classes import BetweenClass, PositionClass, RegexClass, TokenIdsClass, TokenRegexClass, TokensClass
 from dwl_plugin.errors import ConfigError, DWLError
 from dwl_plugin.run.collate import LabellingCollator
+from dwl_plugin.values import Overlap
 from tests.classes.little_tokenizers import END, START, THINK, UNTHINK, byte_level, encode, sentencepiece
 
 PROMPT = f"{START}user\nhello 7{END}\n{START}assistant\n"
@@ -258,7 +259,7 @@ def test_ids_outside_the_vocabulary_and_bytes_that_are_no_character_leave_the_re
         ids = before + strange + after
         found = labeller(ids, ids).tolist()
         assert found == whole[: len(before)] + [2] * len(strange) + whole[len(before) :]
-        assert survey(labeller, [{"input_ids": ids, "labels": ids}]).tokens == tuple(map(found.count, range(3)))
+        assert survey(labeller, [{"input_ids": ids, "labels": ids}]).tokens == tuple(map(found[1:].count, range(3)))
     assert {0, 1, 2} <= set(whole)
 
 
@@ -378,7 +379,7 @@ def test_the_survey_counts() -> None:
         "maybe": RegexClass(regex="okapi", allow_empty=True),
     }
     labeller = build_labeller(classes, byte_level())
-    rows = [sample("", f"{THINK}x7{UNTHINK} 7"), sample("a", "b")]
+    rows = [sample(" ", f"{THINK}x7{UNTHINK} 7"), sample("a", "b")]
     found = survey(labeller, [{"input_ids": ids, "labels": labels} for ids, labels in rows])
     assert (found.rows, found.targets) == (2, sum(label != -100 for _, labels in rows for label in labels))
     assert found.tokens[:5] == (4, 1, 0, 0, 0)
@@ -396,10 +397,30 @@ def test_the_survey_splits_rows_that_are_packed() -> None:
     ids, labels = sample("", f"a{THINK}b")
     labeller = build_labeller({"think": BetweenClass(between=(THINK, UNTHINK))}, byte_level())
     row = {"input_ids": ids * 2, "labels": labels * 2, "position_ids": [0, 1, 2] * 2}
-    assert survey(labeller, [row]).tokens == (4, 2)
+    found = survey(labeller, [row])
+    assert found.tokens == (4, 1)  # the second `a` is predicted by the first sample's end
+    assert (found.rows, found.rows_with_targets) == (1, 2)
 
 
-def test_rows_without_targets_are_one_problem() -> None:
-    classes: dict[str, ClassConfig] = {"a": RegexClass(regex="a"), "b": RegexClass(regex="b")}
-    found = survey(build_labeller(classes, byte_level()), [{"input_ids": [1], "labels": [-100]}])
-    assert [problem.path for problem in empty_class_problems(found, classes)] == ["dwl.classes"]
+@pytest.mark.parametrize("overlap", ["first", "sum"])
+def test_the_first_label_of_a_row_is_no_target(overlap: Overlap) -> None:
+    """It is classified, and nothing predicts it; behind another sample of its row something does."""
+    classes: dict[str, ClassConfig] = {"start": PositionClass(position={"first": 1}), "digit": TokenRegexClass(token_regex="[0-9]")}
+    labeller = build_labeller(classes, byte_level(), overlap)
+    ids, labels = sample("", "7 7")
+    row = {"input_ids": ids, "labels": labels}
+    found = survey(labeller, [row, row])
+    assert found.tokens == found.matches == (0, 2, 2)
+    assert found.unpredicted == (2, 2, 0)
+    assert (found.targets, found.rows_without) == (4, (2, 0, 0))
+    (problem,) = empty_class_problems(found, classes)
+    assert problem.path == "dwl.classes.start"
+    assert problem.message.startswith("matches nothing (looked at 4 target tokens in 2 rows")
+    assert "The 2 it does match are first in their rows" in problem.hint
+    behind = survey(labeller, [row, {**row, FOLLOWS: True}])
+    assert (behind.tokens[0], behind.targets) == (1, 5)
+
+
+def test_without_a_labeller_every_target_is_rest() -> None:
+    found = survey(None, [{"input_ids": [1, 2, 3], "labels": [1, -100, 3]}, {"input_ids": [1], "labels": [1]}])
+    assert (found.names, found.tokens, found.targets, found.rows_with_targets) == (("rest",), (1,), 1, 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -44,11 +46,33 @@ TEMPLATES = {
         "{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>{% else %}{{ raise_exception('no such role') }}{% endif %}"
         "{% endfor %}"
     ),
+    "the beginning of a text begins messages": (
+        "{% for m in messages %}{{ bos_token + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    ),
+    "llama 2": (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{% elif m['role'] == 'user' %}<s>[INST] "
+        "{% if loop.index0 == 1 and messages[0]['role'] == 'system' %}<<SYS>>\n{{ messages[0]['content'] }}\n<</SYS>>\n\n"
+        "{% endif %}{{ m['content'] }} [/INST]{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
+    ),
+    "the user's turn ends with the assistant's header": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<|im_end|>\n{% else %}"
+        "<|{{ m['role'] }}|>\n{{ m['content'] }}<|im_end|>\n{% if m['role'] == 'user' %}<|assistant|>\n{% endif %}{% endif %}"
+        "{% endfor %}"
+    ),
+    "an answer is asked for always": (
+        "{{ bos_token }}<|im_start|>{% if messages[0]['role'] != 'system' %}<|SYS|>As told.<|im_end|><|im_start|>{% endif %}"
+        "{% for m in messages %}{{ {'system': '<|SYS|>', 'user': '<|USR|>', 'assistant': '<|BOT|><|say|>'}[m['role']] }}"
+        "{{ m['content'] }}<|im_end|><|im_start|>{% endfor %}<|BOT|>"
+    ),
     "alpaca": (
         "{% for m in messages %}### {{ {'user': 'Instruction', 'assistant': 'Response', 'system': 'Setup', "
         "'tool': 'Tool'}[m['role']] }}:\n{{ m['content'] }}\n\n{% endfor %}"
     ),
 }
+FOLDED = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{% set told = messages[0]['content'] + ' ' if loop.index0 == 1 else '' %}"
+    "[INST] {{ told }}{{ m['content'] }} [/INST]{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
+)
 CONVERSATION = [
     ("system", "be 1 brief"),
     ("user", "hello 2"),
@@ -58,9 +82,10 @@ CONVERSATION = [
 ]
 
 
-def tokenizer_with(template: str | None) -> Any:
+def tokenizer_with(template: str | None, bos: str | None = "<|im_start|>") -> Any:
     tokenizer = copy.deepcopy(byte_level())
     tokenizer.chat_template = template
+    tokenizer.bos_token = bos
     return tokenizer
 
 
@@ -102,20 +127,81 @@ def test_a_role_ends_with_its_sample() -> None:
     assert packed.tolist() == labeller(ids, ids).tolist() + [1] * len(plain)
 
 
+def roles_of(tokenizer: Any, text: str) -> list[tuple[str, str]]:
+    """Who says what, by the tokens of a text."""
+    headers = role_headers(tokenizer, TokenTable.of(tokenizer))
+    labeller = build_labeller({role: RoleClass(role=role) for role in headers.known}, tokenizer)
+    ids = encode(tokenizer, text)
+    spoken = groupby(zip(labeller(ids, ids).tolist(), ids, strict=True), key=itemgetter(0))
+    return [(labeller.names[index], tokenizer.decode([token_id for _, token_id in tokens])) for index, tokens in spoken]
+
+
+@pytest.mark.parametrize("bos", ["<|im_start|>", "<s>", None])
+def test_a_bos_that_begins_headers_is_no_reason_to_cut_them(bos: str | None) -> None:
+    said = "<|im_start|>user\nthe solar\nsystem<|im_end|>\n", "<|im_start|>assistant\nYour operating system has it.<|im_end|>\n"
+    assert roles_of(tokenizer_with(CHATML, bos), "".join(said)) == [("user", said[0]), ("assistant", said[1])]
+
+
+def test_the_beginning_of_a_text_belongs_to_no_role() -> None:
+    said = roles_of(tokenizer_with(CHATML), "<|im_start|><|im_start|>user\nhello<|im_end|>\n")
+    assert said == [("rest", "<|im_start|>"), ("user", "<|im_start|>user\nhello<|im_end|>\n")]
+
+
+def test_a_header_that_the_message_before_brings_is_of_the_role_that_it_names() -> None:
+    template = TEMPLATES["the user's turn ends with the assistant's header"]
+    said = "<|user|>\nhello<|im_end|>\n", "<|assistant|>\n42<|im_end|>\n"
+    assert roles_of(tokenizer_with(template, None), "".join(said)) == [("user", said[0]), ("assistant", said[1])]
+
+
+def test_a_tools_answer_is_the_tools_and_what_follows_it_the_assistants() -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% elif m['role'] == 'tool' %}"
+        "[RESULT] {{ m['content'] }} [/RESULT]{% else %}{% if m['tool_calls'] %}[CALL] "
+        "{{ m['tool_calls'][0]['function'] | tojson }}{% else %} {{ m['content'] }}{% endif %}</s>{% endif %}{% endfor %}"
+    )
+    said = "[INST] hello ", '[/INST][CALL] {"name": "f"}</s>', "[RESULT] 9 ", "[/RESULT] the answer</s>"
+    assert roles_of(tokenizer_with(template, None), "".join(said)) == [
+        ("user", said[0]),
+        ("assistant", said[1]),
+        ("tool", said[2]),
+        ("assistant", said[3]),
+    ]
+
+
+def test_a_message_of_another_role_ends_the_one_before_and_has_none() -> None:
+    said = "<|im_start|>user\nhello<|im_end|>\n", "<|im_start|>critic\nso so<|im_end|>\n", "<|im_start|>assistant\n42<|im_end|>\n"
+    assert roles_of(tokenizer_with(CHATML), "".join(said)) == [("user", said[0]), ("rest", said[1]), ("assistant", said[2])]
+
+
+def test_a_row_that_begins_inside_a_message_has_a_role_from_its_first_header_on() -> None:
+    cut, whole = "user\nthe end of it<|im_end|>\n", "<|im_start|>assistant\n42<|im_end|>\n"
+    assert roles_of(tokenizer_with(CHATML), cut + whole) == [("rest", cut), ("assistant", whole)]
+
+
+@pytest.mark.parametrize("text", ["#### Response:\nno", "### Responses:\nno", "### Response:no", "x### Response:\nno"])
+def test_what_only_looks_like_a_header_is_none(text: str) -> None:
+    said = f"### Instruction:\nhello\n{text}\n\n"
+    assert roles_of(tokenizer_with(TEMPLATES["alpaca"]), said) == [("user", said)]
+
+
 @pytest.mark.parametrize(
     ("name", "known"),
     [
         ("chatml", {"assistant", "user", "system", "tool"}),
         ("tools speak as the user", {"assistant", "user", "system", "tool"}),
         ("channels", {"assistant", "user", "system", "tool"}),
+        ("the beginning of a text begins messages", {"assistant", "user", "system", "tool"}),
+        ("llama 2", {"assistant", "user", "system"}),
+        ("the user's turn ends with the assistant's header", {"assistant", "user", "system"}),
+        ("an answer is asked for always", {"assistant", "user", "system"}),
         ("mistral", {"assistant", "user"}),
     ],
 )
 def test_the_roles_a_template_can_tell(name: str, known: set[str]) -> None:
     tokenizer = tokenizer_with(TEMPLATES[name])
-    headers, why_not = role_headers(tokenizer, TokenTable.of(tokenizer))
-    assert set(headers) == known
-    assert set(why_not) == {"assistant", "user", "system", "tool"} - known
+    headers = role_headers(tokenizer, TokenTable.of(tokenizer))
+    assert set(headers.known) == known
+    assert set(headers.why_not) == {"assistant", "user", "system", "tool"} - known
 
 
 @pytest.mark.parametrize(
@@ -124,7 +210,10 @@ def test_the_roles_a_template_can_tell(name: str, known: set[str]) -> None:
         (None, "user", "there is none"),
         ("{% for m in messages %}- {{ m['content'] }}\n{% endfor %}", "assistant", "marks its beginning"),
         ("{% for m in messages %}\n\n{{ m['content'] }}{% endfor %}", "user", "marks its beginning"),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "user", "marks its beginning"),
         (TEMPLATES["mistral"], "tool", "no such role"),
+        (FOLDED, "system", "it stands in a message of `user`"),
+        (FOLDED.replace("[INST] {{ told }}", "{{ told }}[INST] "), "system", "no header stands before it"),
         ("{{ messages[0]['content'] }}", "user", "does not render"),
     ],
 )

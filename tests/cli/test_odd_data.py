@@ -71,7 +71,7 @@ def test_every_token_of_the_model_is_allowed(dwl: Run, write_config: Write, tmp_
         result = dwl(command, write_config(model=tmp_path / "wide", **settings), "--json")
         assert result.exit_code == 0, result.output
     for settings_of_size, allowed in (({"shrink_embeddings": True}, SIZE - 1), ({}, SIZE + 47)):
-        config = write_config(model=tmp_path / "wide", **tokenised(tmp_path, ([10**6, *ids], [-100] * 5)), **settings_of_size)
+        config = write_config(model=tmp_path / "wide", **tokenised(tmp_path, ([10**6, *ids], [-100] * 4 + [2])), **settings_of_size)
         assert problems(dwl("check", config, "--json"))[-1]["allowed"] == f"0 to {allowed}"
 
 
@@ -98,4 +98,59 @@ def test_data_without_a_row_is_a_problem(dwl: Run, write_config: Write, tmp_path
         settings = {"datasets": [named | {"path": str(rows)}, named]}
     result = dwl(command, write_config(loss="dft", **settings))
     assert result.exit_code == 1
-    assert f"{'pretraining_dataset' if kind == 'stream' else 'datasets'}: there is no row" in result.output
+    assert f"{'pretraining_dataset' if kind == 'stream' else 'datasets'}: there is no row to train on" in result.output
+
+
+@pytest.mark.parametrize("loss", ["nll", "dft", "dwl"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_data_without_a_target_is_a_problem_under_every_loss(
+    dwl: Run, write_config: Write, tmp_path: Path, loss: str, packed: bool
+) -> None:
+    masked = [-100] * len(GOOD)
+    settings = tokenised(tmp_path, (GOOD, masked), (GOOD, masked), loss=loss, sample_packing=packed, sequence_len=64)
+    if loss == "dwl":
+        settings["dwl"] = {"classes": {"a": {"token_ids": [5], "allow_empty": True}}}
+    for command in ("check", "inspect", "preflight"):
+        result = dwl(command, write_config(**settings))
+        assert result.exit_code == 1
+        assert "1 problem" in result.output
+        assert "datasets: there is nothing to train on: no target token in" in result.output
+
+
+def test_a_first_label_that_nothing_predicts_is_no_target(dwl: Run, write_config: Write, tmp_path: Path) -> None:
+    """Packed, all but the first sample of a row have one that is trained."""
+    classes = {"start": {"token_ids": [1]}, "five": {"token_ids": [5]}}
+    settings = tokenised(tmp_path, *[(GOOD, GOOD)] * 6) | {"loss": "dwl", "dwl": {"classes": classes}}
+    result = dwl("check", write_config(**settings), "--json")
+    told = json.loads(result.stdout)
+    (problem,) = told["problems"]
+    assert (problem["path"], told["targets"]) == ("dwl.classes.start", 6 * 5)
+    assert "The 6 it does match are first in their rows" in problem["hint"]
+    assert [(row["name"], row["tokens"], row["rows_without"]) for row in told["classes"]] == [
+        ("start", 0, 6),
+        ("five", 6, 0),
+        ("rest", 24, 0),
+    ]
+    packed = json.loads(
+        dwl("check", write_config(**settings, sample_packing=True, sequence_len=24, micro_batch_size=1), "--json").stdout
+    )
+    assert packed["problems"] == []
+    assert [row["tokens"] for row in packed["classes"]] == [4, 6, 24]
+    assert packed["targets"] == 34
+
+
+@pytest.mark.parametrize("reduction", [None, "token_mean", "weighted_mean"])
+def test_a_loss_much_smaller_than_sft_is_a_hint(dwl: Run, write_config: Write, tmp_path: Path, reduction: str | None) -> None:
+    settings = {"classes": {"five": {"token_ids": [5]}}, "alpha": {"five": 3, "rest": 1}}
+    chosen = {} if reduction is None else {"reduction": reduction}
+    path = write_config(**tokenised(tmp_path, (GOOD, GOOD)) | {"loss": "dwl", "dwl": settings | chosen})
+    hints = json.loads(dwl("check", path, "--json").stdout)["hints"]
+    assert [hint for hint in hints if "are 0.35× those of SFT" in hint] == (hints if reduction is None else [])
+    assert len(hints) == (reduction is None)
+
+
+def test_a_validation_set_that_takes_all_rows_is_a_problem(dwl: Run, write_config: Write, tmp_path: Path) -> None:
+    result = dwl("check", write_config(**tokenised(tmp_path, (GOOD, GOOD)), val_set_size=0.5))
+    assert result.exit_code == 1
+    assert "there is no row to train on: `val_set_size` takes all 1 of the data" in result.output
+    assert "1 rows to train on" not in result.output

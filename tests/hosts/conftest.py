@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,6 +57,71 @@ def configure(model_folder: Path, data_file: Path, tmp_path: Path) -> Callable[.
     return make
 
 
+@pytest.fixture(scope="module")
+def tokenizer(model_folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_folder)
+
+
+@pytest.fixture(scope="module")
+def samples(tokenizer: Any) -> list[dict[str, Any]]:
+    """Tokenised rows whose targets are the assistant's reply."""
+    out = []
+    for row in harness.rows(40):
+        question, reply = (message["content"] for message in row["messages"])
+        prompt = tokenizer(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+        answer = tokenizer(f"{reply}<|im_end|>")["input_ids"]
+        ids = prompt + answer
+        out.append({"input_ids": ids, "labels": [-100] * len(prompt) + answer, "attention_mask": [1] * len(ids)})
+    return out
+
+
+@pytest.fixture
+def model(model_folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="sdpa")
+
+
+@pytest.fixture
+def trainer_of(model: Any, tokenizer: Any, samples: list[dict[str, Any]], tmp_path: Path) -> harness.Build:
+    """A plain `Trainer`; keyword arguments go to it, `arguments` to its arguments."""
+
+    def make(arguments: dict[str, Any] | None = None, kind: type | None = None, **changes: Any) -> Any:
+        from datasets import Dataset
+        from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+        parts = {
+            "model": model,
+            "args": TrainingArguments(output_dir=str(tmp_path / "trainer"), **{**harness.ARGUMENTS, **(arguments or {})}),
+            "data_collator": DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=64),
+            "train_dataset": Dataset.from_list(samples),
+            "processing_class": tokenizer,
+        }
+        return (kind or Trainer)(**{**parts, **changes})
+
+    return make
+
+
+@pytest.fixture
+def sft_of(model: Any, tokenizer: Any, samples: list[dict[str, Any]], tmp_path: Path) -> harness.Build:
+    """TRL's `SFTTrainer`."""
+
+    def make(arguments: dict[str, Any] | None = None, kind: type | None = None, **changes: Any) -> Any:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        settings = {**harness.ARGUMENTS, "max_length": None, "pad_to_multiple_of": 64, **(arguments or {})}
+        parts = {"model": model, "train_dataset": Dataset.from_list(samples), "processing_class": tokenizer}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what TRL is about to drop
+            parts["args"] = SFTConfig(output_dir=str(tmp_path / "sft"), **settings)
+            return (kind or SFTTrainer)(**{**parts, **changes})
+
+    return make
+
+
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
     """`torch_compile`, for one, stays switched on in the environment for every later run of the process."""
@@ -71,6 +137,9 @@ def _environment() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _only_our_plugin() -> Iterator[None]:
     """Axolotl keeps every plugin that any config of the process has named; a test leaves none behind."""
+    if harness.AXOLOTL is None:
+        yield
+        return
     from axolotl.integrations.base import PluginManager
 
     manager = PluginManager.get_instance()
@@ -82,7 +151,8 @@ def _only_our_plugin() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _axolotl() -> None:
-    harness.import_host()
+    if harness.AXOLOTL is not None:  # `apply` needs none, and its tests run without
+        harness.import_host()
 
 
 @pytest.hookimpl(tryfirst=True)

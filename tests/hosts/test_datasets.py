@@ -98,6 +98,43 @@ def test_every_layout_is_classified_and_keeps_its_loss(configure: Configure, way
     run_both(configure, **WAYS[way])
 
 
+COUNTED = {"start": {"position": {"first": 1}, "allow_empty": True}, **CLASSES}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("stream", "pretraining")])
+@pytest.mark.parametrize("overlap", ["first", "sum"])
+def test_the_opening_counts_what_the_run_trains(
+    configure: Configure, tmp_path: Path, model_folder: Path, kind: str, overlap: str
+) -> None:
+    """One epoch, logged at its end, beside the survey of the same 24 rows."""
+    found: list[Any] = []
+    dwl = {"classes": COUNTED, "overlap": overlap}
+    once = {"max_steps": 12, "logging_steps": 12}
+    settings = KINDS[kind](tmp_path, model_folder)
+    run = train(configure(loss="dwl", dwl=dwl, **once, **settings), before=lambda trainer: found.append(trainer._dwl.survey))
+    assert found[0].rows == 24
+    for name, tokens in zip(found[0].names, found[0].tokens, strict=True):
+        assert run.logged(f"dwl/token_share/{name}") == pytest.approx([tokens / found[0].targets], abs=1e-12)
+    assert (found[0].tokens[0] == 0) == (kind == "completion")
+
+
+def test_in_packed_rows_the_opening_counts_the_first_labels_that_are_trained(configure: Configure, tmp_path: Path) -> None:
+    """Axolotl trains the first label of a sample that stands behind another."""
+    found: list[Any] = []
+    settings = {**completion(tmp_path, tmp_path), **WAYS["packed"], "num_epochs": 1, "max_steps": None}
+    run = train(
+        configure(loss="dwl", dwl={"classes": COUNTED}, logging_steps=1, **settings),
+        before=lambda trainer: found.append(trainer._dwl.survey),
+    )
+    (classes,) = found
+    rows = classes.rows - classes.tokens[0]
+    assert classes.unpredicted[0] == rows
+    assert 1 < rows < 12
+    logged = run.logged("dwl/token_share/start")
+    assert sum(logged) / len(logged) == pytest.approx(classes.tokens[0] / classes.targets, rel=0.25)
+    assert max(logged) > 0
+
+
 def test_packed_pretraining_stream(configure: Configure, tmp_path: Path, model_folder: Path) -> None:
     settings = pretraining(tmp_path, model_folder)
     run_both(configure, **settings, sample_packing=True, sequence_len=128, micro_batch_size=1)

@@ -383,9 +383,9 @@ def holds(text: str) -> Callable[[Path], object]:
         ("model.safetensors", device, "its model.safetensors is no file"),
         ("optimizer.pt", pipe, "its optimizer.pt is no file"),
         ("optimizer.pt", leads_nowhere, "its optimizer.pt is no file"),
-        ("trainer_state.json", pipe, "it has no trainer_state.json"),
-        ("trainer_state.json", device, "it has no trainer_state.json"),
-        ("trainer_state.json", absurdly_large, "its trainer_state.json is larger than that of any run"),
+        ("trainer_state.json", pipe, "its trainer_state.json is not read: it is a pipe"),
+        ("trainer_state.json", device, "its trainer_state.json is not read: it is a device"),
+        ("trainer_state.json", absurdly_large, "its trainer_state.json is not read: it has more than 1,048,576 KiB"),
         ("trainer_state.json", holds("[" * 100_000 + "]" * 100_000), "its trainer_state.json is nested too deep"),
         ("trainer_state.json", holds("[]"), "its trainer_state.json is no JSON object"),
         ("trainer_state.json", holds("{}"), "`global_step`: field required"),
@@ -474,15 +474,76 @@ def test_a_training_set_without_a_row_stops_before_a_model_is_loaded(
     monkeypatch.setattr(ModelLoader, "load", load)
     long = [{"messages": [{"role": "user", "content": "x " * 500}, {"role": "assistant", "content": "1"}]}] * 4
     block = {"dwl": DWL} if loss == "dwl" else {}
-    left = "no row is left to train on"
-    for name, rows, words in (
-        ("empty", [], "is empty"),
-        ("long", long, left),
-        ("long", long, left),
-    ):  # again: rows prepared earlier
+    for name, rows in (("empty", []), ("long", long), ("long", long)):  # again: rows prepared earlier
         data = harness.write_rows(tmp_path / f"{name}.jsonl", rows)
-        with pytest.raises(ConfigError, match=rf"(?m)^  datasets: .*{words}"):
+        with pytest.raises(ConfigError, match=r"(?m)^  datasets: there is no row to train on"):
             harness.train(configure(data=data, loss=loss, **block, sequence_len=64, sample_packing=packed))
+
+
+# rows without a target
+
+LOSSES: dict[str, dict[str, Any]] = {
+    "nll": {"loss": "nll"},
+    "dft": {"loss": "dft"},
+    "dwl": {"loss": "dwl", "dwl": {"classes": {"number": {"regex": r"\d", "allow_empty": True}}}},
+}
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from axolotl.loaders import ModelLoader
+
+    def load(self: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(ModelLoader, "load", load)
+
+
+def with_labels(path: Path, *labels: list[int]) -> dict[str, Any]:
+    """Tokenised rows with these labels."""
+    ids = [5, 6, 7, 8]
+    harness.write_rows(path, [{"input_ids": ids, "labels": row, "attention_mask": [1] * len(ids)} for row in labels])
+    return {"path": str(path), "ds_type": "json", "type": None}
+
+
+MASKED, FIRST_ALONE, TRAINED = [-100] * 4, [5, -100, -100, -100], [-100, -100, 7, 8]
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("labels", "packed"), [(MASKED, False), (MASKED, True), (FIRST_ALONE, False)])
+def test_rows_without_a_target_stop_every_loss_before_a_model_is_loaded(
+    configure: Configure, tmp_path: Path, loss: str, labels: list[int], packed: bool
+) -> None:
+    source = with_labels(tmp_path / "rows.jsonl", *[labels] * 6)
+    with pytest.raises(ConfigError, match=r"(?m)^  datasets: there is nothing to train on: no target token in"):
+        harness.train(configure(**LOSSES[loss], datasets=[source], sequence_len=64, sample_packing=packed))
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_evaluation_set_without_a_target_stops_the_run(configure: Configure, tmp_path: Path, loss: str) -> None:
+    train, test = with_labels(tmp_path / "train.jsonl", *[TRAINED] * 6), with_labels(tmp_path / "test.jsonl", *[MASKED] * 4)
+    settings = {"datasets": [train], "test_datasets": [test | {"split": "train"}], "val_set_size": None}
+    with pytest.raises(ConfigError, match=r"(?m)^  test_datasets: there is nothing to evaluate on, .* in the 4 rows looked at"):
+        harness.train(configure(**LOSSES[loss], **settings, eval_steps=1))
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_validation_set_that_takes_all_rows_is_told(configure: Configure, tmp_path: Path) -> None:
+    source = with_labels(tmp_path / "rows.jsonl", TRAINED)
+    with pytest.raises(ConfigError, match=r"(?m)^  datasets: there is no row to train on: `val_set_size` takes all of"):
+        harness.train(configure(loss="dft", datasets=[source], val_set_size=0.5))
+
+
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_a_stream_without_a_target_saves_no_model(configure: Configure, tmp_path: Path, loss: str) -> None:
+    """Nobody can look into a stream before it is trained on."""
+    asked = [{"messages": [{"role": "user", "content": f"What is {i}?"}]} for i in range(8)]
+    source = {"path": str(harness.write_rows(tmp_path / "rows.jsonl", asked)), "ds_type": "json", "type": "chat_template"}
+    with pytest.raises(RunError, match="no batch of this run had a target token"):
+        harness.train(configure(loss=loss, datasets=[source], streaming=True, logging_steps=100))
+    assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
 # a loss that is no number

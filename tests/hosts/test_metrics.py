@@ -186,6 +186,20 @@ def test_opening_lines_say_what_alpha_does(configure: Configure, capsys: pytest.
     assert [line.split()[1] for line in lines[2:6]] == list(NAMES)
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_a_loss_much_smaller_than_sft_is_said_at_the_start(
+    configure: Configure, capsys: pytest.CaptureFixture[str], written: bool
+) -> None:
+    """By as much as one step of it is smaller than one of SFT, and not where `token_mean` is written out."""
+    classes = {"number": {"regex": r"\d+"}, "control": {"tokens": ["<|im_end|>"]}}
+    dwl = {"classes": classes, "alpha": {"number": 2, "control": 3, "rest": 1}, **({"reduction": "token_mean"} if written else {})}
+    run = train(configure(loss="dwl", dwl=dwl, max_steps=20, learning_rate=1e-12))
+    told = re.findall(r"the whole loss and its gradients are (\S+)× those of SFT", capsys.readouterr().out)
+    assert bool(told) != written
+    if told:
+        assert float(told[0]) == pytest.approx(sum(run.logged("dwl/weight")) / 20, abs=0.01)
+
+
 @pytest.mark.parametrize("loss", ["nll", "dft"])
 def test_classes_are_measured_under_the_other_losses(configure: Configure, loss: str) -> None:
     plain = train(configure(loss=loss, max_steps=2))

@@ -50,6 +50,61 @@ def test_overlapping_classes_share_more_than_all_tokens_and_all_of_the_weight() 
     assert [row.weight_share for row in rows] == pytest.approx([30 / mass, 15 / mass, 2 / mass])
 
 
+UNIFORM = {"a": 1, "b": 1, "rest": 1}
+
+
+def size_hints(counts: tuple[int, ...] = COUNTS, **dwl: Any) -> list[str]:
+    found, length = block(**dwl), RunLength(100, 50)
+    return [
+        line for line in hints(found, counts, alpha_of(found, length), length, None) if "of SFT" in line or "mean weight" in line
+    ]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "counts", "size"),
+    [
+        ({"a": 5, "b": 3, "rest": 2}, COUNTS, "0.29×"),  # 0.2·0.5 + 0.3·0.3 + 0.5·0.2
+        (UNIFORM, COUNTS, "0.33×"),
+        (UNIFORM, OVERLAPPING, "0.40×"),  # 120 memberships of 100 targets
+        ({"a": 1, "b": 0, "rest": 9}, COUNTS, "0.47×"),
+    ],
+)
+def test_a_loss_much_smaller_than_sft_is_said_with_the_line_that_keeps_its_size(
+    alpha: dict[str, int], counts: tuple[int, ...], size: str
+) -> None:
+    overlap = "sum" if counts is OVERLAPPING else "first"
+    (line,) = size_hints(counts, alpha=alpha, overlap=overlap)
+    assert f"the whole loss and its gradients are {size} those of SFT" in line
+    assert "`reduction: weighted_mean` keeps SFT's size" in line
+
+
+@pytest.mark.parametrize("reduction", ["weighted_mean", "class_mean"])
+def test_reductions_that_keep_the_size_get_no_hint(reduction: str) -> None:
+    """And they do keep it: the mean weight of a target is 1."""
+    assert not size_hints(alpha=UNIFORM, reduction=reduction)
+    found = block(reduction=reduction)
+    rows = class_weight_table(found.reduction, found.class_names, found.alpha, COUNTS)
+    assert sum(row.token_share * row.one_token for row in rows) == pytest.approx(1)
+
+
+def test_a_size_near_sfts_or_a_reduction_that_is_written_gets_no_hint() -> None:
+    assert not size_hints((5, 5, 90, 100, 4), alpha={"a": 0.05, "b": 0.05, "rest": 0.9})  # 0.815
+    assert size_hints((10, 10, 80, 100, 4), alpha={"a": 0.05, "b": 0.05, "rest": 0.9})  # 0.73
+    assert not size_hints(alpha=UNIFORM, reduction="token_mean")
+
+
+def test_a_size_that_a_schedule_moves_is_one_hint() -> None:
+    (line,) = size_hints(alpha={"a": 0, "b": 0, "rest": 1}, schedule={"type": "linear", "to": {"a": 1, "b": 0, "rest": 0}})
+    assert "goes between 0.20" in line
+
+
+def test_a_sum_over_samples_is_said_with_its_size() -> None:
+    """25 targets to a sample, of a mean weight of 0.29."""
+    (line,) = size_hints(reduction="sequence_mean_token_sum")
+    assert "(25 targets on average)" in line
+    assert "7.25× those of SFT" in line
+
+
 TO = {"a": 1, "b": 1, "rest": 8}
 
 
