@@ -22,8 +22,9 @@ from dwl_plugin.hosts.axolotl_preview import dropped_all, packs_of, vocabulary_p
 from dwl_plugin.hosts.checkpoints import choose_checkpoint
 from dwl_plugin.hosts.dropped_options import dropped_options
 from dwl_plugin.hosts.four_bits import keep_the_training_format
+from dwl_plugin.hosts.incompatible import shares_sequences
 from dwl_plugin.hosts.trainer import install, less_is_better, uninstall
-from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl
+from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl, newer_host
 from dwl_plugin.run.dataset_check import check_dataset, labeller_of, no_rows, no_targets, picked_rows, require_rows, require_targets
 from dwl_plugin.run.moving import require_places
 from dwl_plugin.run.startup import log_line
@@ -115,6 +116,8 @@ class DWLPlugin(BasePlugin):
         if cfg.get("axolotl_config_path"):
             cfg["axolotl_config_path"] = str(config_as_it_ran(Path(cfg["axolotl_config_path"]), self._ran))
         if line := keep_the_training_format(cfg):
+            log_line(line)
+        for line in newer_host("deepspeed") if shares_sequences(cfg) else ():
             log_line(line)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:

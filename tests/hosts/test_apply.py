@@ -373,6 +373,17 @@ def test_copies_of_the_model_in_one_process_are_refused(trainer_of: Build) -> No
     assert "torchrun" in problems_of(trainer)["args"]
 
 
+def test_ranks_that_share_sequences_are_refused(trainer_of: Build) -> None:
+    from accelerate import ParallelismConfig
+
+    trainer = trainer_of()
+    trainer.accelerator.state.parallelism_config = ParallelismConfig(sp_size=2)
+    try:
+        assert "context_parallel_size" in problems_of(trainer)["args.parallelism_config"]
+    finally:
+        trainer.accelerator.state.parallelism_config = None
+
+
 def test_applying_twice_is_refused_until_the_first_is_detached(trainer_of: Build) -> None:
     trainer = trainer_of()
     handle = dwl_plugin.apply(trainer, CONFIG)

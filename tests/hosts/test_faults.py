@@ -280,6 +280,16 @@ def test_a_file_that_breaks_off_is_noticed(run_folder: Path, file: str) -> None:
     assert unfinished(newest) == f"its {file} breaks off"
 
 
+def test_a_part_of_deepspeeds_checkpoint_that_was_cut_off_is_found(tmp_path: Path) -> None:
+    part = tmp_path / "global_step2" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    part.parent.mkdir()
+    torch.save({"x": torch.zeros(1000)}, part)
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 2}))
+    assert unfinished(tmp_path) is None
+    cut(part)
+    assert unfinished(tmp_path) == f"its global_step2/{part.name} breaks off"
+
+
 def test_automatic_resuming_takes_the_newest_whole_checkpoint_and_says_so(run_folder: Path) -> None:
     (run_folder / "checkpoint-4" / "trainer_state.json").unlink()
     config = cfg(run_folder, auto_resume_from_checkpoints=True)
