@@ -18,12 +18,13 @@ from dwl_plugin.config.overrides import overridden, overrides_of, plain
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.hosts.as_it_ran import config_as_it_ran
 from dwl_plugin.hosts.axolotl_args import block_of, fused_losses_asked_for
-from dwl_plugin.hosts.axolotl_preview import dropped_all, packs_of, require_rows_that_tokenise
+from dwl_plugin.hosts.axolotl_preview import dropped_all, packs_of, require_rows_that_tokenise, vocabulary_problems
 from dwl_plugin.hosts.checkpoints import choose_checkpoint
 from dwl_plugin.hosts.dropped_options import dropped_options
 from dwl_plugin.hosts.four_bits import keep_the_training_format
+from dwl_plugin.hosts.incompatible import shares_sequences
 from dwl_plugin.hosts.trainer import install, less_is_better, uninstall
-from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl
+from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl, newer_host
 from dwl_plugin.run.dataset_check import check_dataset, labeller_of, no_rows, no_targets, picked_rows, require_rows, require_targets
 from dwl_plugin.run.moving import require_places
 from dwl_plugin.run.startup import log_line
@@ -85,8 +86,8 @@ class DWLPlugin(BasePlugin):
         from axolotl.loaders import load_tokenizer
         from transformers.hf_argparser import HfArgumentParser
 
-        if block.labels_tokens:
-            self._labeller = labeller_of(block, load_tokenizer(cfg))
+        tokenizer = load_tokenizer(cfg)
+        self._labeller = labeller_of(block, tokenizer)
         cli_args, _ = HfArgumentParser(TrainerCliArgs).parse_args_into_dataclasses(return_remaining_strings=True)
         try:
             meta = load_datasets(cfg=cfg, cli_args=cli_args)
@@ -109,7 +110,7 @@ class DWLPlugin(BasePlugin):
         require_rows(meta.train_dataset)
         if block.moves:
             require_places(block, *_planned_length(cfg, meta))
-        self._look_at_rows(cfg, block, meta.train_dataset, meta.eval_dataset)
+        self._look_at_rows(cfg, block, tokenizer, meta.train_dataset, meta.eval_dataset)
         return meta
 
     def pre_model_load(self, cfg: Any) -> None:
@@ -120,6 +121,8 @@ class DWLPlugin(BasePlugin):
             cfg["axolotl_config_path"] = str(config_as_it_ran(Path(cfg["axolotl_config_path"]), self._ran))
         if line := keep_the_training_format(cfg):
             log_line(line)
+        for line in newer_host("deepspeed") if shares_sequences(cfg) else ():
+            log_line(line)
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         block = block_of(cfg, self._unwritten)
@@ -127,9 +130,10 @@ class DWLPlugin(BasePlugin):
             return []
         if self._survey is None:  # they were loaded elsewhere
             require_rows(trainer.train_dataset)
-            if block.labels_tokens and self._labeller is None:
-                self._labeller = labeller_of(block, trainer.processing_class)
-            self._look_at_rows(cfg, block, trainer.train_dataset, trainer.eval_dataset)
+            tokenizer = trainer.processing_class
+            if self._labeller is None:
+                self._labeller = labeller_of(block, tokenizer)
+            self._look_at_rows(cfg, block, tokenizer, trainer.train_dataset, trainer.eval_dataset)
         session, callback = install(trainer, block, self._labeller, self._survey, self._taken_over)
         session.data = _paths(cfg)
         self._trainer = trainer
@@ -138,13 +142,16 @@ class DWLPlugin(BasePlugin):
     def post_train_unload(self, cfg: Any) -> None:
         self._forget()
 
-    def _look_at_rows(self, cfg: Any, block: Block, training: Any, evaluation: Any) -> None:
-        """Label a seeded sample of the rows. Raises `ConfigError` for a class that is nowhere in it, or without a target."""
-        samples = _sample(training, cfg.seed or 0)
+    def _look_at_rows(self, cfg: Any, block: Block, tokenizer: Any, training: Any, evaluation: Any) -> None:
+        """Label a seeded sample of the rows. Raises `ConfigError` for a class that is nowhere in it, for a sample without a target,
+        and for tokens that the model does not have."""
+        samples, held_out = (_sample(dataset, cfg.seed or 0) for dataset in (training, evaluation))
+        if samples or held_out:
+            ConfigError.raise_any(vocabulary_problems(cfg, tokenizer, [*samples, *held_out]))
         if samples and cfg.sample_packing:
             packs_of(samples, cfg)
         self._survey = check_dataset(block, self._labeller, samples)
-        require_targets(_sample(evaluation, cfg.seed or 0), "val_set_size" if cfg.val_set_size else "test_datasets")
+        require_targets(held_out, "val_set_size" if cfg.val_set_size else "test_datasets")
 
     def _forget(self) -> None:
         if self._trainer is not None:

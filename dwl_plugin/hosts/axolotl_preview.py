@@ -29,8 +29,7 @@ from typing import Any
 from dwl_plugin.classes import FOLLOWS
 from dwl_plugin.config.overrides import SWEEP_FILE, VARIABLE
 from dwl_plugin.errors import ConfigError, DWLError, Problem, first_line
-from dwl_plugin.run.dataset_check import no_rows, no_targets, picked_rows
-from dwl_plugin.values import IGNORE_INDEX
+from dwl_plugin.run.dataset_check import ids_outside, no_rows, no_targets, picked_rows
 
 __all__ = [
     "NotSeenError",
@@ -288,8 +287,7 @@ def _nothing_cached_beside_the_data() -> Iterator[None]:
 
 
 def vocabulary_problems(cfg: Any, tokenizer: Any, samples: Iterable[Sample]) -> Iterator[Problem]:
-    """Ids and labels for which the model has no row: training would stop at them, on a GPU without a word of why."""
-    import numpy as np
+    """As `ids_outside`, for the model of the config."""
     from axolotl.loaders.utils import load_model_config
 
     with quiet(), _loading("base_model", cfg.base_model):
@@ -297,12 +295,7 @@ def vocabulary_problems(cfg: Any, tokenizer: Any, samples: Iterable[Sample]) -> 
     asked = math.ceil(len(tokenizer) / 32) * 32 if cfg.resize_token_embeddings_to_32x else len(tokenizer)
     text_config = getattr(config, "get_text_config", lambda: config)()
     size = asked if cfg.shrink_embeddings else max(asked, getattr(text_config, "vocab_size", None) or 0)
-    for key, no_target in (("input_ids", ()), ("labels", (IGNORE_INDEX,))):
-        outside = [ids[((ids < 0) | (ids >= size)) & ~np.isin(ids, no_target)] for ids in (np.asarray(row[key]) for row in samples)]
-        if wrong := [int(ids[0]) for ids in outside if len(ids)]:
-            allowed = f"0 to {size - 1:,}{', or -100 for no target' if no_target else ''}"
-            message = f"`{key}` of {len(wrong):,} of the rows looked at name tokens that the model does not have"
-            yield Problem("datasets", message, wrong[0], allowed, "were they tokenised for another model?")
+    yield from ids_outside(samples, size)
 
 
 def load_model(cfg: Any, tokenizer: Any) -> Any:

@@ -107,13 +107,13 @@ def unfinished(folder: Path) -> str | None:
     except ValueError:  # a text that is cut off, also in the middle of a character
         return f"its {_STATE} breaks off"
     # A later run that wrote the same step again found an old state there.
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.rglob("*")):  # DeepSpeed's parts are in a folder of their own
         if file.is_dir():
             continue
         if not file.is_file():  # to open a pipe means to wait
-            return f"its {file.name} is no file"
+            return f"its {file.relative_to(folder)} is no file"
         if not _is_whole(file):
-            return f"its {file.name} breaks off"
+            return f"its {file.relative_to(folder)} breaks off"
     return None
 
 

@@ -30,7 +30,7 @@ from dwl_plugin.config import Block
 from dwl_plugin.errors import ConfigError, LossNotTakenError, NotFiniteError, RunError, first_line
 from dwl_plugin.hosts.base_nll import base_nll
 from dwl_plugin.hosts.checkpoints import finished_checkpoints, named_in, require_whole, unfinished
-from dwl_plugin.hosts.versions import divided_later
+from dwl_plugin.hosts.versions import divided_later, gradients_are_averaged
 from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics
 from dwl_plugin.loss.deferred_logits import DeferredLogits
 from dwl_plugin.loss.membership import Membership
@@ -50,6 +50,7 @@ __all__ = [
     "computes_loss",
     "install",
     "less_is_better",
+    "ranks_per_sequence",
     "replaced_methods",
     "uninstall",
 ]
@@ -85,14 +86,14 @@ class TrainerMixin(Trainer):
         loader = super()._get_dataloader(*args, **kwargs)
         for stored in getattr(self, "_eval_dataloaders", {}).values():  # kept for later, prepared again by the host
             self._label(stored)
-        return self._label(loader)
+        return self._label(loader, shifted=kwargs.get("is_training", False) and ranks_per_sequence(self.accelerator) > 1)
 
-    def _label(self, loader: Any) -> Any:
+    def _label(self, loader: Any, shifted: bool = False) -> Any:
         labeller = self._dwl.labeller
         inner = getattr(loader, "base_dataloader", loader)
         if labeller is not None and not isinstance(inner.collate_fn, LabellingCollator):
             packed = any(getattr(self.args, key, False) for key in _PACKING)
-            inner.collate_fn = LabellingCollator(inner.collate_fn, labeller, packed)
+            inner.collate_fn = LabellingCollator(inner.collate_fn, labeller, packed, shifted)
         return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -127,7 +128,13 @@ class TrainerMixin(Trainer):
             denominator = counts[-2].clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         on_tokens = session.trained_on if training else self._without_repeated_rows(inputs, session.eval_sums.add)
         with session.seam.armed(session.pending_loss(inputs, counts, denominator, on_tokens)):
-            result = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            sharing = ranks_per_sequence(self.accelerator) if training else 1
+            result = super().compute_loss(
+                model, inputs, return_outputs=return_outputs or sharing > 1, num_items_in_batch=num_items_in_batch
+            )
+            if sharing > 1:  # the host weighs the ranks' losses by their targets; ours are parts of one sum
+                loss = _share(result[1]["loss"], sharing, gradients_are_averaged(model))
+                result = (loss, result[1]) if return_outputs else loss
             if training:
                 session.first_bad.add_loss(session.tau + 1, result[0] if return_outputs else result)
             if session.keeps_logits:
@@ -330,6 +337,18 @@ class AlphaCallback(TrainerCallback):
                 session.base_nll = base_nll(trainer, controller.rows_to_measure, session.names)
             controller.compare_with(session.base_nll)
         return loop
+
+
+def ranks_per_sequence(accelerator: Any) -> int:
+    """How many ranks share a sequence in training: several under DeepSpeed's sequence parallelism."""
+    return getattr(getattr(accelerator, "parallelism_config", None), "sp_size", None) or 1
+
+
+def _share(loss: torch.Tensor, sharing: int, averaged: bool) -> torch.Tensor:
+    """A rank's share of the loss of its sequence, which the host multiplies again for its log; with the whole gradient where those
+    of the ranks are averaged, and its share where they are added."""
+    share = loss / sharing
+    return share + (loss - share) - (loss - share).detach() if averaged else share
 
 
 def _require_cut_sequences(accelerator: Any, batches: Sequence[Any]) -> None:

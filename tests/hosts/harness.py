@@ -65,6 +65,17 @@ def write_rows(path: Path, samples: list[dict[str, Any]]) -> Path:
     return path
 
 
+def tokenized(tokenizer: Any, text: str, targets: int | None = None) -> dict[str, Any]:
+    """A row whose last `targets` tokens are trained on, all but the first by default. 0: only the first label, which no token
+    predicts, so that the host, which drops rows without labels, keeps it."""
+    ids = tokenizer(text)["input_ids"] + [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    first = 1 if targets is None else len(ids) - targets
+    labels = [-100] * first + ids[first:]
+    if targets == 0:
+        labels[0] = ids[0]
+    return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
+
+
 def make_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -42,6 +42,12 @@ def test_what_the_schema_sees_is_reported_whole_and_nothing_is_written(configure
 
 
 @pytest.mark.usefixtures("no_model")
+def test_an_anchor_is_refused_where_the_base_model_would_see_a_part_of_each_sequence(configure: Configure) -> None:
+    settings = configure(loss="dft", dft={"anchor": 0.1}, adapter="lora", deepspeed="zero2.json", context_parallel_size=2)
+    assert "eval mode" in problems_of(settings)["dft.anchor"]
+
+
+@pytest.mark.usefixtures("no_model")
 def test_what_the_tokenizer_sees_is_reported_whole(configure: Configure, tmp_path: Path) -> None:
     classes = {"many": {"tokens": ["<think>"]}, "outside": {"token_ids": [5, 4000]}, "shadowed": {"token_ids": [5]}}
     found = problems_of(configure(loss="dwl", dwl={"classes": classes}))
