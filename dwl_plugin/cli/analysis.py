@@ -147,6 +147,7 @@ def analyse(path: Path, samples: int, trust: bool, to_run: bool = False, spread:
                 if any(problem.path.startswith(_ROWS_OF) for problem in found.problems):
                     return found, None
                 status.update(f"{samples} rows …")
+                lost.append("")
                 rows = host.load_rows(cfg, tokenizer, samples, spread=spread)
                 found.looked_at.append(f"{rows.looked_at:,} rows")
                 found.problems.extend(host.vocabulary_problems(cfg, tokenizer, rows.samples))

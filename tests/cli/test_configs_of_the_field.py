@@ -297,6 +297,14 @@ def test_what_only_the_hub_may_have_is_said_not_to_have_been_asked_for() -> None
     assert list(on_the_hub_perhaps({"lora_model_dir": "org/adapter"})) == []
 
 
+def test_data_that_only_the_hub_may_have_is_not_looked_at(dwl: Check, write_config: Write) -> None:
+    result = dwl("check", write_config(loss="dft", datasets=[{"path": "org/never-seen", "type": "chat_template"}]))
+    assert result.exit_code == 2
+    (line,) = [line for line in result.output.splitlines() if "org/never-seen" in line]
+    assert "without it" not in line
+    assert result.output.endswith("No problem in what was: `loss`, `dft` and `dwl`, Axolotl's own keys, the tokenizer.\n")
+
+
 @pytest.mark.timeout(120)
 def test_check_stops_at_missing_files_and_opens_no_pipe(
     dwl: Check, write_config: Write, little_model: Path, tmp_path: Path
