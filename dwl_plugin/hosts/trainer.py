@@ -12,6 +12,8 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
+from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from dwl_plugin.config import Block
 from dwl_plugin.errors import ConfigError, LossNotTakenError, NotFiniteError, RunError, first_line
 from dwl_plugin.hosts.base_nll import base_nll
 from dwl_plugin.hosts.checkpoints import finished_checkpoints, named_in, require_whole, unfinished
-from dwl_plugin.hosts.versions import divided_later
+from dwl_plugin.hosts.versions import divided_later, gradients_are_averaged
 from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics
 from dwl_plugin.loss.deferred_logits import DeferredLogits
 from dwl_plugin.loss.membership import Membership
@@ -36,6 +38,7 @@ from dwl_plugin.loss.shift import IGNORE_INDEX
 from dwl_plugin.run.closed_loop import ClosedLoop
 from dwl_plugin.run.collate import LabellingCollator
 from dwl_plugin.run.moving import controller_of
+from dwl_plugin.run.record import BatchSize, Record
 from dwl_plugin.run.session import RunState, Session
 from dwl_plugin.run.startup import keep_config, log_line, other_length_lines, other_options_lines, startup_lines
 
@@ -47,6 +50,7 @@ __all__ = [
     "computes_loss",
     "install",
     "less_is_better",
+    "ranks_per_sequence",
     "replaced_methods",
     "uninstall",
 ]
@@ -55,6 +59,7 @@ _STATE = "dwl"
 """The key in `stateful_callbacks` of the trainer's state."""
 _PACKING = ("sample_packing", "batch_flattening", "packing", "padding_free")
 """Training arguments, Axolotl's and TRL's, that put several samples into one row."""
+_VERSIONED = ("axolotl", "transformers", "trl", "peft", "accelerate", "deepspeed", "torch")
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 Batch = dict[str, Any]
@@ -81,14 +86,14 @@ class TrainerMixin(Trainer):
         loader = super()._get_dataloader(*args, **kwargs)
         for stored in getattr(self, "_eval_dataloaders", {}).values():  # kept for later, prepared again by the host
             self._label(stored)
-        return self._label(loader)
+        return self._label(loader, shifted=kwargs.get("is_training", False) and ranks_per_sequence(self.accelerator) > 1)
 
-    def _label(self, loader: Any) -> Any:
+    def _label(self, loader: Any, shifted: bool = False) -> Any:
         labeller = self._dwl.labeller
         inner = getattr(loader, "base_dataloader", loader)
         if labeller is not None and not isinstance(inner.collate_fn, LabellingCollator):
             packed = any(getattr(self.args, key, False) for key in _PACKING)
-            inner.collate_fn = LabellingCollator(inner.collate_fn, labeller, packed)
+            inner.collate_fn = LabellingCollator(inner.collate_fn, labeller, packed, shifted)
         return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -123,7 +128,13 @@ class TrainerMixin(Trainer):
             denominator = counts[-2].clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         on_tokens = session.trained_on if training else self._without_repeated_rows(inputs, session.eval_sums.add)
         with session.seam.armed(session.pending_loss(inputs, counts, denominator, on_tokens)):
-            result = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            sharing = ranks_per_sequence(self.accelerator) if training else 1
+            result = super().compute_loss(
+                model, inputs, return_outputs=return_outputs or sharing > 1, num_items_in_batch=num_items_in_batch
+            )
+            if sharing > 1:  # the host weighs the ranks' losses by their targets; ours are parts of one sum
+                loss = _share(result[1]["loss"], sharing, gradients_are_averaged(model))
+                result = (loss, result[1]) if return_outputs else loss
             if training:
                 session.first_bad.add_loss(session.tau + 1, result[0] if return_outputs else result)
             if session.keeps_logits:
@@ -275,7 +286,7 @@ class AlphaCallback(TrainerCallback):
         session.loop = self._closed_loop(saved, tau)
         session.move(tau)
         if state.is_world_process_zero:
-            keep_config(session.block, Path(args.output_dir))
+            keep_config(session.block, _record(self._trainer, tau), Path(args.output_dir))
         picks = args.metric_for_best_model or "loss" if args.load_best_model_at_end else None
         counts = None if session.survey is None else session.survey.counts
         lines = [*startup_lines(session.block, counts, session.alpha_at, session.length, session.replaced, picks)]
@@ -328,6 +339,18 @@ class AlphaCallback(TrainerCallback):
         return loop
 
 
+def ranks_per_sequence(accelerator: Any) -> int:
+    """How many ranks share a sequence in training: several under DeepSpeed's sequence parallelism."""
+    return getattr(getattr(accelerator, "parallelism_config", None), "sp_size", None) or 1
+
+
+def _share(loss: torch.Tensor, sharing: int, averaged: bool) -> torch.Tensor:
+    """A rank's share of the loss of its sequence, which the host multiplies again for its log; with the whole gradient where those
+    of the ranks are averaged, and its share where they are added."""
+    share = loss / sharing
+    return share + (loss - share) - (loss - share).detach() if averaged else share
+
+
 def _require_cut_sequences(accelerator: Any, batches: Sequence[Any]) -> None:
     """Under context parallelism each rank has its part of every sequence, and of the class ids, from the collator on."""
     parallelism = getattr(accelerator, "parallelism_config", None)
@@ -336,6 +359,23 @@ def _require_cut_sequences(accelerator: Any, batches: Sequence[Any]) -> None:
             "context parallelism cuts these sequences up after their batch was made, where class ids and the number of "
             "targets cannot follow. It works with datasets of text whose batches Axolotl's own collators make."
         )
+
+
+def _record(trainer: TrainerMixin, tau: int) -> Record:
+    args, rows = trainer.args, trainer.train_dataset
+    batch = trainer.get_total_train_batch_size(args)
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    used = [name for name in _VERSIONED if name in sys.modules]
+    return Record(
+        began=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        resumed_at_step=tau or None,
+        model=getattr(trainer.accelerator.unwrap_model(trainer.model).config, "name_or_path", None) or None,
+        data=trainer._dwl.data,
+        rows=len(rows) if hasattr(rows, "__len__") else None,
+        learning_rate=args.learning_rate,
+        batch=BatchSize(micro=micro, accumulation=accumulation, ranks=max(batch // (micro * accumulation), 1)),
+        versions={"dwl_plugin": version("axolotl-dwl"), **{name: version(name) for name in used}},
+    )
 
 
 def _run_length(args: Any, state: Any, loader: Any) -> RunLength:

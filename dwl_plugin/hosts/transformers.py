@@ -18,9 +18,17 @@ from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block, read_block
 from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.hosts import trl
-from dwl_plugin.hosts.trainer import BelowHost, TrainerMixin, install, less_is_better, replaced_methods, uninstall
+from dwl_plugin.hosts.trainer import (
+    BelowHost,
+    TrainerMixin,
+    install,
+    less_is_better,
+    ranks_per_sequence,
+    replaced_methods,
+    uninstall,
+)
 from dwl_plugin.hosts.versions import newer_host, older_host
-from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows, require_rows, require_targets
+from dwl_plugin.run.dataset_check import check_dataset, ids_outside, labeller_of, picked_rows, require_rows, require_targets
 from dwl_plugin.run.session import Session
 from dwl_plugin.run.startup import log_line
 
@@ -83,7 +91,10 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
     ConfigError.raise_any(problems)
     require_rows(trainer.train_dataset)
     labeller = _labeller_of(trainer, block)
-    survey = check_dataset(block, labeller, _collated(trainer, trainer.train_dataset))
+    rows = list(_collated(trainer, trainer.train_dataset))
+    size = getattr(trainer.model.get_input_embeddings(), "num_embeddings", None)
+    ConfigError.raise_any(() if size is None else ids_outside(rows, size))
+    survey = check_dataset(block, labeller, rows)
     held_out = trainer.eval_dataset
     for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
         require_targets(_collated(trainer, dataset), "eval_dataset")
@@ -128,6 +139,9 @@ def _problems(trainer: Trainer) -> Iterator[Problem]:
     if args.n_gpu > 1:
         hint = "start one process for each GPU: `torchrun` or `accelerate launch`"
         yield Problem("args", f"one process with {args.n_gpu} GPUs runs copies of the model, and the loss is in none", hint=hint)
+    if ranks_per_sequence(trainer.accelerator) > 1:
+        hint = "train with Axolotl and `context_parallel_size`, or without `sp_size`"
+        yield Problem("args.parallelism_config", "the ranks that share a sequence get losses of their own to weigh", hint=hint)
     if trainer.model_init is not None:
         hint = "build the model, and pass it as `model`"
         yield Problem("model_init", "makes another model when training starts, without this loss", hint=hint)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from tests.hosts import harness
 from tests.hosts.ranks import Ranks
+
+collect_ignore = [] if find_spec("deepspeed") else ["test_deepspeed.py"]
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +26,24 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return harness.write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", harness.rows(40))
+
+
+@pytest.fixture(scope="session")
+def uneven(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five steps of four rows, the last two of them for the second rank."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    sums, words = [f"{n} and {n + 3} make {2 * n + 3}" for n in range(20)], "the answer is in the words alone "
+    steps = [
+        [(sums[0], None), (sums[1], 3), (sums[2], None), (words, 5)],
+        [(sums[3], None), (sums[4], None), (words, None), (words * 4, None)],  # the second rank has no numbers
+        [(sums[5], None), (words, 2), (sums[6], 0), (words, 0)],  # … has no target at all
+        [(words, 1), (words, 0), (sums[7], None), (words * 5, None)],  # … has nearly all of them
+        [(sums[8], 0), (words, 0), (sums[9], 0), (words, 0)],  # nobody has one
+    ]
+    rows = [harness.tokenized(tokenizer, text, targets) for step in steps for text, targets in step]
+    return harness.write_rows(tmp_path_factory.mktemp("uneven") / "rows.jsonl", rows)
 
 
 @pytest.fixture

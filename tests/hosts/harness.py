@@ -65,6 +65,17 @@ def write_rows(path: Path, samples: list[dict[str, Any]]) -> Path:
     return path
 
 
+def tokenized(tokenizer: Any, text: str, targets: int | None = None) -> dict[str, Any]:
+    """A row whose last `targets` tokens are trained on, all but the first by default. 0: only the first label, which no token
+    predicts, so that the host, which drops rows without labels, keeps it."""
+    ids = tokenizer(text)["input_ids"] + [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    first = 1 if targets is None else len(ids) - targets
+    labels = [-100] * first + ids[first:]
+    if targets == 0:
+        labels[0] = ids[0]
+    return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
+
+
 def make_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -234,8 +245,8 @@ class Run:
         return [entry[key] for entry in self.history if key in entry]
 
 
-def train(settings: dict[str, Any], before: Callable[[Any], None] | None = None) -> Run:
-    """`axolotl train`, in process, through the host's own `load_cfg` and `do_train`."""
+def train(settings: dict[str, Any], before: Callable[[Any], None] | None = None, options: dict[str, Any] | None = None) -> Run:
+    """`axolotl train`, in process, through the host's own `load_cfg` and `do_train`; `options` are its command line's."""
     import axolotl.cli.train as command
     import axolotl.train as host
     from axolotl.cli.args import TrainerCliArgs
@@ -257,7 +268,7 @@ def train(settings: dict[str, Any], before: Callable[[Any], None] | None = None)
     argv, sys.argv = sys.argv, ["axolotl"]
     host.setup_model_and_trainer, command.train = with_recorder, host_train
     try:
-        cfg = load_cfg(DictDefault(settings))
+        cfg = load_cfg(DictDefault(settings), **(options or {}))
         if cfg.world_size > 1:
             cfg.device_map = {"": "cpu"}  # the host takes each rank for a GPU
         command.do_train(cfg, TrainerCliArgs())

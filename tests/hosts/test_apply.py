@@ -373,6 +373,17 @@ def test_copies_of_the_model_in_one_process_are_refused(trainer_of: Build) -> No
     assert "torchrun" in problems_of(trainer)["args"]
 
 
+def test_ranks_that_share_sequences_are_refused(trainer_of: Build) -> None:
+    from accelerate import ParallelismConfig
+
+    trainer = trainer_of()
+    trainer.accelerator.state.parallelism_config = ParallelismConfig(sp_size=2)
+    try:
+        assert "context_parallel_size" in problems_of(trainer)["args.parallelism_config"]
+    finally:
+        trainer.accelerator.state.parallelism_config = None
+
+
 def test_applying_twice_is_refused_until_the_first_is_detached(trainer_of: Build) -> None:
     trainer = trainer_of()
     handle = dwl_plugin.apply(trainer, CONFIG)
@@ -471,6 +482,16 @@ def test_rows_without_a_target_stop_before_training(
     (path,) = found
     assert path == ("datasets" if which == "datasets" else "eval_dataset")
     assert "no target token in the 4 rows looked at" in found[path]
+
+
+def test_a_token_that_the_model_does_not_have_stops_before_training(trainer_of: Build, samples: list[dict[str, Any]]) -> None:
+    from datasets import Dataset
+
+    ids = [*samples[0]["input_ids"][:-1], 400]
+    found = problems_of(
+        trainer_of(train_dataset=Dataset.from_list([*samples[1:], {**samples[0], "input_ids": ids}])), {"loss": "nll"}
+    )
+    assert "`input_ids` of 1 of the rows looked at name tokens that the model does not have (got 400)" in found["datasets"]
 
 
 def test_an_empty_data_set_is_a_sentence(trainer_of: Build) -> None:
