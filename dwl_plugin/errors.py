@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,9 +110,38 @@ class NotFiniteError(RunError):
 
 
 def did_you_mean(word: object, known: Sequence[str]) -> str:
-    """A hint naming the closest known word, or an empty string."""
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
-    return f"did you mean `{close[0]}`?" if close else ""
+    """A hint naming the known word that is a slip of the fingers away, or an empty string.
+
+    A word with other digits is another word: `load_in_16bit` is no slip of `load_in_8bit`.
+    """
+    given = _plain(word)
+    allowed = (len(given) > 1) + (len(given) > 9)
+    near = [(plain, name) for name in known if abs(len(plain := _plain(name)) - len(given)) <= allowed]
+    close = [(_slips(given, plain), name) for plain, name in near if _digits(plain) == _digits(given)]
+    slips, closest = min(close, default=(allowed + 1, ""))
+    return f"did you mean `{closest}`?" if slips <= allowed else ""
+
+
+def _plain(word: object) -> str:
+    """Without what people write differently: capitals, and what joins words."""
+    return re.sub("[-_ ]", "", str(word).lower())
+
+
+def _digits(word: str) -> list[str]:
+    return re.findall(r"\d", word)
+
+
+def _slips(a: str, b: str) -> int:
+    """The least number of letters to put in, to leave out, to replace, or to swap with their neighbours."""
+    rows = [list(range(len(b) + 1))]
+    for i in range(1, len(a) + 1):
+        rows.append([i])
+        for j in range(1, len(b) + 1):
+            least = min(rows[i - 1][j] + 1, rows[i][j - 1] + 1, rows[i - 1][j - 1] + (a[i - 1] != b[j - 1]))
+            if i > 1 and j > 1 and a[i - 2 : i] == b[j - 1] + b[j - 2]:
+                least = min(least, rows[i - 2][j - 2] + 1)
+            rows[i].append(least)
+    return rows[-1][-1]
 
 
 def printable(text: str, keep: str = "") -> str:

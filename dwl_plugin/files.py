@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dwl_plugin.errors import DWLError
 
-__all__ = ["UnreadableError", "read_regular", "write_whole"]
+__all__ = ["UnreadableError", "kind_of_file", "read_regular", "write_whole"]
 
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 
@@ -25,20 +25,30 @@ class UnreadableError(DWLError):
 def read_regular(path: Path, limit: int) -> bytes:
     """All that is in `path`, links followed. Raises `UnreadableError`: it cannot be read, is no file, or has over `limit` bytes."""
     try:
-        _need_regular(path, os.stat(path))  # before it is opened: some devices act on that alone
+        _need_regular(path, os.stat(path), limit)  # before it is opened: some devices act on that alone
         with open(path, "rb", opener=_without_waiting) as file:
-            _need_regular(path, os.fstat(file.fileno()))
+            _need_regular(path, os.fstat(file.fileno()), limit)
             content = file.read(limit + 1) or b""  # None: a file of the kernel that has nothing yet
     except (OSError, ValueError) as error:  # a ValueError for a name that no file can have
         raise UnreadableError(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if len(content) > limit:
-        raise UnreadableError(path, f"is not read: it has more than {limit >> 10:,} KiB")
+    _need_small(path, len(content), limit)
     return content
 
 
-def _need_regular(path: Path, found: os.stat_result) -> None:
+def _need_small(path: Path, size: int, limit: int) -> None:
+    if size > limit:
+        raise UnreadableError(path, f"is not read: it has more than {limit >> 10:,} KiB")
+
+
+def _need_regular(path: Path, found: os.stat_result, limit: int) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise UnreadableError(path, f"is not read: it is a {_KINDS.get(stat.S_IFMT(found.st_mode), 'special file')}")
+        raise UnreadableError(path, f"is not read: it is a {kind_of_file(found.st_mode)}")
+    _need_small(path, found.st_size, limit)
+
+
+def kind_of_file(mode: int) -> str:
+    """What is no regular file, in a word."""
+    return _KINDS.get(stat.S_IFMT(mode), "special file")
 
 
 def _without_waiting(name: str, flags: int) -> int:

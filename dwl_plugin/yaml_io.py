@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -17,8 +17,17 @@ from dwl_plugin.files import UnreadableError, read_regular
 
 __all__ = ["Twice", "decoded", "load_plain_yaml", "load_yaml", "read_yaml"]
 
-Twice = tuple[str, int, int]
-"""A key that stands twice, and the two lines."""
+
+class Twice(NamedTuple):
+    """A key that stands more than once in its mapping: its YAML path, the lines, and the last value, which YAML keeps.
+
+    `value` is "" where it is no scalar.
+    """
+
+    path: str
+    lines: tuple[int, ...]
+    value: str
+
 
 _MAX_BYTES = 1 << 20
 _MAX_NODES = 200_000
@@ -52,7 +61,7 @@ def read_yaml(path: Path, twice: list[Twice] | None = None) -> Any:
 def load_yaml(text: str, name: str, twice: list[Twice] | None = None) -> Any:
     """The values in one document of YAML. Raises `ConfigError` at `name`, with line and column.
 
-    `twice` receives each key that stands twice in its mapping, of which YAML keeps the last.
+    `twice` receives each key that stands more than once in its mapping.
     """
     try:
         return _loaded(text, [] if twice is None else twice)
@@ -83,7 +92,7 @@ def load_plain_yaml(text: str, name: str) -> Any:
         mark = _mark(error)
         at = name if mark is None else f"{name}:{mark.line + 1}"
         raise ConfigError.at(at, f"is not YAML: {_why(error)}") from None
-    for _, first, line in twice:
+    for _, (first, line, *_), _ in twice:
         raise ConfigError.at(f"{name}:{line}", f"a key stands twice, here and in line {first}")
     return content
 
@@ -102,7 +111,7 @@ def _loaded(text: str, twice: list[Twice]) -> Any:
     """`yaml.safe_load` that raises `yaml.YAMLError` alone."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None and _size(node, {}, twice) > _MAX_NODES:
+        if node is not None and _size(node, {}, twice, "") > _MAX_NODES:
             raise yaml.YAMLError("its anchors and aliases multiply without end, or nearly so")
         return None if node is None else yaml.SafeLoader("").construct_document(node)
     except yaml.YAMLError:
@@ -112,24 +121,32 @@ def _loaded(text: str, twice: list[Twice]) -> Any:
         raise yaml.YAMLError(f"{type(error).__name__}{said}") from error
 
 
-def _size(node: yaml.Node, seen: dict[int, float], twice: list[Twice]) -> float:
+def _size(node: yaml.Node, seen: dict[int, float], twice: list[Twice], path: str) -> float:
     """Nodes of a tree with aliases written out; infinite where one holds itself. Doubled keys go to `twice`."""
     if id(node) in seen:
         return seen[id(node)]
     seen[id(node)] = float("inf")
-    inner = [] if isinstance(node, yaml.ScalarNode) else node.value
     if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(node.value) > _MAX_DIGITS:
         raise yaml.MarkedYAMLError(problem=f"a number of more than {_MAX_DIGITS} characters", problem_mark=node.start_mark)
+    inner: list[tuple[yaml.Node, str]] = []
     if isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
+        lines: dict[str, list[int]] = {}
+        last: dict[str, yaml.Node] = {}
+        for key, value in node.value:
+            name = str(key.value) if isinstance(key, yaml.ScalarNode) else ""
+            below = f"{path}.{name}".removeprefix(".")
+            inner += (key, below), (value, below)
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                line = key.start_mark.line + 1
-                if key.value in lines:
-                    twice.append((key.value, lines[key.value], line))
-                lines.setdefault(key.value, line)
-        inner = [item for pair in node.value for item in pair]
-    seen[id(node)] = 1.0 + sum(_size(child, seen, twice) for child in inner)
+                lines.setdefault(below, []).append(key.start_mark.line + 1)
+                last[below] = value
+        twice.extend(
+            Twice(below, tuple(where), last[below].value if isinstance(last[below], yaml.ScalarNode) else "")
+            for below, where in lines.items()
+            if len(where) > 1
+        )
+    elif isinstance(node, yaml.SequenceNode):
+        inner = [(item, f"{path}[{index}]") for index, item in enumerate(node.value)]
+    seen[id(node)] = 1.0 + sum(_size(child, seen, twice, below) for child, below in inner)
     return seen[id(node)]
 
 

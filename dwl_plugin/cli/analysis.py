@@ -26,8 +26,11 @@ from dwl_plugin.config.overrides import overridden, overrides_of
 from dwl_plugin.config.salvage import salvage
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
 from dwl_plugin.hosts import axolotl_preview as host
+from dwl_plugin.hosts.axolotl_args import fused_losses_asked_for
+from dwl_plugin.hosts.axolotl_keys import dropped_keys
 from dwl_plugin.hosts.axolotl_preview import Rows
 from dwl_plugin.hosts.incompatible import refused
+from dwl_plugin.hosts.needed_files import MODELS, file_problems, on_the_hub_perhaps
 from dwl_plugin.run.dataset_check import SURVEY_ROWS, labeller_of, no_rows, no_targets
 from dwl_plugin.values import REST
 
@@ -38,8 +41,15 @@ if TYPE_CHECKING:
 
 __all__ = ["ClassFigures", "Findings", "LookedAt", "analyse", "looking"]
 
-_STAND_INS = {"learning_rate": 1e-5}
+_ROWS = [{"path": "json", "type": "alpaca"}]
+_STAND_INS = {
+    "learning_rate": 1e-5,
+    "datasets": _ROWS,
+    "test_datasets": _ROWS,
+    "pretraining_dataset": [{"path": "json", "type": "pretrain"}],
+}
 """For what Axolotl must be given and is given wrongly: a value that changes nothing of what is looked at."""
+_ROWS_OF = ("datasets", "pretraining_dataset")
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class Findings:
     unseen: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
+    looked_at: list[str] = field(default_factory=list)
 
     @property
     def status(self) -> int:
@@ -121,19 +132,24 @@ def analyse(path: Path, samples: int, trust: bool, to_run: bool = False, spread:
     with Console(stderr=True).status("") as status:
         try:
             raw, block = _read(path, found, trust)
-            if found.dangers:
+            if found.dangers or any(problem.path in MODELS for problem in found.problems):
                 return found, None
             status.update("Axolotl reads the config …")
             with looking(found, trust) as lost:
                 lost.append("; without it there is no tokenizer and no data")
                 cfg = _host_config(raw, found, to_run)
+                found.looked_at.append("Axolotl's own keys")
                 status.update("The tokenizer …")
                 lost.append("; without it there is no data either")
                 tokenizer = host.load_tokenizer(cfg)
+                found.looked_at.append("the tokenizer")
                 block, labeller = _labeller(block, tokenizer, found)
+                if any(problem.path.startswith(_ROWS_OF) for problem in found.problems):
+                    return found, None
                 status.update(f"{samples} rows …")
-                lost.append(_beside_the_config(raw, path))
+                lost.append("")
                 rows = host.load_rows(cfg, tokenizer, samples, spread=spread)
+                found.looked_at.append(f"{rows.looked_at:,} rows")
                 found.problems.extend(host.vocabulary_problems(cfg, tokenizer, rows.samples))
                 return found, _look_at(LookedAt(cfg, tokenizer, block, labeller, rows, run_length(cfg, rows)), found)
         except ConfigError as error:
@@ -164,7 +180,7 @@ def looking(found: Findings, trust: bool) -> Iterator[list[str]]:
 def _read(path: Path, found: Findings, trust: bool) -> tuple[dict[str, Any], Block | None]:
     """The file, with what the environment sets over it; where there are problems, the block is what is left of ours."""
     raw, odd = read_config(path)
-    found.problems.extend(odd)
+    found.hints.extend(odd)
     try:
         overrides = overrides_of(os.environ)
         raw |= overridden(raw, overrides) if overrides else {}
@@ -172,11 +188,17 @@ def _read(path: Path, found: Findings, trust: bool) -> tuple[dict[str, Any], Blo
     except ConfigError as error:
         found.add(error)
     found.dangers.extend([] if trust else dangers(raw))
-    block, problems = salvage(raw, [danger.path for danger in found.dangers], folder=path.parent)
+    packs = [danger.path for danger in found.dangers if danger.path.startswith("dwl.")]
+    found.looked_at.append(f"`loss`, `dft` and `dwl`{' without its packs' if packs else ''}")
+    block, problems = salvage(raw, packs, folder=path.parent)
     found.problems.extend(problems)
+    found.problems.extend(_beside(path, problem) for problem in file_problems(raw))
+    found.unseen.extend(on_the_hub_perhaps(raw))
     loss = raw.get("loss")
     if loss is not None:
         found.problems.extend(refused(raw, loss if loss in ("nll", "dft", "dwl") else "dwl"))
+        if fused := [f"`{key}`" for key in fused_losses_asked_for(raw)]:
+            found.notes.append(f"a run switches {' and '.join(fused)} off: `loss: {loss}` is computed in its place")
     elif all(raw.get(key) is None for key in Block.model_fields):
         close = [f"`{key}`: {hint}" for key in raw if (hint := did_you_mean(key, list(Block.model_fields)))]
         message = "this config has no `loss`, so dwl_plugin does nothing in it"
@@ -188,6 +210,7 @@ def _host_config(raw: Mapping[str, Any], found: Findings, to_run: bool) -> Any:
     """What Axolotl says. Our keys go with it only if they are right: a host's validator stops at the first error."""
     _plugin_line(raw, found, host.plugin_is_active(raw))
     left_out = set(Block.model_fields) if found.problems else set()
+    left_out |= {key for key in ("datasets", "test_datasets") if not _is_list_of_mappings(raw.get(key))}
     try:
         while True:
             given = {key: value for key, value in raw.items() if key not in left_out}
@@ -197,14 +220,29 @@ def _host_config(raw: Mapping[str, Any], found: Findings, to_run: bool) -> Any:
                 found.notes.extend(notes)
                 return cfg
             except ConfigError as error:
-                found.add(error)
-                wrong = {re.split(r"[.\[]", problem.path)[0] for problem in error.problems} & given.keys()
+                told = [problem for problem in error.problems if not _for_want_of(left_out, problem)]
+                if not came_from_wall(error):
+                    found.add(ConfigError(told))
+                wrong = {re.split(r"[.\[]", problem.path)[0] for problem in told} & given.keys()
                 if not wrong or "base_model" in wrong:  # nothing to leave out and go on without
-                    raise
+                    raise ConfigError(told) from error
                 left_out |= wrong | set(Block.model_fields)
     finally:
-        for key, close in host.unknown_keys(raw).items():
-            found.hints.append(f"Axolotl does not know the key `{key}` and drops it{'; ' + close if close else ''}")
+        named = " ".join(problem.message for problem in found.problems)
+        for key, what in dropped_keys(raw):
+            if f"`{key}`" not in named and key not in Block.model_fields:
+                found.hints.append(f"Axolotl does not know the key `{key}` and drops it{'; ' + what if what else ''}")
+
+
+def _is_list_of_mappings(value: Any) -> bool:
+    """Or nothing; over all else Axolotl's validators stumble."""
+    return value is None or (isinstance(value, list) and all(isinstance(entry, (Mapping, list)) for entry in value))
+
+
+def _for_want_of(left_out: set[str], problem: Problem) -> bool:
+    """Whether Axolotl complains of what was kept from it, because it was wrong."""
+    wanted = left_out - set(Block.model_fields)
+    return problem.path in left_out or (problem.path == "axolotl" and bool(wanted & {*re.findall(r"\w+", problem.message)}))
 
 
 def _plugin_line(raw: Mapping[str, Any], found: Findings, active: bool) -> None:
@@ -299,11 +337,9 @@ def run_length(cfg: Any, rows: Rows) -> RunLength:
     return RunLength(total, per_epoch)
 
 
-def _beside_the_config(raw: Mapping[str, Any], config: Path) -> str:
+def _beside(config: Path, problem: Problem) -> Problem:
     """Axolotl takes relative paths from where it is started, not from where the config lies."""
-    entries = raw.get("datasets")
-    for entry in entries if isinstance(entries, list) else ():
-        path = entry.get("path") if isinstance(entry, Mapping) else None
-        if isinstance(path, str) and not Path(path).exists() and (config.parent / path).exists():
-            return f"; {path} lies beside the config, and Axolotl looks in the folder it is started from"
-    return ""
+    name = problem.value
+    if problem.hint or not isinstance(name, str) or os.path.exists(name) or not (config.parent / name).exists():
+        return problem
+    return replace(problem, hint="it lies beside the config, and Axolotl looks in the folder it is started from")

@@ -37,7 +37,7 @@ def check(console: Console, config: Path, samples: int, trust: bool, as_json: bo
             _print_overlaps(console, seen)
         _print_list(console, "Hints", found.hints)
         _print_list(console, "Notes", found.notes + _row_notes(seen))
-        say(console, *_VERDICTS[found.status])
+        say(console, *_verdict(found))
     return found.status
 
 
@@ -123,11 +123,12 @@ def _row_notes(seen: LookedAt | None) -> list[str]:
     return notes
 
 
-_VERDICTS = (
-    ("No problem found.", "bold green"),
-    ("This config would not train.", "bold red"),
-    ("No problem found, but not all of it could be looked at.", "bold yellow"),
-)
+def _verdict(found: Findings) -> tuple[str, str]:
+    if found.status == 1:
+        return "This config would not train.", "bold red"
+    if found.status == 2:
+        return f"Not all of it could be looked at. No problem in what was: {', '.join(found.looked_at)}.", "bold yellow"
+    return "No problem found.", "bold green"
 
 
 def as_dict(found: Findings, seen: LookedAt | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,7 +24,8 @@ class Console(rich.console.Console):
     """The one way to a terminal: whatever is printed through it, nothing but our own styles and bars moves or colours anything."""
 
     def __init__(self, *, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+        # `datasets` puts another mapping in the place of `os.environ` now and then, and rich would keep the one before.
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, _environ=os.environ)
 
     def render_str(self, text: str, **how: Any) -> Text:
         return super().render_str(printable(text, keep="\n\t"), **how)

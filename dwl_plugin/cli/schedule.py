@@ -38,7 +38,10 @@ def schedule(
     console: Console, config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None, trust: bool = False
 ) -> None:
     """The whole command. Raises `DWLError` where the config is wrong, or a position needs a length that nobody gave."""
-    raw, overrides = _read(config, trust), overrides_of(os.environ)
+    raw, odd = _read(config, trust)
+    for line in odd:
+        say(console, f"hint: {line}")
+    overrides = overrides_of(os.environ)
     for override in overrides:
         say(console, override)
     block = parse(overridden(raw, overrides), folder=config.parent)
@@ -94,14 +97,13 @@ def _tables(block: Block, length: RunLength) -> Iterator[_Numbers]:
         yield _Numbers("dft", names, lambda tau: tuple(getattr(at(tau)[c], option) for c in moving for option in SCHEDULED))
 
 
-def _read(config: Path, trust: bool) -> Mapping[str, Any]:
+def _read(config: Path, trust: bool) -> tuple[Mapping[str, Any], list[str]]:
     raw, odd = read_config(config)
-    ConfigError.raise_any(odd)
     packs = fetched_packs(raw)
     if packs and not trust:
         listed = "\n".join(f"  {printable(str(danger))}" for danger in packs)
         raise DWLError(f"{printable(str(config))} fetches:\n{listed}\nNothing was fetched. If you trust it, say so with --trust.")
-    return raw
+    return raw, odd
 
 
 def _length(raw: Mapping[str, Any], steps: int | None, epoch_steps: int | None) -> RunLength:

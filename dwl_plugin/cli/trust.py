@@ -344,10 +344,12 @@ def dangers(raw: Mapping[str, Any]) -> list[Danger]:
             Danger("the folder you are in", _NUMBA, "runs code", "numba loads and writes what these settings of it name"),
             *fetched_packs(raw),
         ]
-    from dwl_plugin.hosts.axolotl_preview import other_names
+    from dwl_plugin.hosts.axolotl_keys import other_names
+    from dwl_plugin.hosts.axolotl_preview import import_axolotl
 
     own: Set[tuple[str, str]] = frozenset()
     with contextlib.suppress(ImportError):  # then nothing of the config is loaded either
+        import_axolotl()
         own = other_names()
     return _found(raw, (*RULES, PACKS), own)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ from dwl_plugin.loss.token_losses import TOKEN_LOSSES
 __all__ = ["salvage"]
 
 _CLASSES = "dwl.classes"
+_STAND_IN = {"of_the_pack": {"regex": "."}}
+"""For a pack that is not to be looked into: what else is in the block can be checked."""
+_ALONE = ("loss", "dwl.reduction", "dwl.token_loss")
+"""What is wrong here is wrong whatever the classes are."""
 
 
 def salvage(
-    raw: Mapping[str, Any], leave_out: Iterable[str] = (), folder: Path | None = None
+    raw: Mapping[str, Any], leave_out: Collection[str] = (), folder: Path | None = None
 ) -> tuple[Block | None, list[Problem]]:
     """The block of the classes that parse, and every problem with the others.
 
@@ -37,14 +41,21 @@ def salvage(
     whole = not paths
     for _ in range(2):
         left = _without(ours, paths) if paths else ours
+        if "dwl.pack" in leave_out and isinstance(ours.get("dwl"), Mapping) and "dwl" not in left:
+            keys = {key: value for key, value in ours["dwl"].items() if f"dwl.{key}" not in paths}
+            left = {**ours, "dwl": {**keys, "classes": _STAND_IN}}
         try:
             return parse(left, folder), problems
         except ConfigError as error:
             # Once something is missing, only what is said of a single class is certain to be the user's own mistake.
-            problems += [problem for problem in error.problems if whole or problem.path.startswith(f"{_CLASSES}.")]
+            problems += [problem for problem in error.problems if whole or _is_certain(problem)]
             paths += [problem.path for problem in error.problems]
             whole = False
     return None, problems
+
+
+def _is_certain(problem: Problem) -> bool:
+    return problem.path.startswith(f"{_CLASSES}.") or problem.path in _ALONE or problem.message == "unknown key"
 
 
 def _without(ours: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:

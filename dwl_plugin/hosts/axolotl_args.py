@@ -11,9 +11,9 @@ from pydantic import BaseModel, Field, model_validator
 from dwl_plugin.config import Block, DWLConfig, LossName, parse
 from dwl_plugin.config.overrides import plain
 from dwl_plugin.errors import ConfigError
-from dwl_plugin.hosts.incompatible import refused
+from dwl_plugin.hosts.incompatible import refused, shares_sequences
 from dwl_plugin.loss.token_losses import DFTConfig
-from dwl_plugin.run.session import without_base_model
+from dwl_plugin.run.session import anchor_problems, without_base_model
 
 __all__ = ["FUSED_LOSSES", "DWLPluginArgs", "block_of", "fused_losses_asked_for"]
 
@@ -50,6 +50,9 @@ class DWLPluginArgs(BaseModel):
             problems += refused(data, loss)
         if block is not None and not data.get("adapter"):
             problems += without_base_model(block)
+        elif block is not None and shares_sequences(data):
+            why = "is held to the base model, whose forward is in eval mode, where DeepSpeed's sequence parallelism is switched off"
+            problems += anchor_problems(block, why, "leave `context_parallel_size` or `deepspeed` out, or delete `anchor`")
         ConfigError.raise_any(problems)
         return data if block is None else {**data, **block.dump()}
 

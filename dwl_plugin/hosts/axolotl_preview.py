@@ -19,17 +19,17 @@ import math
 import os
 import shutil
 import tempfile
+import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from dwl_plugin.classes import FOLLOWS
 from dwl_plugin.config.overrides import SWEEP_FILE, VARIABLE
-from dwl_plugin.errors import ConfigError, DWLError, Problem, did_you_mean, first_line
-from dwl_plugin.run.dataset_check import no_rows, no_targets, picked_rows
-from dwl_plugin.values import IGNORE_INDEX
+from dwl_plugin.errors import ConfigError, DWLError, Problem, first_line
+from dwl_plugin.run.dataset_check import ids_outside, no_rows, no_targets, picked_rows
 
 __all__ = [
     "NotSeenError",
@@ -42,11 +42,10 @@ __all__ = [
     "load_rows",
     "load_tokenizer",
     "offline",
-    "other_names",
     "packs_of",
     "plugin_is_active",
     "quiet",
-    "unknown_keys",
+    "require_rows_that_tokenise",
     "vocabulary_problems",
 ]
 
@@ -191,41 +190,11 @@ def load_cfg(raw: Mapping[str, Any], path: Path, *, to_run: bool = False) -> tup
             normalize_config(cfg)
         normalize_cfg_datasets(cfg)
         plugin_set_cfg(cfg)
+        kernels = [f"`{key}`" for key in _CPU_ONLY if key.startswith("lora_") and cfg[key]]
+        if kernels and not torch.cuda.is_available():
+            which = f"the kernels for LoRA, which this config has or Axolotl turns on ({', '.join(kernels)}), run on a GPU only"
+            notes.append(f"{which}: to train on this machine, set them to `false`")
     return cfg, notes
-
-
-def unknown_keys(raw: Mapping[str, Any]) -> dict[str, str]:
-    """Top-level keys that Axolotl drops without a word, and what each may have been meant to be."""
-    from axolotl.integrations.config import merge_input_args
-
-    fields = merge_input_args()[0].model_fields
-    known = {name for key, info in fields.items() for name in (key, *_aliases(info))}
-    return {key: did_you_mean(key, list(fields)) for key in raw if key not in known}
-
-
-@functools.cache
-def other_names() -> frozenset[tuple[str, str]]:
-    """Each alias in Axolotl's schema, blocks inside it included, with the key that it stands for."""
-    import_axolotl()
-    from axolotl.utils.schemas.config import AxolotlInputConfig
-
-    names, seen = set[tuple[str, str]](), set[Any]()
-    left: list[Any] = [AxolotlInputConfig]
-    while left:
-        kind = left.pop()
-        left.extend(get_args(kind))
-        if kind not in seen and hasattr(kind, "model_fields"):
-            seen.add(kind)
-            left.extend(info.annotation for info in kind.model_fields.values())
-            names |= {(alias, key) for key, info in kind.model_fields.items() for alias in _aliases(info) if alias != key}
-    return frozenset(names)
-
-
-def _aliases(info: Any) -> Iterator[str]:
-    for alias in (info.alias, info.validation_alias):
-        for choice in getattr(alias, "choices", [alias]):
-            if choice is not None:
-                yield str(getattr(choice, "path", [choice])[0])
 
 
 def host_schema() -> dict[str, Any]:
@@ -264,7 +233,7 @@ def load_tokenizer(cfg: Any) -> Any:
     with quiet():
         from axolotl.loaders import load_tokenizer as load
 
-        with _loading("tokenizer", cfg.tokenizer_config):
+        with _loading("tokenizer_config" if cfg.tokenizer_config != cfg.base_model else "base_model", cfg.tokenizer_config):
             return load(cfg)
 
 
@@ -318,8 +287,7 @@ def _nothing_cached_beside_the_data() -> Iterator[None]:
 
 
 def vocabulary_problems(cfg: Any, tokenizer: Any, samples: Iterable[Sample]) -> Iterator[Problem]:
-    """Ids and labels for which the model has no row: training would stop at them, on a GPU without a word of why."""
-    import numpy as np
+    """As `ids_outside`, for the model of the config."""
     from axolotl.loaders.utils import load_model_config
 
     with quiet(), _loading("base_model", cfg.base_model):
@@ -327,12 +295,7 @@ def vocabulary_problems(cfg: Any, tokenizer: Any, samples: Iterable[Sample]) -> 
     asked = math.ceil(len(tokenizer) / 32) * 32 if cfg.resize_token_embeddings_to_32x else len(tokenizer)
     text_config = getattr(config, "get_text_config", lambda: config)()
     size = asked if cfg.shrink_embeddings else max(asked, getattr(text_config, "vocab_size", None) or 0)
-    for key, no_target in (("input_ids", ()), ("labels", (IGNORE_INDEX,))):
-        outside = [ids[((ids < 0) | (ids >= size)) & ~np.isin(ids, no_target)] for ids in (np.asarray(row[key]) for row in samples)]
-        if wrong := [int(ids[0]) for ids in outside if len(ids)]:
-            allowed = f"0 to {size - 1:,}{', or -100 for no target' if no_target else ''}"
-            message = f"`{key}` of {len(wrong):,} of the rows looked at name tokens that the model does not have"
-            yield Problem("datasets", message, wrong[0], allowed, "were they tokenised for another model?")
+    yield from ids_outside(samples, size)
 
 
 def load_model(cfg: Any, tokenizer: Any) -> Any:
@@ -349,15 +312,22 @@ def load_model(cfg: Any, tokenizer: Any) -> Any:
             return ModelLoader(cfg, tokenizer).load()[0].eval()
 
 
+def _raised_by_axolotl(error: BaseException) -> bool:
+    import axolotl
+
+    where = traceback.extract_tb(error.__traceback__)[-1].filename
+    return where.startswith(tuple(axolotl.__path__))
+
+
 @contextlib.contextmanager
 def _loading(key: str, name: Any) -> Iterator[None]:
-    """What is here and cannot be read, or is named by a path, is the config's mistake; what the hub has may be out of reach."""
+    """What is here and cannot be read is the config's mistake; what the hub has may be out of reach."""
     try:
         yield
     except Exception as error:
-        exists = Path(str(name)).expanduser().exists()
-        if str(name).startswith(("/", "./", "../", "~")) and not exists:
-            raise ConfigError.at(key, "there is no such folder", name) from error
+        if isinstance(error, (ValueError, NotImplementedError)) and _raised_by_axolotl(error):  # it refuses something else
+            raise ConfigError.at("axolotl", first_line(error)) from error
+        exists = Path(str(name)).exists()
         if isinstance(error, OSError) and not exists:
             raise NotSeenError(f"{key} {name}: {first_line(error)}") from error
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
@@ -367,6 +337,7 @@ def _loading(key: str, name: Any) -> Iterator[None]:
 def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     """Rows of datasets that can be indexed."""
     import numpy as np
+    from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
     from axolotl.utils.data import sft
     from axolotl.utils.data.shared import generate_dataset_hash_from_config, load_preprocessed_dataset
     from datasets import concatenate_datasets
@@ -385,12 +356,13 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
         raise ConfigError([no_rows(why=f"`val_set_size` takes all {len(order):,} of the data", value=cfg.val_set_size)])
     head = order.select(picked_rows(total, cfg.seed or 0, count) if spread else range(min(count, total)))
     if prepared is not None:
-        note = f"the rows are those prepared earlier under {cfg.dataset_prepared_path}, as the run would take them"
+        folder = cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH
+        note = f"the rows are those prepared earlier under {folder}, as the run would take them"
         return Rows(_samples(head), total=total, looked_at=len(head), notes=[note])
 
     picked = head.with_format("numpy")[:]
-    by_source = [(dataset.select(picked["row"][picked["source"] == k]), how) for k, (dataset, how) in enumerate(sources)]
-    tokenised = [how(dataset=rows.flatten_indices(keep_in_memory=True))[0] for rows, how in by_source if len(rows)]
+    by_source = [(picked["row"][picked["source"] == k], dataset, how) for k, (dataset, how) in enumerate(sources)]
+    tokenised = [_tokenised(dataset, numbers, how) for numbers, dataset, how in by_source if len(numbers)]
     if not all("input_ids" in rows.column_names for rows in tokenised):
         raise _made_with_a_batch()
     merged = concatenate_datasets(tokenised)
@@ -403,7 +375,53 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     return Rows(_samples(kept), total=total, looked_at=len(merged), too_long=too_long, masked=masked)
 
 
-def _raw_datasets(cfg: Any, tokenizer: Any) -> list[tuple[Any, Any]]:
+def require_rows_that_tokenise(cfg: Any, tokenizer: Any) -> None:
+    """Raise `ConfigError` for the first row of the training or evaluation data that the host cannot tokenise."""
+    cfg = copy.deepcopy(cfg)
+    cfg.dataset_num_proc, cfg.dataset_keep_in_memory = None, True
+    with quiet(), _nothing_cached_beside_the_data():
+        for key in ("datasets", "test_datasets"):
+            for dataset, how in _raw_datasets(cfg, tokenizer, key):
+                _tokenised(dataset, range(len(dataset)), how)
+
+
+def _tokenised(dataset: Any, numbers: Sequence[int], how: Any) -> Any:
+    """These rows of a dataset as the host makes them. Raises `ConfigError` with the first that it cannot."""
+    try:
+        return how(dataset=dataset.select(numbers).flatten_indices(keep_in_memory=True))[0]
+    except OSError:
+        raise
+    except Exception as whole:  # whatever a prompt's strategy and its template make of a row
+        error = whole
+        while len(numbers) > 1:
+            half = numbers[: len(numbers) // 2]
+            try:
+                how(dataset=dataset.select(half).flatten_indices(keep_in_memory=True))
+            except Exception as nearer:
+                error, numbers = nearer, half
+            else:
+                numbers = numbers[len(half) :]
+        source = how.keywords["dataset_config"]
+        row = dict(dataset[int(numbers[0])])
+        why = _odd_messages(row, source) or f"Axolotl stops at it: {type(error).__name__}: {first_line(error)}"
+        raise ConfigError.at("datasets", f"row {int(numbers[0]) + 1:,} of {source.path}: {why}", row) from error
+
+
+def _odd_messages(row: Mapping[str, Any], source: Any) -> str:
+    """What is wrong with a conversation, where that can be seen without a template."""
+    if not str(source.type).startswith("chat_template"):
+        return ""
+    field = source.field_messages or "messages"
+    messages = row.get(field)
+    if not isinstance(messages, list):
+        return f"it has no list under `{field}`" + ("" if field in row else f"; its columns are {', '.join(row)}")
+    if not messages:
+        return f"its `{field}` is empty"
+    odd = [k for k, message in enumerate(messages) if not isinstance(message, Mapping)]
+    return f"`{field}[{odd[0]}]` is no message" if odd else ""
+
+
+def _raw_datasets(cfg: Any, tokenizer: Any, key: str = "datasets") -> list[tuple[Any, Any]]:
     """Each dataset before it is tokenised, and what tokenises it."""
     from axolotl.utils.data import sft
     from axolotl.utils.data.shared import datasets_with_name_generator
@@ -417,8 +435,9 @@ def _raw_datasets(cfg: Any, tokenizer: Any) -> list[tuple[Any, Any]]:
 
     sft.get_dataset_wrapper = keep
     try:
-        for config in datasets_with_name_generator(cfg.datasets):
-            sft._load_and_process_single_dataset(dataset_config=config, cfg=cfg, tokenizer=tokenizer, split="train", seed=cfg.seed)
+        for config in datasets_with_name_generator(cfg[key] or []):
+            split = "train" if key == "datasets" else "test"
+            sft._load_and_process_single_dataset(dataset_config=config, cfg=cfg, tokenizer=tokenizer, split=split, seed=cfg.seed)
     finally:
         sft.get_dataset_wrapper = tokenise
     return sources
@@ -528,4 +547,13 @@ def _axolotl_problems(where: str) -> Iterator[None]:
 def _problem(item: Any) -> Problem:
     path = ".".join(str(part) for part in item["loc"]) or "axolotl"
     message = str(item["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    return Problem(path, f"Axolotl: {message}", item["input"]) if item["loc"] else Problem(path, message)
+    if not item["loc"] or not _is_plain(item["input"]):
+        return Problem(path, f"Axolotl: {message}" if item["loc"] else message)
+    return Problem(path, f"Axolotl: {message}", item["input"])
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a value of YAML: a validator may have been given objects of the host."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    return all(map(_is_plain, value)) if isinstance(value, list) else value is None or isinstance(value, (str, int, float))

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from dwl_plugin.errors import ConfigError
+from dwl_plugin.files import UnreadableError, read_regular
 
 __all__ = ["choose_checkpoint", "finished_checkpoints", "named_in", "require_whole", "unfinished"]
 
@@ -45,7 +46,7 @@ def choose_checkpoint(cfg: Any) -> str | None:
     """
     asked, output_dir = cfg.get("resume_from_checkpoint"), Path(cfg["output_dir"])
     folders = _checkpoints(output_dir)
-    if isinstance(asked, str) and Path(asked).is_dir():
+    if isinstance(asked, str) and asked:
         require_whole(Path(asked), output_dir)
         return None
     if asked is not None or not cfg.get("auto_resume_from_checkpoints") or not folders:
@@ -66,7 +67,8 @@ def require_whole(folder: Path, output_dir: Path) -> None:
     if why := unfinished(folder):
         whole = finished_checkpoints(output_dir)
         hint = f"the newest whole one is `{whole[-1]}`" if whole else f"no checkpoint in `{output_dir}` is whole"
-        raise ConfigError.at("resume_from_checkpoint", f"this checkpoint is damaged: {why}", str(folder), hint=hint)
+        what = f"this checkpoint is damaged: {why}" if folder.is_dir() else "there is no such folder"
+        raise ConfigError.at("resume_from_checkpoint", what, str(folder), hint=hint)
 
 
 @contextmanager
@@ -89,15 +91,15 @@ def finished_checkpoints(output_dir: Path) -> list[Path]:
 def unfinished(folder: Path) -> str | None:
     """Why the checkpoint in `folder` cannot be used; None if it can. The host writes the trainer's state last."""
     state = folder / _STATE
-    if not state.is_file():
+    if not state.exists():
         return f"it has no {_STATE}, which is written last"
-    if state.stat().st_size > _MOST_BYTES:
-        return f"its {_STATE} is larger than that of any run"
     try:
-        written = json.loads(state.read_text(encoding="utf-8"))
+        written = json.loads(read_regular(state, _MOST_BYTES).decode("utf-8"))
         if not isinstance(written, dict):
             return f"its {_STATE} is no JSON object"
         _TrainerState.model_validate(written)
+    except UnreadableError as error:
+        return f"its {_STATE} {error.why}"
     except ValidationError as error:
         return f"in its {_STATE}, {_told('', error.errors(include_url=False, include_context=False)[0])}"
     except RecursionError:
@@ -105,13 +107,13 @@ def unfinished(folder: Path) -> str | None:
     except ValueError:  # a text that is cut off, also in the middle of a character
         return f"its {_STATE} breaks off"
     # A later run that wrote the same step again found an old state there.
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.rglob("*")):  # DeepSpeed's parts are in a folder of their own
         if file.is_dir():
             continue
         if not file.is_file():  # to open a pipe means to wait
-            return f"its {file.name} is no file"
+            return f"its {file.relative_to(folder)} is no file"
         if not _is_whole(file):
-            return f"its {file.name} breaks off"
+            return f"its {file.relative_to(folder)} breaks off"
     return None
 
 

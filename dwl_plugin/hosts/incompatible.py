@@ -11,8 +11,9 @@ from typing import Any
 
 from dwl_plugin.config import LossName
 from dwl_plugin.errors import Problem
+from dwl_plugin.hosts.versions import release
 
-__all__ = ["REFUSALS", "Refusal", "refusal_table", "refused"]
+__all__ = ["REFUSALS", "Refusal", "refusal_table", "refused", "shares_sequences"]
 
 Config = Mapping[str, Any]
 
@@ -36,6 +37,11 @@ def _in_pieces(cfg: Config) -> bool:
     sizes = [cfg.get("context_parallel_size"), cfg.get("sequence_parallel_degree")]
     sizes += [block.get("size")] if isinstance(block, Mapping) else []
     return any(isinstance(size, int) and size > 1 for size in sizes)
+
+
+def shares_sequences(cfg: Config) -> bool:
+    """Whether ranks share sequences by DeepSpeed's sequence parallelism (ALST)."""
+    return _set(cfg.get("deepspeed"), cfg) and _in_pieces(cfg)
 
 
 def _streams_in_pieces(value: Any, cfg: Config) -> bool:
@@ -108,10 +114,10 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("do_bench_eval", _OWN_LOADER, "run the benchmark on the finished model"),
     Refusal(
         "deepspeed",
-        "DeepSpeed's sequence parallelism weighs the ranks' losses itself",
-        "leave `deepspeed` out; Axolotl's own context parallelism works with `loss`",
-        when=lambda value, cfg: _set(value, cfg) and _in_pieces(cfg),
-        name="`deepspeed` with `context_parallel_size`",
+        "Axolotl cuts its sequences up after the collator before 0.21",
+        "leave `deepspeed` out, or install Axolotl 0.21",
+        when=lambda _, cfg: shares_sequences(cfg) and release("axolotl") < (0, 21),
+        name="`deepspeed` with `context_parallel_size` before Axolotl 0.21",
     ),
     Refusal(
         "context_parallel",

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
+from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from dwl_plugin.config import Block
 from dwl_plugin.errors import ConfigError, LossNotTakenError, NotFiniteError, RunError, first_line
 from dwl_plugin.hosts.base_nll import base_nll
 from dwl_plugin.hosts.checkpoints import finished_checkpoints, named_in, require_whole, unfinished
-from dwl_plugin.hosts.versions import divided_later
+from dwl_plugin.hosts.versions import divided_later, gradients_are_averaged
 from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics
 from dwl_plugin.loss.deferred_logits import DeferredLogits
 from dwl_plugin.loss.membership import Membership
@@ -36,15 +38,28 @@ from dwl_plugin.loss.shift import IGNORE_INDEX
 from dwl_plugin.run.closed_loop import ClosedLoop
 from dwl_plugin.run.collate import LabellingCollator
 from dwl_plugin.run.moving import controller_of
+from dwl_plugin.run.record import BatchSize, Record
 from dwl_plugin.run.session import RunState, Session
 from dwl_plugin.run.startup import keep_config, log_line, other_length_lines, other_options_lines, startup_lines
 
-__all__ = ["BelowHost", "TrainerMixin", "computes_loss", "install", "less_is_better", "replaced_methods", "uninstall"]
+__all__ = [
+    "Batch",
+    "BelowHost",
+    "Items",
+    "TrainerMixin",
+    "computes_loss",
+    "install",
+    "less_is_better",
+    "ranks_per_sequence",
+    "replaced_methods",
+    "uninstall",
+]
 
 _STATE = "dwl"
 """The key in `stateful_callbacks` of the trainer's state."""
 _PACKING = ("sample_packing", "batch_flattening", "packing", "padding_free")
 """Training arguments, Axolotl's and TRL's, that put several samples into one row."""
+_VERSIONED = ("axolotl", "transformers", "trl", "peft", "accelerate", "deepspeed", "torch")
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 Batch = dict[str, Any]
@@ -71,14 +86,14 @@ class TrainerMixin(Trainer):
         loader = super()._get_dataloader(*args, **kwargs)
         for stored in getattr(self, "_eval_dataloaders", {}).values():  # kept for later, prepared again by the host
             self._label(stored)
-        return self._label(loader)
+        return self._label(loader, shifted=kwargs.get("is_training", False) and ranks_per_sequence(self.accelerator) > 1)
 
-    def _label(self, loader: Any) -> Any:
+    def _label(self, loader: Any, shifted: bool = False) -> Any:
         labeller = self._dwl.labeller
         inner = getattr(loader, "base_dataloader", loader)
         if labeller is not None and not isinstance(inner.collate_fn, LabellingCollator):
             packed = any(getattr(self.args, key, False) for key in _PACKING)
-            inner.collate_fn = LabellingCollator(inner.collate_fn, labeller, packed)
+            inner.collate_fn = LabellingCollator(inner.collate_fn, labeller, packed, shifted)
         return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -113,7 +128,13 @@ class TrainerMixin(Trainer):
             denominator = counts[-2].clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         on_tokens = session.trained_on if training else self._without_repeated_rows(inputs, session.eval_sums.add)
         with session.seam.armed(session.pending_loss(inputs, counts, denominator, on_tokens)):
-            result = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            sharing = ranks_per_sequence(self.accelerator) if training else 1
+            result = super().compute_loss(
+                model, inputs, return_outputs=return_outputs or sharing > 1, num_items_in_batch=num_items_in_batch
+            )
+            if sharing > 1:  # the host weighs the ranks' losses by their targets; ours are parts of one sum
+                loss = _share(result[1]["loss"], sharing, gradients_are_averaged(model))
+                result = (loss, result[1]) if return_outputs else loss
             if training:
                 session.first_bad.add_loss(session.tau + 1, result[0] if return_outputs else result)
             if session.keeps_logits:
@@ -209,9 +230,14 @@ class _CheckedMixin(TrainerMixin):
 
     def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Items = None) -> Any:
         self._dwl.model_loss = None
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        try:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        except LossNotTakenError:
+            if self._dwl.model_loss is not None:
+                raise
+            result = (None, None)
         loss = result[0] if return_outputs else result
-        if loss is not self._dwl.model_loss:
+        if loss is None or loss is not self._dwl.model_loss:
             name = computes_loss(self._dwl_host).__qualname__
             raise LossNotTakenError(
                 f"{name}.compute_loss returned a loss that is not the model's, so the configured loss would not be the one "
@@ -228,11 +254,7 @@ class BelowHost(Trainer):
     def compute_loss(self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Items = None) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._dwl.model_loss = loss
-        self.measure(outputs, inputs)
         return (loss, outputs) if return_outputs else loss
-
-    def measure(self, outputs: Any, inputs: Mapping[str, Any]) -> None:
-        """For a host that wants more of the outputs than there is."""
 
 
 class _PerplexityOfNll(Trainer):
@@ -264,7 +286,7 @@ class AlphaCallback(TrainerCallback):
         session.loop = self._closed_loop(saved, tau)
         session.move(tau)
         if state.is_world_process_zero:
-            keep_config(session.block, Path(args.output_dir))
+            keep_config(session.block, _record(self._trainer, tau), Path(args.output_dir))
         picks = args.metric_for_best_model or "loss" if args.load_best_model_at_end else None
         counts = None if session.survey is None else session.survey.counts
         lines = [*startup_lines(session.block, counts, session.alpha_at, session.length, session.replaced, picks)]
@@ -317,6 +339,18 @@ class AlphaCallback(TrainerCallback):
         return loop
 
 
+def ranks_per_sequence(accelerator: Any) -> int:
+    """How many ranks share a sequence in training: several under DeepSpeed's sequence parallelism."""
+    return getattr(getattr(accelerator, "parallelism_config", None), "sp_size", None) or 1
+
+
+def _share(loss: torch.Tensor, sharing: int, averaged: bool) -> torch.Tensor:
+    """A rank's share of the loss of its sequence, which the host multiplies again for its log; with the whole gradient where those
+    of the ranks are averaged, and its share where they are added."""
+    share = loss / sharing
+    return share + (loss - share) - (loss - share).detach() if averaged else share
+
+
 def _require_cut_sequences(accelerator: Any, batches: Sequence[Any]) -> None:
     """Under context parallelism each rank has its part of every sequence, and of the class ids, from the collator on."""
     parallelism = getattr(accelerator, "parallelism_config", None)
@@ -325,6 +359,23 @@ def _require_cut_sequences(accelerator: Any, batches: Sequence[Any]) -> None:
             "context parallelism cuts these sequences up after their batch was made, where class ids and the number of "
             "targets cannot follow. It works with datasets of text whose batches Axolotl's own collators make."
         )
+
+
+def _record(trainer: TrainerMixin, tau: int) -> Record:
+    args, rows = trainer.args, trainer.train_dataset
+    batch = trainer.get_total_train_batch_size(args)
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    used = [name for name in _VERSIONED if name in sys.modules]
+    return Record(
+        began=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        resumed_at_step=tau or None,
+        model=getattr(trainer.accelerator.unwrap_model(trainer.model).config, "name_or_path", None) or None,
+        data=trainer._dwl.data,
+        rows=len(rows) if hasattr(rows, "__len__") else None,
+        learning_rate=args.learning_rate,
+        batch=BatchSize(micro=micro, accumulation=accumulation, ranks=max(batch // (micro * accumulation), 1)),
+        versions={"dwl_plugin": version("axolotl-dwl"), **{name: version(name) for name in used}},
+    )
 
 
 def _run_length(args: Any, state: Any, loader: Any) -> RunLength:
@@ -341,12 +392,12 @@ def install(
     labeller: Labeller | None,
     survey: ClassSurvey | None = None,
     taken_over: Sequence[str] = (),
-    below: type[BelowHost] | None = None,
+    below: type[Trainer] | None = None,
 ) -> tuple[Session, AlphaCallback]:
     """Put a mixin before the class of `trainer`, on this instance only, and a seam into its model.
 
-    `taken_over` names the fused losses of the host that were switched off. `below` comes between the host's class and
-    `transformers.Trainer`, where the host is not trusted to return the loss of the model: what it returns is compared.
+    `taken_over` names the fused losses of the host that were switched off. `below` is what the host's `super().compute_loss`
+    reaches, or what is in the place of the host's own; what the host returns is then compared with the loss of the model.
     """
     for name in replaced_methods(trainer):
         raise RunError(
@@ -357,7 +408,9 @@ def install(
         raise RunError(f"the trainer has its own loss, {trainer.compute_loss_func!r}; `loss: {block.loss}` cannot be used with it.")
     session = Session(trainer.model, block, labeller, survey, taken_over)
     host = type(trainer)
-    bases: tuple[type, ...] = (TrainerMixin, host) if below is None else (_CheckedMixin, host, below)
+    bases: tuple[type, ...] = (TrainerMixin, host)
+    if below is not None:
+        bases = (_CheckedMixin, below) if issubclass(below, host) else (_CheckedMixin, host, below)
     if host is not Trainer:
         bases += (_PerplexityOfNll,)
     trainer.__class__ = type(f"DWL{host.__name__}", bases, {"_dwl": session, "_dwl_host": host})

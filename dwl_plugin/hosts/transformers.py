@@ -18,9 +18,17 @@ from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block, read_block
 from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.hosts import trl
-from dwl_plugin.hosts.trainer import BelowHost, TrainerMixin, install, less_is_better, replaced_methods, uninstall
-from dwl_plugin.hosts.versions import transformers_problems
-from dwl_plugin.run.dataset_check import check_dataset, labeller_of, picked_rows, require_rows, require_targets
+from dwl_plugin.hosts.trainer import (
+    BelowHost,
+    TrainerMixin,
+    install,
+    less_is_better,
+    ranks_per_sequence,
+    replaced_methods,
+    uninstall,
+)
+from dwl_plugin.hosts.versions import newer_host, older_host
+from dwl_plugin.run.dataset_check import check_dataset, ids_outside, labeller_of, picked_rows, require_rows, require_targets
 from dwl_plugin.run.session import Session
 from dwl_plugin.run.startup import log_line
 
@@ -69,7 +77,7 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
 
     Raises:
         ConfigError: every problem of the config and every setting of the trainer that makes a loss of its own, all at once;
-            then every class that the tokenizer or the training data does not have.
+            then training data without a token to train on; then every class that the tokenizer or the data does not have.
         LossNotTakenError: the model has no output head.
     """
     if not isinstance(trainer, Trainer):
@@ -83,12 +91,17 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
     ConfigError.raise_any(problems)
     require_rows(trainer.train_dataset)
     labeller = _labeller_of(trainer, block)
-    survey = check_dataset(block, labeller, _collated(trainer, trainer.train_dataset))
+    rows = list(_collated(trainer, trainer.train_dataset))
+    size = getattr(trainer.model.get_input_embeddings(), "num_embeddings", None)
+    ConfigError.raise_any(() if size is None else ids_outside(rows, size))
+    survey = check_dataset(block, labeller, rows)
     held_out = trainer.eval_dataset
     for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
         require_targets(_collated(trainer, dataset), "eval_dataset")
     is_sft = trl.is_sft_trainer(type(trainer))
-    below = None if type(trainer) is Trainer else trl.BelowSFTTrainer if is_sft else BelowHost
+    below = None if type(trainer) is Trainer else trl.in_place_of_sft_trainer(type(trainer)) if is_sft else BelowHost
+    for line in (line for package in ("transformers", *(("trl",) if is_sft else ())) for line in newer_host(package)):
+        log_line(line)
     with ExitStack() as undo:
         taken_over = trl.take_over(trainer, undo) if is_sft else []
         session, callback = install(trainer, block, labeller, survey, taken_over, below)
@@ -110,7 +123,7 @@ def _problems(trainer: Trainer) -> Iterator[Problem]:
         hint = "call `detach()` on what the first `apply` returned; under Axolotl the plugin applies the config's `loss:` by itself"
         yield Problem("trainer", f"already trains with `loss: {trainer._dwl.block.loss}`", hint=hint)
         return
-    yield from transformers_problems()
+    yield from older_host("transformers")
     yield from trl.trl_problems(trainer)
     for name in replaced_methods(trainer):
         why = "was replaced on this one trainer, so ours would never be called"
@@ -121,11 +134,14 @@ def _problems(trainer: Trainer) -> Iterator[Problem]:
     if trainer.label_smoother is not None:
         why = "smooths the targets of the loss that is replaced"
         yield Problem("args.label_smoothing_factor", why, args.label_smoothing_factor, hint="set it to 0")
-    if args.use_liger_kernel and not trl.is_sft_trainer(type(trainer)):
+    if args.use_liger_kernel:
         yield from _liger_problems(args.liger_kernel_config or {})
     if args.n_gpu > 1:
         hint = "start one process for each GPU: `torchrun` or `accelerate launch`"
         yield Problem("args", f"one process with {args.n_gpu} GPUs runs copies of the model, and the loss is in none", hint=hint)
+    if ranks_per_sequence(trainer.accelerator) > 1:
+        hint = "train with Axolotl and `context_parallel_size`, or without `sp_size`"
+        yield Problem("args.parallelism_config", "the ranks that share a sequence get losses of their own to weigh", hint=hint)
     if trainer.model_init is not None:
         hint = "build the model, and pass it as `model`"
         yield Problem("model_init", "makes another model when training starts, without this loss", hint=hint)
@@ -160,6 +176,7 @@ def _collated(trainer: Trainer, dataset: Any) -> Iterator[dict[str, Any]]:
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
     with torch.random.fork_rng(devices=[]):  # the run draws what it would have drawn
         for index in picked_rows(len(dataset), trainer.args.seed):
-            batch = collate([dict(dataset[index])])
+            row = dataset[index]
+            batch = collate([dict(row)]) if isinstance(row, Mapping) else {}  # only a mapping is known to have labels
             if "labels" in batch:
                 yield {key: batch[key][0] for key in ("input_ids", "labels", "position_ids") if key in batch}

@@ -7,13 +7,13 @@ or reads the logits gets a file of these five parts, and a call for each of them
     ..._problems      each of its settings that computes, or changes, the loss, as a `Problem`
     cut_problems      a setting that makes rows in which classes cannot be found
     take_over         switch off what can be switched off, and say so; `undo` gives it back
-    Below...          between the host's class and `Trainer`: what the host reads off the outputs of a step
+    in_place_of_...   before the host's class: its steps as `Trainer` makes them, with the numbers that the host logs of them
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,37 +22,49 @@ from transformers import Trainer
 
 from dwl_plugin.classes import Labeller
 from dwl_plugin.errors import Problem
-from dwl_plugin.hosts.trainer import BelowHost, computes_loss
+from dwl_plugin.hosts.trainer import Batch, Items
+from dwl_plugin.hosts.versions import older_host
 from dwl_plugin.loss.deferred_logits import DeferredLogits
 from dwl_plugin.loss.heads import base_model
 from dwl_plugin.loss.shift import IGNORE_INDEX
+from dwl_plugin.run.session import Session
 
-__all__ = ["BelowSFTTrainer", "cut_problems", "is_sft_trainer", "take_over", "trl_problems"]
+__all__ = ["cut_problems", "in_place_of_sft_trainer", "is_sft_trainer", "take_over", "trl_problems"]
 
 
 def is_sft_trainer(kind: type) -> bool:
-    """Whether it is SFTTrainer whose `compute_loss` a `kind` has."""
-    host = computes_loss(kind)
-    return host.__module__.partition(".")[0] == "trl" and host.__name__ == "SFTTrainer"
+    """Whether a `kind` is an SFTTrainer, or derives from it, and no other class of TRL's computes its loss."""
+    host = _trls_class(kind)
+    return host is not None and host.__name__ == "SFTTrainer"
+
+
+def _trls_class(kind: type) -> type | None:
+    """The class of TRL's whose `compute_loss` a `kind` has, or had before a subclass got one of its own."""
+    return next((base for base in kind.__mro__ if _is_trls(base.__module__) and "compute_loss" in vars(base)), None)
+
+
+def _is_trls(module: str) -> bool:
+    return module.partition(".")[0] == "trl"
 
 
 def trl_problems(trainer: Trainer) -> Iterator[Problem]:
     """One problem for each thing of TRL's that computes, or changes, the loss."""
-    args, host = trainer.args, computes_loss(type(trainer))
-    is_sft, loss_type = is_sft_trainer(host), getattr(args, "loss_type", None)
-    if host.__module__.partition(".")[0] == "trl" and not is_sft:
+    host = _trls_class(type(trainer))
+    if host is None:
+        return
+    yield from older_host("trl")
+    if not is_sft_trainer(host):
         hint = "of TRL's trainers, SFTTrainer is the one whose loss is a cross-entropy of the labels"
         yield Problem("trainer", f"{host.__name__} computes an objective of its own", hint=hint)
-    if loss_type == "dft" and trainer.compute_loss_func is not None:
+        return
+    if trainer.args.loss_type == "dft":
         hint = "leave `loss_type` out; `loss: dft` is the same objective, without the logits in full"
         yield Problem("args.loss_type", "weights every token by its probability, as `loss: dft` does", "dft", hint=hint)
-    if is_sft and args.use_liger_kernel:  # its token metrics come from Liger's loss, whatever else of Liger is switched off
-        hint = "leave it out; Liger's other kernels can be put on the model before the trainer is built"
-        yield Problem("args.use_liger_kernel", "Liger computes the loss that is replaced", True, hint=hint)
-    if loss_type == "chunked_nll" and _forward_before_chunking(trainer) is None:
+    forward = base_model(trainer.model).__dict__.get("forward")
+    if _chunks(forward) is not None and _before_chunking(forward) is None:
         why = "has patched the model's forward in a way that cannot be taken back"
-        hint = 'write `loss_type="nll"`; the logits are not held in full either way'
-        yield Problem("args.loss_type", why, "chunked_nll", hint=hint)
+        hint = 'load the model anew, and write `loss_type="nll"`; the logits are not held in full either way'
+        yield Problem("args.loss_type", why, trainer.args.loss_type, hint=hint)
 
 
 def cut_problems(args: Any, labeller: Labeller) -> Iterator[Problem]:
@@ -65,41 +77,105 @@ def cut_problems(args: Any, labeller: Labeller) -> Iterator[Problem]:
 
 
 def take_over(trainer: Trainer, undo: ExitStack) -> list[str]:
-    """Take off the patch that TRL's chunked loss, its default, puts on the model's forward; returns the settings taken over.
+    """Take off the patch that TRL's chunked loss puts on the model's forward; returns what is not used any more."""
+    model: Any = base_model(trainer.model)
+    asked, kept = (getattr(of, "router_aux_loss_coef", None) for of in (model.config.get_text_config(), model))
+    if None not in (asked, kept) and asked != kept:  # TRL writes its own into the config, after the model has read it
+        model.router_aux_loss_coef = asked
+        undo.callback(setattr, model, "router_aux_loss_coef", kept)
+    patched = model.__dict__.get("forward")
+    if _chunks(patched) is None:
+        return ["fused_lm_head"] if _is_trls(_home(patched)) else []
+    before = _before_chunking(patched)
+    assert before is not None, "refused before"
+    del model.__dict__["forward"]
+    if getattr(before, "__func__", None) is not type(model).forward:
+        model.__dict__["forward"] = before
+    undo.callback(model.__dict__.__setitem__, "forward", patched)
+    return ["loss_type: chunked_nll"]
 
-    The setting stays, or is put there: under it SFTTrainer reads its token metrics from sums in the outputs and not from logits.
-    """
-    args, taken_over = trainer.args, []
-    was = args.loss_type
-    if was == "chunked_nll":
-        model, before = base_model(trainer.model), _forward_before_chunking(trainer)
-        assert before is not None, "refused before"
-        chunked = model.__dict__.pop("forward")
-        if getattr(before, "__func__", None) is not type(model).forward:
-            model.__dict__["forward"] = before
-        undo.callback(model.__dict__.__setitem__, "forward", chunked)
-        taken_over.append("loss_type: chunked_nll")
-    args.loss_type = "chunked_nll"
-    undo.callback(setattr, args, "loss_type", was)
-    return taken_over
+
+def _home(forward: Any) -> str:
+    """The module that a method was written in, whatever name it was given since."""
+    return str(getattr(getattr(forward, "__func__", None), "__globals__", {}).get("__name__", ""))
 
 
-def _forward_before_chunking(trainer: Trainer) -> Callable[..., Any] | None:
-    """What TRL's patch of the model's forward calls without labels; each trainer built over one model adds a patch."""
-    forward, found = base_model(trainer.model).__dict__.get("forward"), None
-    while (patch := getattr(forward, "__func__", None)) is not None:
+def _chunks(forward: Any) -> Any:
+    """The function of TRL's (to 1.14) that computes a loss of its own wherever there are labels. That of later versions has to be
+    asked to, and nobody does."""
+    patch: Any = getattr(forward, "__func__", None)
+    return patch if _is_trls(_home(forward)) and "fused_lm_head" not in patch.__code__.co_varnames else None
+
+
+def _before_chunking(forward: Any) -> Any:
+    """What it calls without labels; each trainer built over one model adds a patch. None where it cannot be told."""
+    while (patch := _chunks(forward)) is not None:
         forward = inspect.getclosurevars(patch).nonlocals.get("original_forward")
-        found = forward or found
-    return found
+    return forward
 
 
-class BelowSFTTrainer(BelowHost):
-    """Hands SFTTrainer the sums of its `entropy` and `mean_token_accuracy`, for which it would need all logits."""
+def in_place_of_sft_trainer(kind: type) -> type[InPlaceOfSFTTrainer]:
+    """What comes before the SFTTrainer that a `kind` derives from, and behind all that derives from it; made for one trainer."""
+    sft = _trls_class(kind)
+    assert sft is not None, f"{kind} is no SFTTrainer"
+    return type(sft.__name__, (InPlaceOfSFTTrainer, sft), {"_dwl_sums": {True: [], False: []}, "_dwl_tokens": 0})
 
-    def measure(self, outputs: Any, inputs: Mapping[str, Any]) -> None:
+
+class InPlaceOfSFTTrainer(Trainer):
+    """The steps are those of `Trainer`, and the numbers those that SFTTrainer would log of them.
+
+    SFTTrainer's own `compute_loss` changes with every few releases; that the loss is what the model returns is a promise of
+    `Trainer`'s.
+    """
+
+    _dwl: Session
+    _dwl_sums: dict[bool, list[torch.Tensor]]
+    """By whether it trains: of each micro-batch since the last log Σ entropy, the targets that are likeliest, the targets, and an
+    auxiliary loss where there is one."""
+    _dwl_tokens: torch.Tensor | int
+    """Trained on by this rank, padding left out."""
+
+    def compute_loss(self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Items = None) -> Any:
+        asked = {"use_cache": False}
+        if getattr(self, "aux_loss_enabled", False):  # of a mixture of experts
+            asked["output_router_logits"] = True
+        loss, outputs = Trainer.compute_loss(self, model, {**inputs, **asked}, True, num_items_in_batch)
+        self._dwl.model_loss = loss
+        if self._dwl.seam.taken:  # if not, the run stops, and the outputs may be anything
+            self._measure(outputs, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _measure(self, outputs: Any, inputs: Batch) -> None:
         in_pieces = any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in self._dwl.seam.head.parameters())
-        sums = _token_sums(outputs.logits, inputs, rows_at_once=None if in_pieces else _ROWS_AT_ONCE)
-        outputs.entropy_sum, outputs.num_correct_tokens, outputs.num_valid_tokens = sums
+        sums = [*_token_sums(outputs.logits, inputs, rows_at_once=None if in_pieces else _ROWS_AT_ONCE)]
+        if (aux_loss := getattr(outputs, "aux_loss", None)) is not None:
+            sums.append(aux_loss.detach().to(sums[0].device))
+        self._dwl_sums[self.model.training].append(torch.stack([number.float() for number in sums]))
+        if self.model.training:
+            here = inputs.get("attention_mask")
+            type(self)._dwl_tokens += inputs["input_ids"].numel() if here is None else here.sum()
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        return Trainer.prediction_step(self, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        training = self.model.training
+        rows = self._dwl_sums[training]
+        if rows:
+            prefix = "" if training else "eval_"
+            logs.update({f"{prefix}{key}": value for key, value in self._token_numbers(torch.stack(rows)).items()})
+            rows.clear()
+        super().log(logs, start_time)
+
+    def _token_numbers(self, sums: torch.Tensor) -> dict[str, float]:
+        """The mean over micro-batches of what each is on all ranks."""
+        over_ranks = self._over_ranks
+        entropy, correct, targets, *aux_loss = over_ranks(sums).T
+        means = {"entropy": entropy / targets.clamp(min=1), "mean_token_accuracy": correct / targets.clamp(min=1)}
+        if aux_loss:
+            means["aux_loss"] = aux_loss[0] / self.accelerator.num_processes
+        tokens = over_ranks(torch.as_tensor(self._dwl_tokens, device=sums.device))
+        return {**{key: values.mean().item() for key, values in means.items()}, "num_tokens": tokens.item() // self.get_tp_size()}
 
 
 _ROWS_AT_ONCE = 256

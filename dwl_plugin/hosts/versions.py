@@ -9,7 +9,19 @@ from typing import Any
 
 from dwl_plugin.errors import Problem
 
-__all__ = ["AXOLOTL", "TRANSFORMERS", "axolotl_problems", "divided_later", "newer_axolotl", "transformers_problems"]
+__all__ = [
+    "AXOLOTL",
+    "DEEPSPEED",
+    "TRANSFORMERS",
+    "TRL",
+    "axolotl_problems",
+    "divided_later",
+    "gradients_are_averaged",
+    "newer_axolotl",
+    "newer_host",
+    "older_host",
+    "release",
+]
 
 Release = tuple[int, int]
 
@@ -18,8 +30,14 @@ AXOLOTL: tuple[Release, Release] = ((0, 19), (0, 21))
 
 _OLDEST, _NEWEST = ("{}.{}".format(*of) for of in AXOLOTL)
 
-TRANSFORMERS: Release = (5, 16)
-"""Oldest transformers that the tests run under."""
+TRANSFORMERS: tuple[Release, Release] = ((5, 16), (5, 24))
+TRL: tuple[Release, Release] = ((1, 9), (1, 16))
+"""Oldest and newest of each that the tests of `apply` run under."""
+
+DEEPSPEED: tuple[Release, Release] = ((0, 19), (0, 19))
+"""That the tests of shared sequences run under: what it does with gradients there is not the same everywhere."""
+
+_BOUNDS = {"transformers": TRANSFORMERS, "trl": TRL, "deepspeed": DEEPSPEED}
 
 
 def release(package: str) -> Release:
@@ -43,12 +61,20 @@ def newer_axolotl() -> str | None:
     return f"Axolotl {version('axolotl')} is newer than {tested}: look for a newer dwl_plugin"
 
 
-def transformers_problems() -> Iterator[Problem]:
-    """A problem if this transformers is older than what is supported."""
-    if release("transformers") < TRANSFORMERS:
-        oldest = "{}.{}".format(*TRANSFORMERS)
-        why = f"transformers {version('transformers')} is older than dwl_plugin supports, {oldest}"
-        yield Problem("trainer", why, hint=f"`pip install 'transformers>={oldest}'`")
+def older_host(package: str) -> Iterator[Problem]:
+    """A problem if this transformers, or TRL, is older than what is supported."""
+    oldest, newest = ("{}.{}".format(*of) for of in _BOUNDS[package])
+    if release(package) < _BOUNDS[package][0]:
+        why = f"{package} {version(package)} is older than dwl_plugin supports, {oldest} to {newest}"
+        yield Problem("trainer", why, hint=f"`pip install '{package}>={oldest}'`")
+
+
+def newer_host(package: str) -> Iterator[str]:
+    """A sentence if this transformers, TRL or DeepSpeed is newer than what the tests run under."""
+    oldest, newest = ("{}.{}".format(*of) for of in _BOUNDS[package])
+    if release(package) > _BOUNDS[package][1]:
+        tested = f"what this dwl_plugin was tested with, {oldest} to {newest}"
+        yield f"{package} {version(package)} is newer than {tested}: look for a newer dwl_plugin"
 
 
 def divided_later(trainer: Any, num_items_in_batch: Any) -> int:
@@ -61,3 +87,9 @@ def divided_later(trainer: Any, num_items_in_batch: Any) -> int:
     if counted or trainer.compute_loss_func is not None or hasattr(trainer._dwl_host, "loss_is_scaled_for_ga"):
         return 1
     return int(trainer.current_gradient_accumulation_steps)
+
+
+def gradients_are_averaged(engine: Any) -> bool:
+    """Whether a DeepSpeed engine averages the gradients of the ranks that share a sequence: ZeRO-3 does as it scatters them, while
+    the other stages add them up (https://github.com/deepspeedai/DeepSpeed/issues/5248)."""
+    return bool(engine.zero_optimization_stage() == 3 and engine.zero_reduce_scatter())

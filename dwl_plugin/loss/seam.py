@@ -27,6 +27,7 @@ from dwl_plugin.loss.class_sums import ForwardMetrics
 from dwl_plugin.loss.deferred_logits import DeferredLogits, Folded, HeadFn
 from dwl_plugin.loss.linear_cross_entropy import LinearCrossEntropyOutput, fused_cross_entropy
 from dwl_plugin.loss.membership import Membership
+from dwl_plugin.loss.origins import foreign_home, package
 from dwl_plugin.loss.shift import IGNORE_INDEX, shift_left
 from dwl_plugin.loss.spec import LossSpec, PendingLoss
 from dwl_plugin.loss.token_losses import Term
@@ -93,6 +94,11 @@ class Seam:
                 if was is None:
                     del module.__dict__[name]
 
+    @property
+    def taken(self) -> bool:
+        """Whether the loss of the forward that it is armed for was computed here."""
+        return self._pending is not None and self._pending.taken > 0
+
     @contextmanager
     def armed(self, pending: PendingLoss) -> Iterator[PendingLoss]:
         """One forward inside; raises as `disarm`."""
@@ -112,11 +118,7 @@ class Seam:
         """Back to plain logits. Raises `LossNotTakenError` if the loss of the armed forward was computed elsewhere."""
         pending, self._pending = self._pending, None
         if completed and pending is not None and pending.taken == 0:
-            raise LossNotTakenError(
-                f"{type(self.model).__name__} returned a loss that dwl_plugin did not compute. Either its own loss is more "
-                "than a cross-entropy of its logits (label smoothing, for one), or another patch replaced its loss or its output "
-                f"head ({type(self.head).__name__}). Remove that, or delete the `loss:` line."
-            )
+            raise self._not_taken()
 
     def _run_base(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward whose loss has an anchor: the same inputs through the base model, as far as its head."""
@@ -244,6 +246,26 @@ class Seam:
         else:  # the model does what it did before: the device checks, and nothing waits for it
             torch._assert_async(fits(layouts[layout][0]), str(self._unmatched()))
         return layouts[layout][1].reshape(1, -1).expand_as(wanted).reshape(targets.shape)
+
+    def _not_taken(self) -> LossNotTakenError:
+        kind = type(self.model)
+        whose = "" if package(kind.__module__) == "transformers" else f" of `{kind.__module__}`"
+        why = f"{kind.__name__}{whose} returned a loss that dwl_plugin did not compute."
+        patches = [
+            (self.model, "forward", "forward"),
+            (self.model, "_loss_function", "loss function"),
+            (self.head, "forward", "output head"),
+        ]
+        for module, method, name in patches:
+            if (home := foreign_home(module, method)) is not None:
+                return LossNotTakenError(
+                    f"{why} Its {name} is that of `{home}`, put there in place of its own. Load the model without "
+                    f"`{package(home)}`, in a process that does not import it, or delete the `loss:` line."
+                )
+        return LossNotTakenError(
+            f"{why} Either its own loss is more than a cross-entropy of its logits (label smoothing, for one), or another patch "
+            f"replaced its loss or its output head ({type(self.head).__name__}). Remove that, or delete the `loss:` line."
+        )
 
     def _unmatched(self) -> LossNotTakenError:
         return LossNotTakenError(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dwl_plugin.classes.labeller import Labeller
+from dwl_plugin.loss.shift import shift_left
 
 __all__ = ["CLASS_IDS", "LabellingCollator"]
 
@@ -23,14 +24,25 @@ Collate = Callable[[Any], Any]
 
 
 class LabellingCollator:
-    """`collate` with `CLASS_IDS` added to its batches. Picklable, so it works in loader workers under spawn."""
+    """`collate` with `CLASS_IDS` added to its batches. Picklable, so it works in loader workers under spawn.
 
-    def __init__(self, collate: Collate, labeller: Labeller, packed: bool) -> None:
+    With `shifted` class ids come as the host will shift its labels, for a host that does so after the collator and then cuts up
+    every tensor of the batch.
+    """
+
+    def __init__(self, collate: Collate, labeller: Labeller, packed: bool, shifted: bool = False) -> None:
         self.collate = collate
         self.labeller = labeller
         self.packed = packed
+        self.shifted = shifted
 
     def __call__(self, features: Any) -> Any:
+        batch = self._labelled(features)
+        if self.shifted and CLASS_IDS in batch:
+            batch[CLASS_IDS] = shift_left(batch[CLASS_IDS])
+        return batch
+
+    def _labelled(self, features: Any) -> Any:
         if not _has_labels(features):
             return self._label_after(self.collate(features))
         twin = self._with_class_ids(features)  # before the collator, which may overwrite what it is given

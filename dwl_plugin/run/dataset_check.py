@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from dwl_plugin.classes import ClassSurvey, Labeller, build_labeller, empty_class_problems, survey
+from dwl_plugin.classes.labeller import as_ints
 from dwl_plugin.config import Block
 from dwl_plugin.config.classes import may_be_empty
 from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.values import IGNORE_INDEX
 
-__all__ = ["SURVEY_ROWS", "check_dataset", "labeller_of", "no_rows", "no_targets", "picked_rows", "require_rows", "require_targets"]
+__all__ = [
+    "SURVEY_ROWS",
+    "check_dataset",
+    "ids_outside",
+    "labeller_of",
+    "no_rows",
+    "no_targets",
+    "picked_rows",
+    "require_rows",
+    "require_targets",
+]
 
 SURVEY_ROWS = 512
 """Rows of the training set that are labelled to see that every class exists."""
@@ -51,6 +63,17 @@ def no_targets(rows: int | None, key: str = "datasets") -> Problem:
         "a label is -100, or the first of its row, which nothing predicts: look at `train_on_inputs`, roles and the dataset's type"
     )
     return Problem(key, f"there is nothing {what}: no target token {looked}", hint=hint)
+
+
+def ids_outside(samples: Iterable[Mapping[str, Any]], size: int) -> Iterator[Problem]:
+    """Ids and labels beyond the `size` rows of a model's embedding: training would stop at them, on a GPU without a word of why."""
+    rows = list(samples)
+    for key, no_target in (("input_ids", ()), ("labels", (IGNORE_INDEX,))):
+        outside = [ids[((ids < 0) | (ids >= size)) & ~np.isin(ids, no_target)] for ids in (as_ints(row[key]) for row in rows)]
+        if wrong := [int(ids[0]) for ids in outside if len(ids)]:
+            allowed = f"0 to {size - 1:,}{', or -100 for no target' if no_target else ''}"
+            message = f"`{key}` of {len(wrong):,} of the rows looked at name tokens that the model does not have"
+            yield Problem("datasets", message, wrong[0], allowed, "were they tokenised for another model?")
 
 
 def require_targets(samples: Iterable[Mapping[str, Any]], key: str) -> None:

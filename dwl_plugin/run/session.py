@@ -29,7 +29,7 @@ from dwl_plugin.run.nan_guard import FirstBadStep
 from dwl_plugin.run.startup import log_line
 from dwl_plugin.values import Strict
 
-__all__ = ["RunState", "Session", "without_base_model"]
+__all__ = ["RunState", "Session", "anchor_problems", "without_base_model"]
 
 
 class _Length(Strict):
@@ -67,6 +67,8 @@ class Session:
             raise ConfigError(without_base_model(block))
         self.seam = Seam(model, log_line, model.disable_adapter if self.spec.is_anchored else None)
         self.replaced = " and ".join([self.seam.replaced, *(f"`{key}`" for key in taken_over)])
+        self.data: list[str] | None = None
+        """Paths of the data, where the host has them."""
         self.loop: ClosedLoop | None = None
         self.base_nll: dict[str, float] | None = None
         self.keeps_logits = False
@@ -132,10 +134,11 @@ class Session:
         classes = len(self.names)
         counts = torch.zeros(classes + 2, dtype=torch.int64, device=device)
         for batch in batches:
-            labels = batch[CLASS_IDS] if CLASS_IDS in batch else batch.get("labels")
+            is_shifted = "shift_labels" in batch
+            labels = batch[CLASS_IDS] if CLASS_IDS in batch else batch.get("shift_labels" if is_shifted else "labels")
             if labels is None:
                 continue
-            targets = (labels if "shift_labels" in batch else labels[..., 1:]).to(device)
+            targets = (labels if is_shifted else labels[..., 1:]).to(device)
             if CLASS_IDS not in batch:
                 targets = Membership.all_rest(targets != IGNORE_INDEX, classes, self.spec.overlap).ids_N
             counts += count_classes(targets, classes, self.spec.overlap)
@@ -166,8 +169,13 @@ class Session:
 
 def without_base_model(block: Block) -> Iterator[Problem]:
     """One problem per anchor, for a run that has no adapter to switch off."""
+    why = "is held to the base model, which is the model with its adapter switched off, and this run trains without one"
+    return anchor_problems(block, why, "write `adapter: lora` or `qlora`, or delete `anchor`")
+
+
+def anchor_problems(block: Block, why: str, hint: str) -> Iterator[Problem]:
+    """One problem per anchor."""
     options = {f"dwl.classes.{name}.dft": spec.dft for name, spec in block.class_configs.items()}
     for path, dft in {"dft": block.dft, **options}.items():
         if dft is not None and dft.anchor > 0:
-            why = "is held to the base model, which is the model with its adapter switched off, and this run trains without one"
-            yield Problem(f"{path}.anchor", why, dft.anchor, hint="write `adapter: lora` or `qlora`, or delete `anchor`")
+            yield Problem(f"{path}.anchor", why, dft.anchor, hint=hint)

@@ -20,6 +20,7 @@ from dwl_plugin.files import write_whole
 from dwl_plugin.loss.reduction import ClassWeight, class_weight_table
 from dwl_plugin.loss.token_losses import SCHEDULED, DFTConfig
 from dwl_plugin.run.moving import alpha_of, end_hints, token_losses_of
+from dwl_plugin.run.record import Record
 
 __all__ = ["hints", "keep_config", "log_line", "other_length_lines", "other_options_lines", "startup_lines"]
 
@@ -35,9 +36,9 @@ def log_line(line: str) -> None:
             print("\n".join(f"{PREFIX} {printable(part)}" for part in line.splitlines()), flush=True)
 
 
-def keep_config(block: Block, folder: Path) -> None:
+def keep_config(block: Block, record: Record, folder: Path) -> None:
     """For people and `dwl report`. Training does not stop for want of it."""
-    text = yaml.safe_dump(block.dump(), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump({**block.dump(), "run": record.dump()}, sort_keys=False, allow_unicode=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / _RESOLVED_CONFIG, text.encode())

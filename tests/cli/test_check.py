@@ -152,7 +152,8 @@ def test_nothing_is_written_and_no_weights_are_read(dwl: Check, write_config: Wr
     import shutil
 
     bare = tmp_path / "bare"
-    shutil.copytree(little_model, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(little_model, bare)
+    (bare / "model.safetensors").write_bytes(b"")  # nobody could read it
     config = write_config(model=bare, loss="dwl", dwl={"classes": CLASSES}, val_set_size=0.1)
     before = sorted(tmp_path.rglob("*"))
     assert dwl("check", config).exit_code == 0
@@ -253,7 +254,8 @@ def test_data_beside_the_config_is_pointed_at(
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     result = dwl("check", config)
-    assert result.exit_code == 2, result.output
+    assert result.exit_code == 1, result.output
+    assert "datasets[0].path: there is no such file or folder (got 'rows.jsonl')" in result.output
     assert "lies beside the config" in result.output
 
 
@@ -286,13 +288,39 @@ def test_before_it_is_trusted_our_own_block_is_still_checked(dwl: Check, write_c
     assert [danger["path"] for danger in findings(result)["dangers"]] == ["trust_remote_code"]
 
 
+def test_before_it_is_trusted_numbers_by_class_are_checked(
+    dwl: Check, write_config: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line that fetches hides nothing of ours: the classes are in the config."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    config = write_config(model=Path("org/never-seen"), loss="dwl", dwl={"classes": CLASSES, "alpha": {"nubmer": 1, "rest": 1}})
+    result = dwl("check", config, "--json")
+    assert result.exit_code == 1
+    assert [danger["path"] for danger in findings(result)["dangers"]] == ["base_model"]
+    assert {"dwl.alpha.nubmer", "dwl.alpha"} <= paths(result)
+    good = dwl("check", write_config(model=Path("org/never-seen"), loss="dft"))
+    assert good.exit_code == 2
+    assert "No problem found" not in good.output
+    assert good.output.endswith("No problem in what was: `loss`, `dft` and `dwl`.\n")
+
+
+def test_before_a_pack_is_fetched_what_does_not_need_it_is_checked(dwl: Check, write_config: Write) -> None:
+    block = {"pack": f"hf://user/repo@{'0' * 40}/mine.yml", "reduction": "mean", "alpha": {"perhaps_of_the_pack": 1, "rest": 1}}
+    result = dwl("check", write_config(loss="dwl", dwl=block), "--json")
+    assert result.exit_code == 1
+    assert paths(result) == {"dwl.reduction"}
+
+
 @pytest.mark.parametrize("path", [path for path in EXAMPLES if path.name != "quickstart.yml"], ids=lambda path: path.name)
 def test_an_example_whose_model_is_out_of_reach(dwl: Check, path: Path) -> None:
     result = dwl("check", path)
     assert result.exit_code == 2, result.output
     assert "Not looked at" in result.output
     assert yaml.safe_load(path.read_text())["base_model"] in result.output
-    assert "problem" not in result.output.replace("No problem found", "")
+    assert result.output.endswith("No problem in what was: `loss`, `dft` and `dwl`.\n")
+    assert " problem\n" not in result.output
 
 
 @each

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dwl_plugin.cli.config_file import read_config
 from dwl_plugin.errors import ConfigError
@@ -26,10 +27,25 @@ def test_a_mapping_comes_out(tmp_path: Path) -> None:
     assert read_config(write(tmp_path, "loss: dft\ndft: {exponent: 0.5}\n")) == ({"loss": "dft", "dft": {"exponent": 0.5}}, [])
 
 
-def test_a_key_that_stands_twice_is_named_with_its_lines(tmp_path: Path) -> None:
-    raw, odd = read_config(write(tmp_path, "loss: dft\nseed: 1\nloss: nll\n"))
-    assert raw["loss"] == "nll"
-    assert [(problem.path, "lines 1 and 3" in problem.message) for problem in odd] == [("loss", True)]
+@pytest.mark.parametrize(
+    ("text", "warning"),
+    [
+        ("loss: dft\nseed: 1\nloss: nll\n", "`loss` stands twice, in lines 1 and 3; … so `loss: nll` of line 3 counts"),
+        ("a: 1\na: 2\na: 3\n", "`a` stands 3 times, in lines 1, 2 and 3; … so `a: 3` of line 3 counts"),
+        (
+            "dwl:\n  alpha: {x: 1, rest: 2,\n    x: 5}\n",
+            "`dwl.alpha.x` stands twice, in lines 2 and 3; … so `x: 5` of line 3 counts",
+        ),
+        ("d:\n- path: a\n- path: b\n  path: c\n", "`d[1].path` stands twice, in lines 3 and 4; … so `path: c` of line 4 counts"),
+        ("d: [1]\nd: [2]\n", "`d` stands twice, in lines 1 and 2; … so line 2 counts"),
+    ],
+)
+def test_a_key_that_stands_twice_is_a_warning_of_what_yaml_makes_of_it(tmp_path: Path, text: str, warning: str) -> None:
+    raw, (said,) = read_config(write(tmp_path, text))
+    assert raw == yaml.safe_load(text)
+    before, after = warning.split(" … ")
+    assert said.startswith(before)
+    assert said.endswith(after)
 
 
 def test_a_key_may_stand_once_in_each_mapping(tmp_path: Path) -> None:

@@ -154,3 +154,32 @@ def test_a_validation_set_that_takes_all_rows_is_a_problem(dwl: Run, write_confi
     assert result.exit_code == 1
     assert "there is no row to train on: `val_set_size` takes all 1 of the data" in result.output
     assert "1 rows to train on" not in result.output
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "empty": ({"messages": []}, "its `messages` is empty"),
+    "null": ({"messages": None}, "it has no list under `messages`"),
+    "no message": ({"messages": [None]}, "`messages[0]` is no message"),
+}
+
+
+@pytest.mark.parametrize("command", ["check", "inspect"])
+@pytest.mark.parametrize("case", BAD)
+def test_a_row_that_cannot_be_tokenised_is_named(dwl: Run, write_config: Write, tmp_path: Path, command: str, case: str) -> None:
+    row, words = BAD[case]
+    rows = [*harness.rows(5), row, *harness.rows(5)]
+    data = harness.write_rows(tmp_path / "bad.jsonl", rows)
+    result = dwl(command, write_config(data=data, loss="dft"))
+    assert result.exit_code == 1
+    assert f"datasets: row 6 of {data}: {words}" in result.output
+
+
+def test_a_row_that_a_template_refuses_is_named_with_what_it_says(dwl: Run, write_config: Write, tmp_path: Path) -> None:
+    rows = harness.rows(8)
+    rows[3]["messages"][0]["role"] = "narrator"
+    data = harness.write_rows(tmp_path / "bad.jsonl", rows)
+    refuses = "{% if m.role == 'narrator' %}{{ raise_exception('no narrators') }}{% endif %}"
+    template = f"{{% for m in messages %}}{refuses}{{{{ m.content }}}}{{% endfor %}}"
+    result = dwl("check", write_config(data=data, loss="dft", chat_template="jinja", chat_template_jinja=template))
+    assert result.exit_code == 1
+    assert f"row 4 of {data}: Axolotl stops at it: TemplateError: no narrators" in result.output

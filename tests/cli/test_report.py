@@ -9,6 +9,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -438,3 +439,36 @@ def test_reading_a_state_needs_nothing_heavy(run: Path) -> None:
         "print([name for name in ('torch', 'axolotl', 'transformers', 'matplotlib') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+RECORD = {
+    "began": "2026-11-27T10:05:12+00:00",
+    "resumed_at_step": 4,
+    "model": "Qwen/\x1b]0;title\x07Qwen2.5",
+    "data": ["a.jsonl", "<b>.jsonl"],
+    "rows": 1234,
+    "learning_rate": 0.0002,
+    "batch": {"micro": 2, "accumulation": 8, "ranks": 4},
+    "versions": {"dwl_plugin": "0.1.0", "torch": "2.14.1"},
+    "of a later version": [1],
+}
+OF_RECORD = (
+    "data a.jsonl, <b>.jsonl; rows 1,234",
+    "learning rate 0.0002; batch 64 rows (2 × 8 accumulated × 4 ranks)",
+    "torch 2.14.1",
+)
+
+
+def test_a_run_tells_what_it_was_made_of(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", HISTORY, {**DWL, "run": RECORD})
+    told = dwl(run).output
+    assert all(words in told for words in (*OF_RECORD, "began 2026-11-27T10:05:12+00:00, resumed at step 4"))
+    assert "\x1b" not in told
+
+
+@pytest.mark.parametrize("record", [None, [1], "text", {"rows": -1}, {"batch": {"micro": 10**16}}, {"data": {"a": 1}}, {}])
+def test_what_no_run_wrote_of_itself_is_left_out_and_the_rest_is_read(tmp_path: Path, record: Any) -> None:
+    plain, odd = (
+        write_run(tmp_path / name / "run", HISTORY, config) for name, config in (("a", DWL), ("b", {**DWL, "run": record}))
+    )
+    assert dwl(odd).output == dwl(plain).output.replace("a/run", "b/run")

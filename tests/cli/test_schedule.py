@@ -217,7 +217,10 @@ def test_a_pack_on_the_hub_is_not_fetched_before_it_is_trusted(tmp_path: Path, m
     assert fetched[:1] == ["user/repo"]
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+def test_a_key_that_stands_twice_is_a_hint(tmp_path: Path) -> None:
     path = tmp_path / "config.yml"
-    path.write_text("loss: dwl\nloss: dft\n", encoding="utf-8")
-    assert "stands twice" in error_of(dwl(path))
+    path.write_text("loss: dwl\ndwl: {classes: {a: {regex: x}}, alpha: {a: 1, rest: 1,\n  a: 3}}\n", encoding="utf-8")
+    result = dwl(path)
+    assert result.exit_code == 0
+    assert "hint: `dwl.alpha.a` stands twice, in lines 2 and 3" in result.output
+    assert "0.75" in result.output

@@ -18,7 +18,7 @@ import yaml
 from pydantic import AliasChoices, BaseModel, Field
 
 from dwl_plugin.cli.trust import PACKS, RULES, Rule, dangers, fetched_packs
-from dwl_plugin.hosts import axolotl_preview
+from dwl_plugin.hosts import axolotl_keys
 from tests.hosts.test_options import input_args
 
 pytestmark = pytest.mark.usefixtures("host")
@@ -370,12 +370,12 @@ def test_new_names_and_new_keys_of_a_new_axolotl_are_noticed(monkeypatch: pytest
     import axolotl.utils.schemas.config
 
     monkeypatch.setattr(axolotl.utils.schemas.config, "AxolotlInputConfig", Future)
-    axolotl_preview.other_names.cache_clear()
+    axolotl_keys.other_names.cache_clear()
     try:
         config = {"trl": {"rewards": ["mine.reward"]}, "extensions": ["mine.Plugin"]}
         assert [danger.path for danger in dangers(config)] == ["extensions[0]", "trl.rewards[0]"]
     finally:
-        axolotl_preview.other_names.cache_clear()
+        axolotl_keys.other_names.cache_clear()
     naming = {plain(path) for path, info in schema().items() if names_something(info.annotation)}
     assert naming - RULED - set(harmless()) == {"trainer_of_the_future"}
 
@@ -384,14 +384,14 @@ def test_without_axolotl_the_rules_hold_for_its_own_names(monkeypatch: pytest.Mo
     def lacking() -> Any:
         raise ImportError
 
-    monkeypatch.setattr(axolotl_preview, "other_names", lacking)
+    monkeypatch.setattr(axolotl_keys, "other_names", lacking)
     assert [danger.path for danger in dangers({"overrides_of_model_kwargs": {"weights_only": False}})] == [
         "overrides_of_model_kwargs"
     ]
 
 
 def test_packs_are_found_without_axolotl(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(axolotl_preview, "other_names")
+    monkeypatch.delattr(axolotl_keys, "other_names")
     assert [danger.path for danger in fetched_packs(FETCHES["dwl.pack"] | {"trust_remote_code": True})] == ["dwl.pack"]
 
 

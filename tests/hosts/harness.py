@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import TrainerCallback, set_seed
 
 from dwl_plugin.hosts.versions import release
 
-AXOLOTL = release("axolotl")
+AXOLOTL = release("axolotl") if find_spec("axolotl") else None
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -61,6 +63,17 @@ def rows(count: int) -> list[dict[str, Any]]:
 def write_rows(path: Path, samples: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples), encoding="utf-8")
     return path
+
+
+def tokenized(tokenizer: Any, text: str, targets: int | None = None) -> dict[str, Any]:
+    """A row whose last `targets` tokens are trained on, all but the first by default. 0: only the first label, which no token
+    predicts, so that the host, which drops rows without labels, keeps it."""
+    ids = tokenizer(text)["input_ids"] + [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    first = 1 if targets is None else len(ids) - targets
+    labels = [-100] * first + ids[first:]
+    if targets == 0:
+        labels[0] = ids[0]
+    return {"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)}
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -151,6 +164,56 @@ def config(base_model: Path, data: Path, out: Path, **changes: Any) -> dict[str,
     return {key: value for key, value in {**settings, **changes}.items() if value is not None}
 
 
+stock = pytest.mark.skipif(
+    find_spec("trl") is not None and release("trl") == (1, 15) and not torch.cuda.is_available(),
+    reason="TRL 1.15's own loss needs a GPU",
+)
+"""On a test that runs TRL's own loss."""
+
+Build = Callable[..., Any]
+"""Of a trainer: `trainer_of` and `sft_of`."""
+
+ARGUMENTS: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 10,
+    "learning_rate": 0.01,
+    "lr_scheduler_type": "constant",
+    "optim": "adamw_torch",
+    "weight_decay": 0.0,
+    "max_grad_norm": 1e9,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "seed": 7,
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+}
+"""What `TrainingArguments` and `SFTConfig` take."""
+
+
+def logged(trainer: Any, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+class Batches:
+    """What each optimizer step was fed."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.fed: list[dict[str, torch.Tensor]] = []
+        inner = trainer.get_batch_samples
+
+        def get_batch_samples(*args: Any) -> Any:
+            out = inner(*args)
+            self.fed += out[0]
+            return out
+
+        trainer.get_batch_samples = get_batch_samples
+
+
 class Recorder(TrainerCallback):
     """Gradients of every optimizer step, before it is taken."""
 
@@ -182,8 +245,8 @@ class Run:
         return [entry[key] for entry in self.history if key in entry]
 
 
-def train(settings: dict[str, Any], before: Callable[[Any], None] | None = None) -> Run:
-    """`axolotl train`, in process, through the host's own `load_cfg` and `do_train`."""
+def train(settings: dict[str, Any], before: Callable[[Any], None] | None = None, options: dict[str, Any] | None = None) -> Run:
+    """`axolotl train`, in process, through the host's own `load_cfg` and `do_train`; `options` are its command line's."""
     import axolotl.cli.train as command
     import axolotl.train as host
     from axolotl.cli.args import TrainerCliArgs
@@ -205,7 +268,7 @@ def train(settings: dict[str, Any], before: Callable[[Any], None] | None = None)
     argv, sys.argv = sys.argv, ["axolotl"]
     host.setup_model_and_trainer, command.train = with_recorder, host_train
     try:
-        cfg = load_cfg(DictDefault(settings))
+        cfg = load_cfg(DictDefault(settings), **(options or {}))
         if cfg.world_size > 1:
             cfg.device_map = {"": "cpu"}  # the host takes each rank for a GPU
         command.do_train(cfg, TrainerCliArgs())

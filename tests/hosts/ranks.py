@@ -4,7 +4,8 @@
     first, second = ranks(train, settings)             # `axolotl train` on both; a `Report` from each
     first, second = ranks(my_function, 3, key=[...])   # any function of a module, in a process group
 
-Importing Axolotl takes each process its fifteen seconds once, not once per case.
+Importing Axolotl takes each process its fifteen seconds once, not once per case. `Ranks(fresh=True)` forks new ones for each call
+from a process that has imported it: for hosts that leave half of the process changed.
 """
 
 from __future__ import annotations
@@ -53,6 +54,19 @@ def train(settings: dict[str, Any], before: Callable[[Any], None] | None = None)
     return Report(run.history, parameters, dict(run.trainer.state.stateful_callbacks))
 
 
+def train_with_deepspeed(settings: dict[str, Any]) -> Report:
+    """`axolotl train` with DeepSpeed's engine on a CPU. Accelerate finds no backend for it where there is no accelerator, and would
+    run DDP where it is told to use the CPU; this is the one thing it is helped with."""
+    from accelerate.state import DistributedType, PartialState
+
+    del os.environ["ACCELERATE_USE_CPU"]
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.NO)  # what it says on a GPU, with another name
+    trainers: list[Any] = []
+    report = train(settings, trainers.append)
+    assert type(trainers[0].model_wrapped).__name__ == "DeepSpeedEngine"
+    return report
+
+
 class _Keep(harness.TrainerCallback):
     """The parameters at the end of training: saving, which comes next, may take the model apart."""
 
@@ -62,15 +76,24 @@ class _Keep(harness.TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for name, parameter in kwargs["model"].named_parameters():
             if parameter.requires_grad:
-                whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-                self._into[name.removeprefix("module.")] = whole.detach().double().clone()
+                self._into[name.removeprefix("module.")] = _whole(parameter).detach().double()
+
+
+def _whole(parameter: Any) -> torch.Tensor:
+    if hasattr(parameter, "ds_id"):  # ZeRO-3 leaves each rank a part
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    whole: torch.Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole.detach().clone()
 
 
 class Ranks:
     """`size` processes that wait for calls. A call that fails on any rank raises here, with that rank's traceback."""
 
-    def __init__(self, size: int = 2) -> None:
-        self.size = size
+    def __init__(self, size: int = 2, fresh: bool = False) -> None:
+        self.size, self.fresh = size, fresh
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -98,6 +121,8 @@ class Ranks:
         if errors or len(answers) < self.size:
             self.stop()  # a process that lost its partner is of no use to the next test
             raise RuntimeError("\n".join(errors) or f"no answer from {self.size - len(answers)} ranks in {timeout} s")
+        if self.fresh:
+            self.stop()
         return [answers[rank][1] for rank in range(self.size)]
 
     def stop(self) -> None:
@@ -107,7 +132,9 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = torch.multiprocessing.get_context("spawn")
+        context = torch.multiprocessing.get_context("forkserver" if self.fresh else "spawn")
+        if self.fresh:
+            context.set_forkserver_preload(["tests.hosts.warm"])
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.size, theirs), daemon=True)

@@ -12,9 +12,12 @@ import yaml
 
 import dwl_plugin
 from dwl_plugin.errors import ConfigError, LossNotTakenError
+from dwl_plugin.hosts import versions
+from dwl_plugin.hosts.versions import release
 from tests.hosts import harness
-from tests.hosts.harness import CLASSES, Recorder, rows
+from tests.hosts.harness import CLASSES, Batches, Build, Recorder, logged, rows, stock
 
+TRL = release("trl")
 NAMES = ("reasoning", "number", "control", "rest")
 DWL = {
     "classes": CLASSES,
@@ -24,121 +27,12 @@ DWL = {
     "schedule": {"type": "cosine", "to": {"reasoning": 4, "number": 1, "control": 1, "rest": 4}, "start": "10%", "end": "90%"},
 }
 CONFIG = {"loss": "dwl", "dft": {"exponent": 0.5}, "dwl": DWL}
-ARGUMENTS = {
-    "per_device_train_batch_size": 2,
-    "per_device_eval_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-    "max_steps": 10,
-    "learning_rate": 0.01,
-    "lr_scheduler_type": "constant",
-    "optim": "adamw_torch",
-    "weight_decay": 0.0,
-    "max_grad_norm": 1e9,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "seed": 7,
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "dataloader_pin_memory": False,
-    "disable_tqdm": True,
-}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_folder)
-
-
-@pytest.fixture(scope="module")
-def samples(tokenizer: Any) -> list[dict[str, Any]]:
-    """Tokenised rows whose targets are the assistant's reply."""
-    out = []
-    for row in rows(40):
-        question, reply = (message["content"] for message in row["messages"])
-        prompt = tokenizer(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
-        answer = tokenizer(f"{reply}<|im_end|>")["input_ids"]
-        ids = prompt + answer
-        out.append({"input_ids": ids, "labels": [-100] * len(prompt) + answer, "attention_mask": [1] * len(ids)})
-    return out
-
-
-@pytest.fixture
-def model(model_folder: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="sdpa")
-
-
-Build = Callable[..., Any]
-
-
-@pytest.fixture
-def trainer_of(model: Any, tokenizer: Any, samples: list[dict[str, Any]], tmp_path: Path) -> Build:
-    """A plain `Trainer`; keyword arguments go to it, `arguments` to its arguments."""
-
-    def make(arguments: dict[str, Any] | None = None, kind: type | None = None, **changes: Any) -> Any:
-        from datasets import Dataset
-        from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
-
-        parts = {
-            "model": model,
-            "args": TrainingArguments(output_dir=str(tmp_path / "trainer"), **{**ARGUMENTS, **(arguments or {})}),
-            "data_collator": DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=64),
-            "train_dataset": Dataset.from_list(samples),
-            "processing_class": tokenizer,
-        }
-        return (kind or Trainer)(**{**parts, **changes})
-
-    return make
-
-
-@pytest.fixture
-def sft_of(model: Any, tokenizer: Any, samples: list[dict[str, Any]], tmp_path: Path) -> Build:
-    """TRL's `SFTTrainer`."""
-
-    def make(arguments: dict[str, Any] | None = None, **changes: Any) -> Any:
-        from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
-
-        settings = {**ARGUMENTS, "max_length": None, "pad_to_multiple_of": 64, **(arguments or {})}
-        parts = {
-            "model": model,
-            "args": SFTConfig(output_dir=str(tmp_path / "sft"), **settings),
-            "train_dataset": Dataset.from_list(samples),
-            "processing_class": tokenizer,
-        }
-        return SFTTrainer(**{**parts, **changes})
-
-    return make
-
-
-def logged(trainer: Any, key: str) -> list[float]:
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
 # the same numbers as under Axolotl
-
-
-class Batches:
-    """What each optimizer step was fed."""
-
-    def __init__(self, trainer: Any) -> None:
-        self.fed: list[dict[str, torch.Tensor]] = []
-        inner = trainer.get_batch_samples
-
-        def get_batch_samples(*args: Any) -> Any:
-            out = inner(*args)
-            self.fed += out[0]
-            return out
-
-        trainer.get_batch_samples = get_batch_samples
 
 
 @pytest.fixture(scope="module")
 def under_axolotl(model_folder: Path, samples: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    pytest.importorskip("axolotl")
     folder = tmp_path_factory.mktemp("axolotl")
     data = harness.write_rows(folder / "ids.jsonl", samples)
     seen: list[Batches] = []
@@ -183,21 +77,28 @@ def test_losses_metrics_and_parameters_are_axolotls_on_the_same_batches(
         assert (parameter - expected[name]).abs().max() <= 1e-6, name
 
 
-@pytest.mark.parametrize("host", ["trainer_of", "sft_of"])
-def test_one_class_at_weight_one_is_the_hosts_own_loss(host: str, request: pytest.FixtureRequest, model: Any) -> None:
+@pytest.mark.parametrize("host", ["trainer_of", pytest.param("sft_of", marks=stock)])
+def test_one_class_at_weight_one_is_the_hosts_own_loss(
+    host: str, request: pytest.FixtureRequest, model: Any, samples: list[dict[str, Any]]
+) -> None:
+    from datasets import Dataset
+
     build = request.getfixturevalue(host)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     losses, gradients, metrics = [], [], []
     for config in (None, {"loss": "dwl", "dwl": {"alpha": {"rest": 1}}}):
         model.load_state_dict(start)
-        trainer, recorder = build({"max_steps": 4}), Recorder()
+        evaluated = {"eval_strategy": "steps", "eval_steps": 2, "prediction_loss_only": True}
+        trainer = build({"max_steps": 4, **evaluated}, eval_dataset=Dataset.from_list(samples[:7]))
+        recorder = Recorder()
         trainer.add_callback(recorder)
         if config is not None:
             dwl_plugin.apply(trainer, config)
         trainer.train()
         losses.append(logged(trainer, "loss"))
         gradients.append(recorder.gradients[0])
-        metrics.append({key: logged(trainer, key) for key in ("entropy", "mean_token_accuracy", "num_tokens")})
+        trls = ("entropy", "mean_token_accuracy", "num_tokens")
+        metrics.append({key: logged(trainer, key) for key in ("eval_loss", *trls, *(f"eval_{key}" for key in trls))})
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     for name, gradient in gradients[0].items():
         assert (gradient - gradients[1][name]).abs().max() <= 1e-5 * max(g.abs().max() for g in gradients[0].values())
@@ -214,7 +115,10 @@ def test_trls_token_metrics_need_no_full_logits(sft_of: Build, capsys: pytest.Ca
     assert len(logged(trainer, "entropy")) == 1
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[dwl]")]
     assert not any("in full" in line for line in said)
-    assert ("`loss_type: chunked_nll`" in said[0]) == (loss_type == "chunked_nll")
+    if TRL < (1, 15):
+        assert ("`loss_type: chunked_nll`" in said[0]) == (loss_type == "chunked_nll")
+    else:
+        assert "`fused_lm_head`" in said[0]
 
 
 def test_a_run_that_resumes_goes_on_as_if_it_had_not_stopped(sft_of: Build, model: Any) -> None:
@@ -326,12 +230,16 @@ def test_labels_that_the_collator_makes_itself_are_classified(trainer_of: Build,
     assert logged(trainer, "dwl/token_share/number") == pytest.approx([found / total])
 
 
-def test_an_adapter_on_the_head_is_trained(sft_of: Build) -> None:
-    from peft import LoraConfig
+@pytest.mark.parametrize(
+    "host",
+    ["trainer_of", pytest.param("sft_of", marks=pytest.mark.skipif(TRL >= (1, 15), reason="TRL 1.15 began to refuse it itself"))],
+)
+def test_an_adapter_on_the_head_is_trained(host: str, request: pytest.FixtureRequest, model: Any) -> None:
+    from peft import LoraConfig, get_peft_model
 
-    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="gaussian")
-    adapter.target_modules = {"q_proj", "lm_head"}
-    trainer = sft_of({"max_steps": 2, "loss_type": "nll"}, peft_config=adapter)
+    adapter = LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights="gaussian", target_modules={"q_proj", "lm_head"})
+    arguments = {"max_steps": 2, **({"loss_type": "nll"} if host == "sft_of" else {})}
+    trainer = request.getfixturevalue(host)(arguments, model=get_peft_model(model, adapter))
     dwl_plugin.apply(trainer, CONFIG)
     trainer.train()
     trained = {name: p for name, p in trainer.model.named_parameters() if "lm_head.lora_B" in name}
@@ -417,7 +325,11 @@ def test_problems_of_config_and_trainer_are_reported_together(trainer_of: Build)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "path"), [({"loss_type": "dft"}, "args.loss_type"), ({"use_liger_kernel": True}, "args.use_liger_kernel")]
+    ("arguments", "path"),
+    [
+        ({"loss_type": "dft"}, "args.loss_type"),
+        ({"use_liger_kernel": True, "liger_kernel_config": {"cross_entropy": True}}, "args.use_liger_kernel"),
+    ],
 )
 def test_trls_other_losses_are_refused(sft_of: Build, arguments: dict[str, Any], path: str) -> None:
     assert set(problems_of(sft_of(arguments))) == {path}
@@ -459,6 +371,17 @@ def test_copies_of_the_model_in_one_process_are_refused(trainer_of: Build) -> No
     trainer = trainer_of()
     trainer.args._n_gpu = 2
     assert "torchrun" in problems_of(trainer)["args"]
+
+
+def test_ranks_that_share_sequences_are_refused(trainer_of: Build) -> None:
+    from accelerate import ParallelismConfig
+
+    trainer = trainer_of()
+    trainer.accelerator.state.parallelism_config = ParallelismConfig(sp_size=2)
+    try:
+        assert "context_parallel_size" in problems_of(trainer)["args.parallelism_config"]
+    finally:
+        trainer.accelerator.state.parallelism_config = None
 
 
 def test_applying_twice_is_refused_until_the_first_is_detached(trainer_of: Build) -> None:
@@ -561,6 +484,16 @@ def test_rows_without_a_target_stop_before_training(
     assert "no target token in the 4 rows looked at" in found[path]
 
 
+def test_a_token_that_the_model_does_not_have_stops_before_training(trainer_of: Build, samples: list[dict[str, Any]]) -> None:
+    from datasets import Dataset
+
+    ids = [*samples[0]["input_ids"][:-1], 400]
+    found = problems_of(
+        trainer_of(train_dataset=Dataset.from_list([*samples[1:], {**samples[0], "input_ids": ids}])), {"loss": "nll"}
+    )
+    assert "`input_ids` of 1 of the rows looked at name tokens that the model does not have (got 400)" in found["datasets"]
+
+
 def test_an_empty_data_set_is_a_sentence(trainer_of: Build) -> None:
     assert "there is no row to train on" in problems_of(trainer_of(train_dataset=[]), {"loss": "nll"})["datasets"]
 
@@ -582,6 +515,51 @@ def test_classes_without_a_tokenizer_are_refused(trainer_of: Build) -> None:
     trainer = trainer_of(processing_class=None)
     assert "processing_class" in problems_of(trainer, CONFIG)["dwl.classes"]
     dwl_plugin.apply(trainer, {"loss": "dft"})
+
+
+# versions
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Sets the version of a package, as far as this is asked for."""
+
+    def install(package: str, number: str) -> None:
+        real = versions.version
+        monkeypatch.setattr(versions, "version", lambda name: number if name == package else real(name))
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("package", "number", "supported"),
+    [("trl", "1.8.0", "1.9 to 1.16"), ("trl", "0.29.1", "1.9 to 1.16"), ("transformers", "4.57.6", "5.16 to 5.24")],
+)
+def test_a_host_that_is_too_old_is_refused_in_one_sentence(
+    sft_of: Build, installed: Callable[[str, str], None], package: str, number: str, supported: str
+) -> None:
+    trainer = sft_of()
+    installed(package, number)
+    (problem,) = problems_of(trainer).values()
+    assert f"{package} {number} is older than dwl_plugin supports, {supported}" in problem
+
+
+@pytest.mark.parametrize(("package", "number"), [("trl", "1.17.0.dev0"), ("trl", "2.0.0"), ("transformers", "6.0.0")])
+def test_a_host_that_is_newer_than_the_tests_gets_one_sentence_and_trains(
+    sft_of: Build, installed: Callable[[str, str], None], capsys: pytest.CaptureFixture[str], package: str, number: str
+) -> None:
+    trainer = sft_of({"max_steps": 1})
+    installed(package, number)
+    capsys.readouterr()
+    dwl_plugin.apply(trainer, {"loss": "dft"})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"[dwl] {package} {number} is newer than what this dwl_plugin was tested with")
+    trainer.train()
+
+
+def test_trls_version_is_nothing_to_a_plain_trainer(trainer_of: Build, installed: Callable[[str, str], None]) -> None:
+    installed("trl", "0.1")
+    dwl_plugin.apply(trainer_of(), {"loss": "dft"})
 
 
 # the config

@@ -280,6 +280,16 @@ def test_a_file_that_breaks_off_is_noticed(run_folder: Path, file: str) -> None:
     assert unfinished(newest) == f"its {file} breaks off"
 
 
+def test_a_part_of_deepspeeds_checkpoint_that_was_cut_off_is_found(tmp_path: Path) -> None:
+    part = tmp_path / "global_step2" / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    part.parent.mkdir()
+    torch.save({"x": torch.zeros(1000)}, part)
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 2}))
+    assert unfinished(tmp_path) is None
+    cut(part)
+    assert unfinished(tmp_path) == f"its global_step2/{part.name} breaks off"
+
+
 def test_automatic_resuming_takes_the_newest_whole_checkpoint_and_says_so(run_folder: Path) -> None:
     (run_folder / "checkpoint-4" / "trainer_state.json").unlink()
     config = cfg(run_folder, auto_resume_from_checkpoints=True)
@@ -373,9 +383,9 @@ def holds(text: str) -> Callable[[Path], object]:
         ("model.safetensors", device, "its model.safetensors is no file"),
         ("optimizer.pt", pipe, "its optimizer.pt is no file"),
         ("optimizer.pt", leads_nowhere, "its optimizer.pt is no file"),
-        ("trainer_state.json", pipe, "it has no trainer_state.json"),
-        ("trainer_state.json", device, "it has no trainer_state.json"),
-        ("trainer_state.json", absurdly_large, "its trainer_state.json is larger than that of any run"),
+        ("trainer_state.json", pipe, "its trainer_state.json is not read: it is a pipe"),
+        ("trainer_state.json", device, "its trainer_state.json is not read: it is a device"),
+        ("trainer_state.json", absurdly_large, "its trainer_state.json is not read: it has more than 1,048,576 KiB"),
         ("trainer_state.json", holds("[" * 100_000 + "]" * 100_000), "its trainer_state.json is nested too deep"),
         ("trainer_state.json", holds("[]"), "its trainer_state.json is no JSON object"),
         ("trainer_state.json", holds("{}"), "`global_step`: field required"),
@@ -508,6 +518,28 @@ def test_rows_without_a_target_stop_every_loss_before_a_model_is_loaded(
     source = with_labels(tmp_path / "rows.jsonl", *[labels] * 6)
     with pytest.raises(ConfigError, match=r"(?m)^  datasets: there is nothing to train on: no target token in"):
         harness.train(configure(**LOSSES[loss], datasets=[source], sequence_len=64, sample_packing=packed))
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(("key", "outside"), [("input_ids", 400), ("input_ids", -1), ("labels", 400), ("labels", -5)])
+def test_a_token_that_the_model_does_not_have_stops_every_loss_before_a_model_is_loaded(
+    configure: Configure, tmp_path: Path, loss: str, key: str, outside: int
+) -> None:
+    """In the training rows, or in those held out."""
+    good = {"input_ids": [5, 6, 7, 8], "labels": TRAINED, "attention_mask": [1] * 4}
+    bad = good | {key: [*good[key][:2], outside, good[key][3]]}
+    sources = []
+    for name, rows in (("good", [good] * 6), ("bad", [good] * 5 + [bad])):
+        path = harness.write_rows(tmp_path / f"{name}.jsonl", rows)
+        sources.append({"path": str(path), "ds_type": "json", "type": None, "split": "train"})
+    for train, test in (sources, sources[::-1]):
+        settings = {"datasets": [train], "test_datasets": [test], "val_set_size": None}
+        with pytest.raises(ConfigError) as caught:
+            harness.train(configure(**LOSSES[loss], **settings, eval_steps=1))
+        (problem,) = caught.value.problems
+        assert (problem.path, problem.value) == ("datasets", outside)
+        assert problem.message == f"`{key}` of 1 of the rows looked at name tokens that the model does not have"
 
 
 @pytest.mark.usefixtures("no_model")

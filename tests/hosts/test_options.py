@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel
 
 from dwl_plugin.config import parse
+from dwl_plugin.hosts import incompatible
 from dwl_plugin.hosts.axolotl_args import FUSED_LOSSES
 from dwl_plugin.hosts.incompatible import REFUSALS, refusal_table, refused
 
@@ -137,8 +138,8 @@ def test_the_table_in_the_readme_is_the_one_in_the_code() -> None:
 COMBINATIONS: list[tuple[dict[str, Any], list[str]]] = [
     ({"deepspeed": "zero2.json"}, []),
     ({"context_parallel_size": 2}, []),
-    ({"deepspeed": "zero2.json", "context_parallel_size": 2}, ["deepspeed"]),
-    ({"deepspeed": "zero2.json", "context_parallel": {"size": 2}}, ["deepspeed"]),
+    ({"deepspeed": "zero2.json", "context_parallel_size": 2}, []),
+    ({"deepspeed": "zero2.json", "context_parallel": {"size": 2}}, []),
     ({"context_parallel": {"size": 2}}, []),
     ({"context_parallel": {"size": 2, "load_balance": "distflash"}}, ["context_parallel"]),
     ({"context_parallel": {"size": 2, "shard_in_collator": False}}, ["context_parallel"]),
@@ -157,6 +158,13 @@ COMBINATIONS: list[tuple[dict[str, Any], list[str]]] = [
 @pytest.mark.parametrize(("cfg", "paths"), COMBINATIONS)
 def test_combinations_are_refused_and_their_parts_are_not(cfg: dict[str, Any], paths: list[str]) -> None:
     assert [problem.path for problem in refused(cfg, "dwl")] == paths
+
+
+def test_sequences_cannot_be_shared_before_axolotl_cuts_them_up_with_their_class_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(incompatible, "release", lambda _: (0, 20))
+    for size in ({"context_parallel_size": 2}, {"context_parallel": {"size": 2}}):
+        assert [problem.path for problem in refused({"deepspeed": "zero2.json", **size}, "dwl")] == ["deepspeed"]
+    assert not list(refused({"deepspeed": "zero2.json"}, "dwl"))
 
 
 def test_a_refused_key_is_named_beside_the_other_problems() -> None:

@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from dwl_plugin.errors import ConfigError
@@ -35,6 +37,47 @@ def test_a_run_trains_with_them_says_them_and_writes_them_down(
     written = yaml.safe_load((Path(run.trainer.args.output_dir) / "dwl_config.yaml").read_text())
     assert written["dwl"]["alpha"]["number"] == 15
     assert written["dwl"]["reduction"] == "weighted_mean"
+
+
+def published(folder: Path) -> dict[str, Any]:
+    """The config in the model card of a run."""
+    (text,) = re.findall(r"```yaml\n(.*?)\n```", (folder / "run" / "README.md").read_text(), re.DOTALL)
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found
+
+
+def test_the_model_card_has_the_config_as_it_ran(configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """After options of the command line, as a sweep gives them, and our overrides; each run of a process has its own alone."""
+    settings = configure(loss="dwl", dwl=DWL, max_steps=1, learning_rate=0.01)
+    monkeypatch.setenv("DWL_OVERRIDES", "dwl.alpha.number=15")
+    options = {"learning_rate": 0.002, "gradient_accumulation_steps": 2, "comet_api_key": "a secret"}
+    run = train(settings, options=options)
+    assert run.trainer.args.learning_rate == 0.002
+    shown = published(tmp_path)
+    assert (shown["learning_rate"], shown["gradient_accumulation_steps"]) == (0.002, 2)
+    assert shown["dwl"]["alpha"]["number"] == 15
+    assert shown["dwl"]["classes"] == CLASSES
+    assert "comet_api_key" not in shown
+    changed = {"learning_rate", "gradient_accumulation_steps", "dwl"}
+    assert {key: value for key, value in shown.items() if key not in changed} == {
+        key: value for key, value in settings.items() if key not in changed
+    }
+
+    monkeypatch.delenv("DWL_OVERRIDES")
+    train(configure(loss="dwl", dwl=DWL, max_steps=1, out=tmp_path / "second"))
+    assert published(tmp_path / "second")["dwl"] == DWL
+
+
+def test_a_run_writes_down_what_it_was_made_of(configure: Configure, data_file: Path, tmp_path: Path) -> None:
+    settings = configure(loss="dft", max_steps=1, gradient_accumulation_steps=3, learning_rate=0.01)
+    train(settings, options={"learning_rate": 0.002})
+    written = yaml.safe_load((tmp_path / "run" / "dwl_config.yaml").read_text())
+    record = written["run"]
+    assert (record["model"], record["data"], record["rows"]) == (settings["base_model"], [str(data_file)], 40)
+    assert (record["learning_rate"], record["batch"]) == (0.002, {"micro": 2, "accumulation": 3, "ranks": 1})
+    assert {"dwl_plugin", "axolotl", "transformers", "torch"} <= set(record["versions"])
+    assert record["versions"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert abs((datetime.now(timezone.utc) - datetime.fromisoformat(record["began"])).total_seconds()) < 600
 
 
 def test_a_config_that_was_loaded_may_be_loaded_again(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from dwl_plugin.config import parse
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.hosts.incompatible import REFUSALS
-from tests.hosts.harness import AXOLOTL, train
+from tests.hosts.harness import AXOLOTL, rows, train, write_rows
 
 Configure = Callable[..., dict[str, Any]]
 
@@ -39,6 +39,12 @@ def test_what_the_schema_sees_is_reported_whole_and_nothing_is_written(configure
     found = problems_of(configure(loss="dwl", use_dft=True, dwl={"classes": {"a": {"regex": "("}}, "alpha": {"b": 1}}))
     assert {"dwl.classes.a.regex", "dwl.alpha.b", "dwl.alpha", "use_dft"} == set(found)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_model")
+def test_an_anchor_is_refused_where_the_base_model_would_see_a_part_of_each_sequence(configure: Configure) -> None:
+    settings = configure(loss="dft", dft={"anchor": 0.1}, adapter="lora", deepspeed="zero2.json", context_parallel_size=2)
+    assert "eval mode" in problems_of(settings)["dft.anchor"]
 
 
 @pytest.mark.usefixtures("no_model")
@@ -237,3 +243,12 @@ def test_keyframes_written_as_numbers_survive_the_hosts_sorted_dump(configure: C
     written = json.loads(json.dumps(cfg.to_dict(), sort_keys=True, default=str))
     assert list(cfg.dwl.schedule.at) == ["200", "50%"]
     assert parse(written) == parse({"loss": "dwl", "dwl": {"schedule": {"type": "keyframes", "at": frames}}})
+
+
+@pytest.mark.parametrize("key", ["datasets", "test_datasets"])
+def test_a_row_that_cannot_be_tokenised_is_named_before_a_model_is_loaded(configure: Configure, tmp_path: Path, key: str) -> None:
+    bad = write_rows(tmp_path / "bad.jsonl", [*rows(3), {"messages": []}, *rows(3)])
+    entry = [{"path": str(bad), "type": "chat_template", "split": "train"}]
+    settings = configure(loss="dft", **{key: entry}, dataset_prepared_path=str(tmp_path / "prepared"))
+    with pytest.raises(ConfigError, match=r"row 4 of .*bad\.jsonl: its `messages` is empty"):
+        train(settings)

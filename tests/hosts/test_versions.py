@@ -61,16 +61,10 @@ def test_a_supported_axolotl_gets_no_sentence(installed: Installed, capsys: pyte
     assert capsys.readouterr().out == ""
 
 
-def test_the_axolotl_of_this_environment_is_supported() -> None:
-    oldest, newest = versions.AXOLOTL
-    assert oldest <= release("axolotl") <= newest
-    assert release("transformers") >= versions.TRANSFORMERS
-
-
-def test_a_transformers_that_is_too_old_is_refused_by_apply(installed: Installed) -> None:
-    installed("transformers", "4.57.1")
-    (problem,) = versions.transformers_problems()
-    assert "4.57.1 is older than dwl_plugin supports, 5.16" in str(problem)
+@pytest.mark.parametrize("package", ["axolotl", "transformers", "trl"])
+def test_the_hosts_of_this_environment_are_supported(package: str) -> None:
+    oldest, newest = getattr(versions, package.upper())
+    assert oldest <= release(package) <= newest
 
 
 class OldTrainer:

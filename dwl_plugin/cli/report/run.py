@@ -22,6 +22,7 @@ from dwl_plugin.config import Block, parse
 from dwl_plugin.config.problems import nodes
 from dwl_plugin.errors import DWLError
 from dwl_plugin.files import read_regular
+from dwl_plugin.run.record import Record
 from dwl_plugin.values import REST
 from dwl_plugin.yaml_io import load_plain_yaml
 
@@ -97,6 +98,7 @@ class Run:
     state: Path
     files: tuple[Path, ...]
     block: Block | None
+    record: Record | None
     classes: tuple[str, ...]
     token_share: Mapping[str, float]
     train: tuple[Entry, ...]
@@ -151,7 +153,7 @@ def _read(folder: Path, name: str) -> Run:
         raise DWLError("\n".join([f"{state.path} has none of dwl_plugin's figures: {why}.", *_few(notes)]))
     if not evals:
         notes.append("No evaluation was logged (`val_set_size`, `eval_steps`), so nll is that of the training batches.")
-    block = None if config is None else _block(config, notes)
+    block, record = (None, None) if config is None else _settings(config, notes)
     step = max(_step(entries[-1]) for entries in (train, evals) if entries) if state.step is None else state.step
     shares = _token_shares(train, "dwl/token_share/") if train else _token_shares(evals, "eval_dwl/token_share/")
     classes = _classes(block, (*train, *evals))
@@ -161,7 +163,7 @@ def _read(folder: Path, name: str) -> Run:
     files = (*written, *([] if config is None else [config]))
     token_share = {name: shares.get(name, math.nan) for name in classes}
     max_steps = state.max_steps or 0
-    return Run(name, state.path, files, block, classes, token_share, train, evals, step, max_steps, _few(notes))
+    return Run(name, state.path, files, block, record, classes, token_share, train, evals, step, max_steps, _few(notes))
 
 
 def largest(names: Sequence[str], share: Mapping[str, float], limit: int) -> list[str]:
@@ -301,20 +303,24 @@ def _config_of(folder: Path) -> Path | None:
     return next((at / CONFIG for at in (folder, folder.parent) if os.path.exists(at / CONFIG)), None)
 
 
-def _block(path: Path, notes: list[str]) -> Block | None:
+def _settings(path: Path, notes: list[str]) -> tuple[Block | None, Record | None]:
+    """Those of the loss, and what the run was made of; runs of earlier versions kept the first alone."""
+    record = None
     try:
         content = read_regular(path, _CONFIG_BYTES)
     except DWLError as error:
         notes.append(f"{error} Classes are named as they were logged.")
-        return None
+        return None, None
     try:
         raw = load_plain_yaml(content.decode(), str(path))
         if not isinstance(raw, Mapping) or any(_has_pack(raw)):
             raise DWLError("not what we write")
-        return parse(raw)
+        with suppress(ValueError):
+            record = Record.model_validate(raw["run"]) if "run" in raw else None
+        return parse(raw), record
     except (ValueError, RecursionError, DWLError):
         notes.append(f"{path} cannot be read by this version; classes are named as they were logged.")
-        return None
+        return None, record
 
 
 def _has_pack(raw: Mapping[str, Any]) -> Iterator[bool]:

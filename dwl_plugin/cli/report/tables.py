@@ -15,7 +15,7 @@ from dwl_plugin.cli.output import fixed, number, printable, say, short, table_of
 from dwl_plugin.cli.report.run import MOST_CLASSES, Run, largest
 from dwl_plugin.values import REST
 
-__all__ = ["ComparedRow", "Row", "called", "compared", "facts", "print_comparison", "print_run", "rows_of", "shown_of"]
+__all__ = ["ComparedRow", "Row", "called", "compared", "facts", "made_of", "print_comparison", "print_run", "rows_of", "shown_of"]
 
 NONE = "–"
 MOVING = {"signal": "Signal", "exponent": "Exponent of dft", "min_weight": "Least weight of dft", "kl": "KL to the base model"}
@@ -75,6 +75,11 @@ def facts(run: Run) -> list[str]:
     return [f"loss: {run.block.loss}{reduction}", steps]
 
 
+def made_of(run: Run) -> list[str]:
+    """Model, data, batch, versions: a few lines, each of bounded length."""
+    return [] if run.record is None else [short(line, 1000) for line in run.record.lines()]
+
+
 def called(name: str | None) -> str:
     """A class as tables write it; None is all targets."""
     return "all" if name is None else short(name, 100) or "‹no name›"
@@ -97,6 +102,8 @@ def print_run(console: Console, run: Run) -> None:
         say(console, f"In training: loss {arrow(loss.tenths)}, nll {arrow(run.curve('nll').tenths)}.")
     for title, by_class in moving(run):
         say(console, f"{title}: {', '.join(f'{called(name)} {arrow(pair)}' for name, pair in by_class)}.")
+    for line in made_of(run):
+        say(console, line)
     source = "held-out rows" if run.evals else "training batches"
     say(console, f"Start → end, nll in nats per token of the {source}, whatever α was.")
     for note in run.notes:

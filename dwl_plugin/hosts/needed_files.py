@@ -1,0 +1,192 @@
+"""What of this disk a run will read, and what of it is not there or is no file, found before anything is loaded.
+
+A name that could be a repository on the hub is not a missing file: whether the hub has it is not known here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.files import UnreadableError, kind_of_file, read_regular
+from dwl_plugin.hosts.checkpoints import require_whole
+
+__all__ = ["MODELS", "file_problems", "on_the_hub_perhaps"]
+
+MODELS = ("base_model", "base_model_config", "tokenizer_config", "processor_config")
+_DATA = ("datasets", "test_datasets", "pretraining_dataset")
+_READERS = ("json", "csv", "parquet", "arrow", "text")
+_ROWS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".zst", ".gz", ".xz", ".bz2", ".zip")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
+_MAX_BYTES = 64 << 20
+
+_MISSING_FILE = "there is no such file"
+_MISSING_FOLDER = "there is no such folder"
+
+
+def file_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
+    """One problem for each key of a config that was only parsed; relative paths are looked up where the command was started."""
+    for key in MODELS:
+        if isinstance(name := raw.get(key), str) and name:
+            yield from _model_problems(key, name, weights=key == "base_model" and not raw.get("reinit_weights"))
+    for key in ("datasets", "test_datasets"):
+        whole = raw.get(key)
+        if whole is not None and not isinstance(whole, list):
+            yield Problem(key, "has to be a list", whole, hint="write `- path: …` below it, with the other keys of that data set")
+        for index, entry in enumerate(whole if isinstance(whole, list) else ()):
+            if not isinstance(entry, (Mapping, list)):
+                yield Problem(f"{key}[{index}]", "has to be a mapping, with a `path`", entry)
+    for path, entry in _data_entries(raw):
+        yield from _data_problems(path, entry)
+        yield from _template_problems(f"{path}.", entry)
+    yield from _template_problems("", raw)
+    if isinstance(name := raw.get("deepspeed"), str) and name:
+        yield from _deepspeed_problems(name)
+    if isinstance(name := raw.get("resume_from_checkpoint"), str) and name:
+        yield from _checkpoint_problems(name, raw.get("output_dir"))
+    if isinstance(name := raw.get("lora_model_dir"), str) and name and raw.get("adapter"):
+        if os.path.isdir(name):
+            if not os.path.isfile(os.path.join(name, "adapter_config.json")):
+                yield Problem("lora_model_dir", "this folder has no adapter_config.json, so there is no adapter in it", name)
+            yield from _special_files("lora_model_dir", name)
+        elif not _may_be_on_the_hub(name):
+            yield Problem("lora_model_dir", _MISSING_FOLDER, name)
+
+
+def on_the_hub_perhaps(raw: Mapping[str, Any]) -> Iterator[str]:
+    """What a run reads and no look gets to, where it is not on this disk and may be on the hub."""
+    names = [("lora_model_dir", raw.get("lora_model_dir") if raw.get("adapter") else None)]
+    names += [(f"{path}.path", entry.get("path")) for path, entry in _data_entries(raw) if path.startswith("test_datasets")]
+    for path, name in names:
+        if isinstance(name, str) and name and not os.path.exists(name) and _may_be_on_the_hub(name):
+            yield f"{path} {name}: it is not on this disk, and whether the hub has it was not asked"
+
+
+def _may_be_on_the_hub(name: str) -> bool:
+    """Or at an address. A name that ends like a file of rows is taken for one."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    if "://" in name or "::" in name:
+        return True
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not name.lower().endswith(_ROWS)
+
+
+def _data_entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for key in _DATA:
+        value = raw.get(key)
+        if isinstance(value, str):
+            value = {"path": value}
+        if isinstance(value, Mapping):
+            yield key, value
+        for index, entry in enumerate(value if isinstance(value, list) else ()):
+            if isinstance(entry, Mapping):
+                yield f"{key}[{index}]", entry
+
+
+def _data_problems(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
+    name = entry.get("path")
+    if not isinstance(name, str) or not name:
+        return
+    if os.path.exists(name):
+        yield from _special_files(f"{path}.path", name)
+    elif not _may_be_on_the_hub(name):
+        yield Problem(f"{path}.path", "there is no such file or folder", name, hint=_expanded(name))
+        return
+    if name in _READERS or os.path.isdir(name):
+        for file in _strings(entry.get("data_files")):
+            if not any(mark in file for mark in "*?[:") and not os.path.exists(file):
+                yield Problem(f"{path}.data_files", _MISSING_FILE, file, hint=_expanded(file))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        yield from _strings(item)
+
+
+def _expanded(name: str) -> str:
+    return "write the folder out: nobody expands `~` here" if name.startswith("~") else ""
+
+
+def _model_problems(key: str, name: str, weights: bool) -> Iterator[Problem]:
+    if not os.path.isdir(name):
+        if os.path.exists(name) or not _may_be_on_the_hub(name):
+            yield Problem(key, "this is no folder" if os.path.exists(name) else _MISSING_FOLDER, name, hint=_expanded(name))
+        return
+    yield from (special := list(_special_files(key, name)))
+    if weights and not special:
+        files = os.listdir(name)
+        if not any(file.endswith(_WEIGHTS) for file in files):
+            yield Problem(key, "there are no weights in this folder", name)
+        lost = sorted(
+            {str(shard) for file in files if file.endswith(".index.json") for shard in _shards(Path(name, file))} - {*files}
+        )
+        if lost:
+            yield Problem(key, f"{len(lost)} files of its weights are not in this folder, {lost[0]} among them", name)
+
+
+def _shards(index: Path) -> Iterator[Any]:
+    try:
+        content = json.loads(read_regular(index, _MAX_BYTES))
+    except (UnreadableError, ValueError, RecursionError):
+        return
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    yield from shards.values() if isinstance(shards, dict) else ()
+
+
+def _special_files(key: str, name: str) -> Iterator[Problem]:
+    """To open a pipe means to wait, and a device may have no end."""
+    for file in [name] if not os.path.isdir(name) else sorted(os.path.join(name, entry) for entry in os.listdir(name)):
+        try:
+            mode = os.stat(file).st_mode
+        except OSError:  # a link to nothing, which the host may or may not ask for
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            yield Problem(key, f"{os.path.basename(file)} is no file: it is a {kind_of_file(mode)}", name)
+
+
+def _template_problems(prefix: str, block: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is neither a file nor a template is rendered as it stands, the same for every row."""
+    text = block.get("chat_template_jinja")
+    if not isinstance(text, str) or not text or block.get("chat_template") not in (None, "jinja"):
+        return
+    if os.path.isfile(text):
+        return
+    if len(text) < 4096 and "\n" not in text and os.path.exists(text):
+        yield Problem(f"{prefix}chat_template_jinja", "this is no file", text)
+    elif "{" not in text:
+        yield Problem(f"{prefix}chat_template_jinja", f"{_MISSING_FILE}, and a template it is not", text)
+
+
+def _deepspeed_problems(name: str) -> Iterator[Problem]:
+    hint = ""
+    if not os.path.exists(name) and "deepspeed_configs/" in name:
+        hint = "`axolotl fetch deepspeed_configs` brings those of Axolotl into this folder"
+    if not os.path.exists(name):
+        yield Problem("deepspeed", _MISSING_FILE, name, hint=hint)
+        return
+    try:
+        if not isinstance(json.loads(read_regular(Path(name), _MAX_BYTES)), dict):
+            yield Problem("deepspeed", "this file holds no JSON object", name)
+    except UnreadableError as error:
+        yield Problem("deepspeed", error.why, name)
+    except (ValueError, RecursionError):
+        yield Problem("deepspeed", "this file is not JSON", name)
+
+
+def _checkpoint_problems(name: str, output_dir: Any) -> Iterator[Problem]:
+    try:
+        require_whole(Path(name), Path(output_dir if isinstance(output_dir, str) else "model-out"))
+    except ConfigError as error:
+        yield from error.problems

@@ -1,0 +1,58 @@
+"""What a run was made of, as `dwl_config.yaml` keeps it beside the settings of the loss, for people and `dwl report`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["BatchSize", "Record"]
+
+Count = Annotated[int, Field(ge=1, le=10**15)]
+
+
+class BatchSize(BaseModel):
+    """Rows of an optimizer step: those of a micro-batch × accumulated micro-batches × ranks with data of their own."""
+
+    micro: Count
+    accumulation: Count
+    ranks: Count
+
+
+class Record(BaseModel):
+    """Under `run` in the file. What is not known is None; a later version may write more."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    began: str | None = None
+    resumed_at_step: Count | None = None
+    model: str | None = None
+    data: list[str] | None = None
+    rows: Count | None = None
+    learning_rate: float | None = None
+    batch: BatchSize | None = None
+    versions: dict[str, str] | None = None
+
+    def dump(self) -> dict[str, Any]:
+        """Plain YAML types."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def lines(self) -> Iterator[str]:
+        """The same in words, a few to a line."""
+        data = None if self.data is None else ", ".join(self.data)
+        yield from _joined({"model": self.model, "data": data, "rows": None if self.rows is None else f"{self.rows:,}"})
+        batch = self.batch
+        if batch is not None:
+            rows = batch.micro * batch.accumulation * batch.ranks
+            told = f"{rows:,} rows ({batch.micro} × {batch.accumulation} accumulated × {batch.ranks} ranks)"
+        yield from _joined({"learning rate": self.learning_rate, "batch": None if batch is None else told})
+        resumed = f", resumed at step {self.resumed_at_step:,}" if self.resumed_at_step else ""
+        began = None if self.began is None else f"{self.began}{resumed}"
+        versions = ", ".join(f"{name} {number}" for name, number in (self.versions or {}).items())
+        yield from _joined({"began": began, "with": versions or None})
+
+
+def _joined(parts: Mapping[str, object]) -> Iterator[str]:
+    if known := [f"{name} {value}" for name, value in parts.items() if value is not None]:
+        yield "; ".join(known)
