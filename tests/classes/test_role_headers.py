@@ -178,6 +178,15 @@ def test_a_row_that_begins_inside_a_message_has_a_role_from_its_first_header_on(
     assert roles_of(tokenizer_with(CHATML), cut + whole) == [("rest", cut), ("assistant", whole)]
 
 
+def test_a_neighbour_in_a_packed_row_changes_no_header() -> None:
+    tokenizer = tokenizer_with(TEMPLATES["alpaca"])
+    labeller = build_labeller({role: RoleClass(role=role) for role in ("user", "assistant")}, tokenizer)
+    rows = [encode(tokenizer, text) for text in ("### Instruction:\nhello\n#", "### Response:\nthe end ###", " Instruction:\nno")]
+    together, positions = sum(rows, []), [place for row in rows for place in range(len(row))]
+    packed = labeller.label_batch([together], [together], [positions], packed=True)[0]
+    assert packed.tolist() == [0] * len(rows[0]) + [1] * len(rows[1]) + [2] * len(rows[2])
+
+
 @pytest.mark.parametrize("text", ["#### Response:\nno", "### Responses:\nno", "### Response:no", "x### Response:\nno"])
 def test_what_only_looks_like_a_header_is_none(text: str) -> None:
     said = f"### Instruction:\nhello\n{text}\n\n"
