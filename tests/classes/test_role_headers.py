@@ -182,7 +182,7 @@ def test_a_neighbour_in_a_packed_row_changes_no_header() -> None:
     tokenizer = tokenizer_with(TEMPLATES["alpaca"])
     labeller = build_labeller({role: RoleClass(role=role) for role in ("user", "assistant")}, tokenizer)
     rows = [encode(tokenizer, text) for text in ("### Instruction:\nhello\n#", "### Response:\nthe end ###", " Instruction:\nno")]
-    together, positions = sum(rows, []), [place for row in rows for place in range(len(row))]
+    together, positions = [token for row in rows for token in row], [place for row in rows for place in range(len(row))]
     packed = labeller.label_batch([together], [together], [positions], packed=True)[0]
     assert packed.tolist() == [0] * len(rows[0]) + [1] * len(rows[1]) + [2] * len(rows[2])
 
