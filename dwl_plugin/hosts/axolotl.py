@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any
@@ -60,7 +61,8 @@ class DWLPlugin(BasePlugin):
         ConfigError.raise_any(dropped_options(sys.argv[1:], cfg))
         self._taken_over = fused_losses_asked_for(cfg)
         self._ran = {key: value for key, value in copy.deepcopy(plain(cfg)).items() if key != "axolotl_config_path"}
-        self._unwritten = () if "reduction" in (cfg.get("dwl") or {}) else ("reduction",)
+        written = cfg.get("dwl")
+        self._unwritten = () if isinstance(written, Mapping) and "reduction" in written else ("reduction",)
         if cfg.get("loss") is None:
             return
         ConfigError.raise_any(axolotl_problems())
