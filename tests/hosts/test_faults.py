@@ -138,7 +138,11 @@ POINTS: dict[str, Callable[[Any, int], None]] = {
     "state half written": while_saving("trainer_state.json"),
     "after a save": after_a_save,
 }
-KILLS = [(point, random.Random(f"{point} {seed}").randint(1, STEPS)) for point in POINTS for seed in range(3)]
+KILLS = [
+    pytest.param(point, random.Random(f"{point} {seed}").randint(1, STEPS), marks=pytest.mark.weekly if seed else pytest.mark.slow)
+    for point in POINTS
+    for seed in range(3)
+]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +159,6 @@ def run_until_killed(config: dict[str, Any], point: str, step: int, log: Path) -
         raise
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("point", "step"), KILLS)
 def test_a_killed_run_resumes_to_the_parameters_of_the_whole_run(
     configure: Configure, whole: ranks.Report, tmp_path: Path, point: str, step: int
