@@ -11,9 +11,10 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -375,16 +376,20 @@ def _record(trainer: TrainerMixin, tau: int) -> Record:
     args, rows = trainer.args, trainer.train_dataset
     batch = trainer.get_total_train_batch_size(args)
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    used = [name for name in _VERSIONED if name in sys.modules]
+    names = {"dwl_plugin": "axolotl-dwl", **{name: name for name in _VERSIONED if name in sys.modules}}
+    versions = {}
+    for name, package in names.items():
+        with suppress(PackageNotFoundError):  # a checkout that is on the path, and not installed
+            versions[name] = version(package)
     return Record(
         began=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         resumed_at_step=tau or None,
-        model=getattr(trainer.accelerator.unwrap_model(trainer.model).config, "name_or_path", None) or None,
+        model=getattr(getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None), "name_or_path", None) or None,
         data=trainer._dwl.data,
         rows=len(rows) if hasattr(rows, "__len__") else None,
         learning_rate=args.learning_rate,
         batch=BatchSize(micro=micro, accumulation=accumulation, ranks=max(batch // (micro * accumulation), 1)),
-        versions={"dwl_plugin": version("axolotl-dwl"), **{name: version(name) for name in used}},
+        versions=versions,
     )
 
 
