@@ -133,7 +133,9 @@ class InPlaceOfSFTTrainer(Trainer):
     """By whether it trains: of each micro-batch since the last log Σ entropy, the targets that are likeliest, the targets, and an
     auxiliary loss where there is one."""
     _dwl_tokens: torch.Tensor | int
-    """Trained on by this rank, padding left out."""
+    """Trained on by this rank since the last log, padding left out."""
+    _total_train_tokens: int
+    """TRL's, which goes on where another training of this trainer is without us."""
 
     def compute_loss(self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Items = None) -> Any:
         asked = {"use_cache": False}
@@ -175,7 +177,9 @@ class InPlaceOfSFTTrainer(Trainer):
         if aux_loss:
             means["aux_loss"] = aux_loss[0] / self.accelerator.num_processes
         tokens = over_ranks(torch.as_tensor(self._dwl_tokens, device=sums.device))
-        return {**{key: values.mean().item() for key, values in means.items()}, "num_tokens": tokens.item() // self.get_tp_size()}
+        type(self)._dwl_tokens = 0
+        self._total_train_tokens += int(tokens.item()) // self.get_tp_size()
+        return {**{key: values.mean().item() for key, values in means.items()}, "num_tokens": self._total_train_tokens}
 
 
 _ROWS_AT_ONCE = 256

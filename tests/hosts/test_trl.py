@@ -113,6 +113,21 @@ def test_no_tensor_of_targets_times_vocabulary_is_made(sft_of: Build, trainer_of
 
 
 @stock
+def test_tokens_are_counted_on_from_and_by_training_without_us(sft_of: Build) -> None:
+    counts = []
+    for applies in (False, True):
+        trainer = sft_of({**SGD, "max_steps": 2, "gradient_accumulation_steps": 1})
+        for between in (False, applies, False):
+            handle = dwl_plugin.apply(trainer, {"loss": "nll"}) if between else None
+            trainer.train()
+            counts.append(logged(trainer, "num_tokens"))
+            if handle is not None:
+                handle.detach()
+    assert counts[3:] == counts[:3]
+    assert counts[2][0] > counts[1][-1] > counts[0][-1]
+
+
+@stock
 def test_an_auxiliary_loss_is_trained_and_logged(sft_of: Build) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
