@@ -196,6 +196,7 @@ class TrainerMixin(Trainer):
             self.stop_if_not_finite()
             logs.update(self._dwl.measured(self._over_ranks, self.args.device))
             logs.update(self._dwl.moving_numbers())
+        self._dwl.given = dict(logs)
         super().log(logs, start_time)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
@@ -259,11 +260,20 @@ class BelowHost(Trainer):
 
 
 class _PerplexityOfNll(Trainer):
-    """Below the host's class: a perplexity that it made of the loss on the way down is one of nll before anything sees it."""
+    """Below the host's class: a perplexity that it made of the loss on the way down is one of nll before anything sees it.
+
+    One that `compute_metrics` made was in the log before, and one without a loss of its name is of something else.
+    """
+
+    _dwl: Session
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for key in [key for key in logs if key.endswith("ppl") and f"{key.removesuffix('ppl')}loss" in logs]:
-            nll = logs.get(f"{key.removesuffix('ppl')}nll")
+        given = self._dwl.given
+        for key in [key for key, value in logs.items() if key.endswith("ppl") and given.get(key) != value]:
+            name = key.removesuffix("ppl")
+            if f"{name}loss" not in logs:
+                continue
+            nll = logs.get(f"{name}nll")
             if nll is None:  # no target, so there is none
                 del logs[key]
             else:

@@ -276,6 +276,32 @@ def test_the_lower_eval_nll_is_the_better_checkpoint(
     assert trainer.state.best_metric == min(measured)
 
 
+def test_metrics_whose_names_end_in_ppl_are_as_they_were_computed(sft_of: Build, samples: list[dict[str, Any]]) -> None:
+    from datasets import Dataset
+
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_word_ppl", "greater_is_better": False}
+    own = {"ppl": 1.5, "word_ppl": 2.5}
+    trainer = sft_of(settings, eval_dataset=Dataset.from_list(samples[:2]), compute_metrics=lambda outcome: own)
+    dwl_plugin.apply(trainer, {"loss": "dft"})
+    trainer.train()
+    assert {key: logged(trainer, f"eval_{key}") for key in own} == {"ppl": [1.5], "word_ppl": [2.5]}
+    assert trainer.state.best_metric == 2.5
+
+
+def test_a_trainer_whose_model_got_another_loss_is_told_so(trainer_of: Build) -> None:
+    first, second = trainer_of({"max_steps": 1}), trainer_of({"max_steps": 1})
+    handles = [dwl_plugin.apply(trainer, {"loss": "dft"}) for trainer in (first, second)]
+    for step in (lambda: None, handles[1].detach):
+        step()
+        with pytest.raises(LossNotTakenError, match="another trainer over the same model gets a loss of its own"):
+            first.train()
+    handles[0].detach()
+    dwl_plugin.apply(first, {"loss": "dft"})
+    first.train()
+    assert len(logged(first, "nll")) == 1
+
+
 def test_predictions_are_the_models_and_metrics_are_computed_from_them(
     sft_of: Build, samples: list[dict[str, Any]], model: Any
 ) -> None:
