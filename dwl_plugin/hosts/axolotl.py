@@ -26,7 +26,16 @@ from dwl_plugin.hosts.four_bits import keep_the_training_format
 from dwl_plugin.hosts.incompatible import shares_sequences
 from dwl_plugin.hosts.trainer import install, less_is_better, uninstall
 from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl, newer_host
-from dwl_plugin.run.dataset_check import check_dataset, labeller_of, no_rows, no_targets, picked_rows, require_rows, require_targets
+from dwl_plugin.run.dataset_check import (
+    check_dataset,
+    labeller_of,
+    no_rows,
+    no_targets,
+    picked_rows,
+    require_rows,
+    require_targets,
+    with_targets,
+)
 from dwl_plugin.run.moving import require_places
 from dwl_plugin.run.startup import log_line
 
@@ -165,10 +174,11 @@ class DWLPlugin(BasePlugin):
 
 
 def _sample(dataset: Any, seed: int) -> list[dict[str, Any]]:
-    """Rows with `input_ids` and `labels`; a stream, or rows that get labels later, give none."""
+    """Rows with `input_ids` and `labels`, some of them with a target if any is; a stream, or rows labelled later, give none."""
     if not hasattr(dataset, "select") or not {"input_ids", "labels"} <= set(dataset.column_names or ()):
         return []
-    return list(dataset.select_columns(["input_ids", "labels"]).select(picked_rows(len(dataset), seed)))
+    rows = dataset.select_columns(["input_ids", "labels"])
+    return with_targets(list(rows.select(picked_rows(len(rows), seed))), rows)
 
 
 def _paths(cfg: Any) -> list[str]:

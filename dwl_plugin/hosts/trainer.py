@@ -11,9 +11,10 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,7 @@ class TrainerMixin(Trainer):
             self.stop_if_not_finite()
             logs.update(self._dwl.measured(self._over_ranks, self.args.device))
             logs.update(self._dwl.moving_numbers())
+        self._dwl.given = dict(logs)
         super().log(logs, start_time)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
@@ -258,11 +260,20 @@ class BelowHost(Trainer):
 
 
 class _PerplexityOfNll(Trainer):
-    """Below the host's class: a perplexity that it made of the loss on the way down is one of nll before anything sees it."""
+    """Below the host's class: a perplexity that it made of the loss on the way down is one of nll before anything sees it.
+
+    One that `compute_metrics` made was in the log before, and one without a loss of its name is of something else.
+    """
+
+    _dwl: Session
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for key in [key for key in logs if key.endswith("ppl")]:
-            nll = logs.get(f"{key.removesuffix('ppl')}nll")
+        given = self._dwl.given
+        for key in [key for key, value in logs.items() if key.endswith("ppl") and given.get(key) != value]:
+            name = key.removesuffix("ppl")
+            if f"{name}loss" not in logs:
+                continue
+            nll = logs.get(f"{name}nll")
             if nll is None:  # no target, so there is none
                 del logs[key]
             else:
@@ -365,16 +376,20 @@ def _record(trainer: TrainerMixin, tau: int) -> Record:
     args, rows = trainer.args, trainer.train_dataset
     batch = trainer.get_total_train_batch_size(args)
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    used = [name for name in _VERSIONED if name in sys.modules]
+    names = {"dwl_plugin": "axolotl-dwl", **{name: name for name in _VERSIONED if name in sys.modules}}
+    versions = {}
+    for name, package in names.items():
+        with suppress(PackageNotFoundError):  # a checkout that is on the path, and not installed
+            versions[name] = version(package)
     return Record(
         began=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         resumed_at_step=tau or None,
-        model=getattr(trainer.accelerator.unwrap_model(trainer.model).config, "name_or_path", None) or None,
+        model=getattr(getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None), "name_or_path", None) or None,
         data=trainer._dwl.data,
         rows=len(rows) if hasattr(rows, "__len__") else None,
         learning_rate=args.learning_rate,
         batch=BatchSize(micro=micro, accumulation=accumulation, ranks=max(batch // (micro * accumulation), 1)),
-        versions={"dwl_plugin": version("axolotl-dwl"), **{name: version(name) for name in used}},
+        versions=versions,
     )
 
 

@@ -6,7 +6,7 @@ In order: what the trainer has that cannot stand beside the loss, the classes an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from os import PathLike
 from typing import Any
@@ -28,7 +28,15 @@ from dwl_plugin.hosts.trainer import (
     uninstall,
 )
 from dwl_plugin.hosts.versions import newer_host, older_host
-from dwl_plugin.run.dataset_check import check_dataset, ids_outside, labeller_of, picked_rows, require_rows, require_targets
+from dwl_plugin.run.dataset_check import (
+    check_dataset,
+    ids_outside,
+    labeller_of,
+    picked_rows,
+    require_rows,
+    require_targets,
+    with_targets,
+)
 from dwl_plugin.run.session import Session
 from dwl_plugin.run.startup import log_line
 
@@ -89,15 +97,15 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
     except ConfigError as error:
         raise ConfigError([*error.problems, *problems]) from None
     ConfigError.raise_any(problems)
-    require_rows(trainer.train_dataset)
+    require_rows(trainer.train_dataset, "train_dataset")
     labeller = _labeller_of(trainer, block)
-    rows = list(_collated(trainer, trainer.train_dataset))
+    rows = [] if labeller is None and _has_own(trainer, "get_train_dataloader") else _looked_at(trainer, trainer.train_dataset)
     size = getattr(trainer.model.get_input_embeddings(), "num_embeddings", None)
-    ConfigError.raise_any(() if size is None else ids_outside(rows, size))
-    survey = check_dataset(block, labeller, rows)
-    held_out = trainer.eval_dataset
+    ConfigError.raise_any(() if size is None else ids_outside(rows, size, "train_dataset"))
+    survey = check_dataset(block, labeller, rows, "train_dataset")
+    held_out = None if _has_own(trainer, "get_eval_dataloader", "evaluate") else trainer.eval_dataset
     for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
-        require_targets(_collated(trainer, dataset), "eval_dataset")
+        require_targets(_looked_at(trainer, dataset), "eval_dataset")
     is_sft = trl.is_sft_trainer(type(trainer))
     below = None if type(trainer) is Trainer else trl.in_place_of_sft_trainer(type(trainer)) if is_sft else BelowHost
     for line in (line for package in ("transformers", *(("trl",) if is_sft else ())) for line in newer_host(package)):
@@ -169,14 +177,25 @@ def _labeller_of(trainer: Trainer, block: Block) -> Labeller | None:
     return labeller
 
 
-def _collated(trainer: Trainer, dataset: Any) -> Iterator[dict[str, Any]]:
-    """Some rows of a dataset, each as the trainer's collator makes it; a stream gives none."""
+def _has_own(trainer: Trainer, *methods: str) -> bool:
+    """Whether a subclass of somebody's brings one of these methods; then it need not use the trainer's collator."""
+    return any(not getattr(type(trainer), name).__module__.startswith(("transformers.", "trl.")) for name in methods)
+
+
+def _looked_at(trainer: Trainer, dataset: Any) -> list[dict[str, Any]]:
+    """Some rows of a dataset, some of them with a target if any is; a stream gives none."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        return
-    collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+        return []
     with torch.random.fork_rng(devices=[]):  # the run draws what it would have drawn
-        for index in picked_rows(len(dataset), trainer.args.seed):
-            row = dataset[index]
-            batch = collate([dict(row)]) if isinstance(row, Mapping) else {}  # only a mapping is known to have labels
-            if "labels" in batch:
-                yield {key: batch[key][0] for key in ("input_ids", "labels", "position_ids") if key in batch}
+        picked = list(_collated(trainer, dataset, picked_rows(len(dataset), trainer.args.seed)))
+        return with_targets(picked, _collated(trainer, dataset, range(len(dataset))))
+
+
+def _collated(trainer: Trainer, dataset: Any, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Rows as the trainer's collator makes each."""
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
+    for number in numbers:
+        row = dataset[number]
+        batch = collate([dict(row)]) if isinstance(row, Mapping) else {}  # only a mapping is known to have labels
+        if "labels" in batch:
+            yield {key: batch[key][0] for key in ("input_ids", "labels", "position_ids") if key in batch}

@@ -64,6 +64,7 @@ class Seam:
             older.detach()
         self._log_line, self._logged = log_line, set[str]()
         self._pending: PendingLoss | None = None
+        self._is_off = False
         self._layout: int | None = None
         self._constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
         # A wrapper around this model, or a language model inside it, may be the one whose `loss_function` is called.
@@ -86,6 +87,7 @@ class Seam:
 
     def detach(self) -> None:
         """Take the patches off; the model is as it was. Once is enough, twice does no harm."""
+        self._is_off = True
         for hook in self._hooks:
             hook.remove()
         for (module, name, patch), was in zip(self._patches, self._were, strict=True):
@@ -251,6 +253,11 @@ class Seam:
         kind = type(self.model)
         whose = "" if package(kind.__module__) == "transformers" else f" of `{kind.__module__}`"
         why = f"{kind.__name__}{whose} returned a loss that dwl_plugin did not compute."
+        if self._is_off:
+            return LossNotTakenError(
+                f"{why} The configured one was taken off the model, as it is where another trainer over the same model gets a loss "
+                "of its own. Go on with that trainer, or `detach()` here and apply the loss again."
+            )
         patches = [
             (self.model, "forward", "forward"),
             (self.model, "_loss_function", "loss function"),

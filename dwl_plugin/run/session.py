@@ -75,6 +75,8 @@ class Session:
         """Whether an evaluation hands its logits on."""
         self.model_loss: torch.Tensor | None = None
         """Of the last forward, where the host's class has a `compute_loss` of its own."""
+        self.given: dict[str, float] = {}
+        """The last log, as the host's class got it."""
         self.eval_sums = ClassSums(self.names)
         self.token_losses = block.token_losses
         self.tau = 0

@@ -14,6 +14,7 @@ import dwl_plugin
 from dwl_plugin.errors import ConfigError, LossNotTakenError
 from dwl_plugin.hosts import versions
 from dwl_plugin.hosts.versions import release
+from dwl_plugin.run.dataset_check import picked_rows
 from tests.hosts import harness
 from tests.hosts.harness import CLASSES, Batches, Build, Recorder, logged, rows, stock
 
@@ -275,6 +276,32 @@ def test_the_lower_eval_nll_is_the_better_checkpoint(
     assert trainer.state.best_metric == min(measured)
 
 
+def test_metrics_whose_names_end_in_ppl_are_as_they_were_computed(sft_of: Build, samples: list[dict[str, Any]]) -> None:
+    from datasets import Dataset
+
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_word_ppl", "greater_is_better": False}
+    own = {"ppl": 1.5, "word_ppl": 2.5}
+    trainer = sft_of(settings, eval_dataset=Dataset.from_list(samples[:2]), compute_metrics=lambda outcome: own)
+    dwl_plugin.apply(trainer, {"loss": "dft"})
+    trainer.train()
+    assert {key: logged(trainer, f"eval_{key}") for key in own} == {"ppl": [1.5], "word_ppl": [2.5]}
+    assert trainer.state.best_metric == 2.5
+
+
+def test_a_trainer_whose_model_got_another_loss_is_told_so(trainer_of: Build) -> None:
+    first, second = trainer_of({"max_steps": 1}), trainer_of({"max_steps": 1})
+    handles = [dwl_plugin.apply(trainer, {"loss": "dft"}) for trainer in (first, second)]
+    for step in (lambda: None, handles[1].detach):
+        step()
+        with pytest.raises(LossNotTakenError, match="another trainer over the same model gets a loss of its own"):
+            first.train()
+    handles[0].detach()
+    dwl_plugin.apply(first, {"loss": "dft"})
+    first.train()
+    assert len(logged(first, "nll")) == 1
+
+
 def test_predictions_are_the_models_and_metrics_are_computed_from_them(
     sft_of: Build, samples: list[dict[str, Any]], model: Any
 ) -> None:
@@ -467,7 +494,7 @@ def test_a_class_that_is_nowhere_in_the_data_stops_before_training(host: str, re
 
 @pytest.mark.parametrize("host", ["trainer_of", "sft_of"])
 @pytest.mark.parametrize("loss", ["nll", "dft", "dwl"])
-@pytest.mark.parametrize("which", ["datasets", "eval_dataset", "one of two"])
+@pytest.mark.parametrize("which", ["train_dataset", "eval_dataset", "one of two"])
 def test_rows_without_a_target_stop_before_training(
     host: str, loss: str, which: str, samples: list[dict[str, Any]], request: pytest.FixtureRequest
 ) -> None:
@@ -475,13 +502,57 @@ def test_rows_without_a_target_stop_before_training(
 
     masked = Dataset.from_list([{**row, "labels": [-100] * len(row["labels"])} for row in samples[:4]])
     held_out: Any = {"a": Dataset.from_list(samples[:4]), "b": masked} if which == "one of two" else masked
-    changes = {"train_dataset": masked} if which == "datasets" else {"eval_dataset": held_out}
+    changes = {"train_dataset": masked} if which == "train_dataset" else {"eval_dataset": held_out}
     trainer = request.getfixturevalue(host)(**changes)
     classes = {"classes": {"number": {"regex": r"\d", "allow_empty": True}}}
     found = problems_of(trainer, {"loss": loss, **({"dwl": classes} if loss == "dwl" else {})})
     (path,) = found
-    assert path == ("datasets" if which == "datasets" else "eval_dataset")
+    assert path == ("train_dataset" if which == "train_dataset" else "eval_dataset")
     assert "no target token in the 4 rows looked at" in found[path]
+    assert "train_on_inputs" not in found[path]  # no option of this trainer
+
+
+@pytest.mark.parametrize("loss", ["nll", "dwl"])
+def test_targets_that_are_rare_stop_nothing(trainer_of: Build, samples: list[dict[str, Any]], loss: str) -> None:
+    """The look at some rows does not meet the one that has targets."""
+    from datasets import Dataset
+
+    (left_out, *_) = set(range(600)) - set(picked_rows(600, seed=harness.ARGUMENTS["seed"]))
+    masked = {**samples[1], "labels": [-100] * len(samples[1]["labels"])}
+    rare = Dataset.from_list([samples[0] if number == left_out else masked for number in range(600)])
+    classes = {"classes": {"number": {"regex": r"\d"}}}
+    trainer = trainer_of(train_dataset=rare, eval_dataset=rare)
+    applied = dwl_plugin.apply(trainer, {"loss": loss, **({"dwl": classes} if loss == "dwl" else {})})
+    assert applied.survey is not None
+    assert applied.survey.targets == sum(label != -100 for label in samples[0]["labels"])
+
+
+def test_rows_that_are_not_for_the_collator_are_left_to_the_loaders_of_the_trainer(trainer_of: Build) -> None:
+    from datasets import Dataset
+    from transformers import Trainer
+
+    class Own(Trainer):
+        def get_train_dataloader(self) -> Any:
+            return list(self.train_dataset)
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+            return {"eval_answered": float(len(self.eval_dataset))}
+
+    questions = Dataset.from_list([{"question": "What is 1 + 1?", "answer": "2"}])
+    dwl_plugin.apply(trainer_of(kind=Own, train_dataset=questions, eval_dataset=questions), {"loss": "dft"})
+
+
+def test_a_perplexity_of_something_else_is_left_alone(trainer_of: Build) -> None:
+    from transformers import Trainer
+
+    class Logging(Trainer):
+        def log(self, logs: dict[str, float], *args: Any) -> None:
+            super().log({**logs, "wiki_ppl": 12.0}, *args)
+
+    trainer = trainer_of({"max_steps": 1}, kind=Logging)
+    dwl_plugin.apply(trainer, {"loss": "dft"})
+    trainer.train()
+    assert set(logged(trainer, "wiki_ppl")) == {12.0}
 
 
 def test_a_token_that_the_model_does_not_have_stops_before_training(trainer_of: Build, samples: list[dict[str, Any]]) -> None:
@@ -491,11 +562,11 @@ def test_a_token_that_the_model_does_not_have_stops_before_training(trainer_of: 
     found = problems_of(
         trainer_of(train_dataset=Dataset.from_list([*samples[1:], {**samples[0], "input_ids": ids}])), {"loss": "nll"}
     )
-    assert "`input_ids` of 1 of the rows looked at name tokens that the model does not have (got 400)" in found["datasets"]
+    assert "`input_ids` of 1 of the rows looked at name tokens that the model does not have (got 400)" in found["train_dataset"]
 
 
 def test_an_empty_data_set_is_a_sentence(trainer_of: Build) -> None:
-    assert "there is no row to train on" in problems_of(trainer_of(train_dataset=[]), {"loss": "nll"})["datasets"]
+    assert "there is no row to train on" in problems_of(trainer_of(train_dataset=[]), {"loss": "nll"})["train_dataset"]
 
 
 def test_the_look_at_the_data_changes_nothing_that_the_run_draws(trainer_of: Build) -> None:

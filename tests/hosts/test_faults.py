@@ -22,6 +22,7 @@ from dwl_plugin.errors import ConfigError, NotFiniteError, RunError
 from dwl_plugin.hosts.checkpoints import choose_checkpoint, finished_checkpoints, unfinished
 from dwl_plugin.loss.class_sums import ForwardMetrics
 from dwl_plugin.loss.membership import Membership
+from dwl_plugin.run.dataset_check import picked_rows
 from dwl_plugin.run.nan_guard import FirstBadStep
 from dwl_plugin.values import Overlap
 from tests.hosts import harness, ranks
@@ -137,7 +138,11 @@ POINTS: dict[str, Callable[[Any, int], None]] = {
     "state half written": while_saving("trainer_state.json"),
     "after a save": after_a_save,
 }
-KILLS = [(point, random.Random(f"{point} {seed}").randint(1, STEPS)) for point in POINTS for seed in range(3)]
+KILLS = [
+    pytest.param(point, random.Random(f"{point} {seed}").randint(1, STEPS), marks=pytest.mark.weekly if seed else pytest.mark.slow)
+    for point in POINTS
+    for seed in range(3)
+]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +159,6 @@ def run_until_killed(config: dict[str, Any], point: str, step: int, log: Path) -
         raise
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("point", "step"), KILLS)
 def test_a_killed_run_resumes_to_the_parameters_of_the_whole_run(
     configure: Configure, whole: ranks.Report, tmp_path: Path, point: str, step: int
@@ -518,6 +522,22 @@ def test_rows_without_a_target_stop_every_loss_before_a_model_is_loaded(
     source = with_labels(tmp_path / "rows.jsonl", *[labels] * 6)
     with pytest.raises(ConfigError, match=r"(?m)^  datasets: there is nothing to train on: no target token in"):
         harness.train(configure(**LOSSES[loss], datasets=[source], sequence_len=64, sample_packing=packed))
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("rare", ["datasets", "test_datasets"])
+def test_targets_that_are_rare_stop_nothing(configure: Configure, tmp_path: Path, rare: str) -> None:
+    """The look at some rows does not meet the one that has targets."""
+    (left_out, *_) = set(range(600)) - set(picked_rows(600, seed=7))
+    labels = [TRAINED if number == left_out else FIRST_ALONE for number in range(600)]
+    usual = with_labels(tmp_path / "usual.jsonl", *[TRAINED] * 6) | {"split": "train"}
+    sources = {
+        "datasets": [usual],
+        "test_datasets": [usual],
+        rare: [with_labels(tmp_path / "rare.jsonl", *labels) | {"split": "train"}],
+    }
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        harness.train(configure(loss="dft", **sources, val_set_size=None, shuffle_merged_datasets=False, eval_steps=1))
 
 
 @pytest.mark.usefixtures("no_model")

@@ -181,8 +181,8 @@ def allowed(case: Case) -> bool:
 
 
 CASES = pairwise(FACTORS, allowed)
-IN_EVERY_RUN = 2
-"""The first cases cover the most pairs; all of them take minutes."""
+IN_EVERY_RUN, IN_EVERY_CHANGE = 2, 50
+"""The first cases cover the most pairs, fifty of them five of six; all of them take minutes."""
 
 
 def config_of(case: Case, configure: Configure, folder: Path) -> dict[str, Any]:
@@ -336,11 +336,12 @@ def agrees(settings: dict[str, Any], objective: str) -> harness.Run:
     return run
 
 
+def mark_of(at: int) -> Any:
+    return () if at < IN_EVERY_RUN else pytest.mark.slow if at < IN_EVERY_CHANGE else pytest.mark.weekly
+
+
 def every_case() -> list[Any]:
-    return [
-        pytest.param(case, marks=() if at < IN_EVERY_RUN else pytest.mark.slow, id=", ".join(case.values()))
-        for at, case in enumerate(CASES)
-    ]
+    return [pytest.param(case, marks=mark_of(at), id=", ".join(case.values())) for at, case in enumerate(CASES)]
 
 
 @pytest.mark.parametrize("case", every_case())

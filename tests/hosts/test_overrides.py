@@ -50,15 +50,22 @@ def test_the_model_card_has_the_config_as_it_ran(configure: Configure, monkeypat
     """After options of the command line, as a sweep gives them, and our overrides; each run of a process has its own alone."""
     settings = configure(loss="dwl", dwl=DWL, max_steps=1, learning_rate=0.01)
     monkeypatch.setenv("DWL_OVERRIDES", "dwl.alpha.number=15")
-    options = {"learning_rate": 0.002, "gradient_accumulation_steps": 2, "comet_api_key": "a secret"}
+    secrets = {
+        "comet_api_key": "hush 1",
+        "swanlab_lark_secret": "hush 2",
+        "swanlab_lark_webhook_url": "https://hush 3",
+        "mlflow_tracking_uri": "https://me:hush4@host",
+        "service": {"api_key": "hush 5"},
+    }
+    options = {"learning_rate": 0.002, "gradient_accumulation_steps": 2, **secrets}
     run = train(settings, options=options)
     assert run.trainer.args.learning_rate == 0.002
     shown = published(tmp_path)
     assert (shown["learning_rate"], shown["gradient_accumulation_steps"]) == (0.002, 2)
     assert shown["dwl"]["alpha"]["number"] == 15
     assert shown["dwl"]["classes"] == CLASSES
-    assert "comet_api_key" not in shown
-    changed = {"learning_rate", "gradient_accumulation_steps", "dwl"}
+    assert "hush" not in (tmp_path / "run" / "README.md").read_text()
+    changed = {"service", "learning_rate", "gradient_accumulation_steps", "dwl"}
     assert {key: value for key, value in shown.items() if key not in changed} == {
         key: value for key, value in settings.items() if key not in changed
     }
@@ -66,6 +73,13 @@ def test_the_model_card_has_the_config_as_it_ran(configure: Configure, monkeypat
     monkeypatch.delenv("DWL_OVERRIDES")
     train(configure(loss="dwl", dwl=DWL, max_steps=1, out=tmp_path / "second"))
     assert published(tmp_path / "second")["dwl"] == DWL
+
+
+def test_a_config_made_in_python_may_have_enums(configure: Configure, tmp_path: Path) -> None:
+    from transformers.trainer_utils import SchedulerType
+
+    train(configure(loss="dft", max_steps=1, lr_scheduler=SchedulerType.CONSTANT), options={"learning_rate": 0.003})
+    assert "learning_rate: 0.003" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_a_run_writes_down_what_it_was_made_of(configure: Configure, data_file: Path, tmp_path: Path) -> None:

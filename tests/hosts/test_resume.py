@@ -42,7 +42,12 @@ CONTROLLERS: dict[str, dict[str, Any]] = {
 }
 DFT = {"linear": {"to": {"exponent": 1, "min_weight": 0.3}, "end": "75%"}}
 OPTIONS = {"schedule": SCHEDULES, "controller": CONTROLLERS, "dft": DFT}
-KINDS = [(kind, name) for kind, named in OPTIONS.items() for name in named]
+KINDS = [
+    pytest.param(kind, name, marks=pytest.mark.weekly if kind == "schedule" and name != "warmup" else pytest.mark.slow)
+    for kind, named in OPTIONS.items()
+    for name in named
+]
+"""All that a schedule takes from a checkpoint is the step, so one of them stands for the others from day to day."""
 AFTER_THE_FIRST_UPDATE, WITHIN_A_WINDOW = 2, 5
 
 
@@ -91,7 +96,6 @@ def assert_goes_on(resumed: Report, whole: Report, stop: int) -> None:
         assert torch.equal(parameter, resumed.parameters[name]), name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), KINDS, ids=lambda value: value)
 def test_a_new_process_goes_on_bit_for_bit(
     configure: Configure, tmp_path: Path, new_process: ProcessPoolExecutor, kind: str, name: str
