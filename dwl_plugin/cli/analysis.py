@@ -30,7 +30,7 @@ from dwl_plugin.hosts.axolotl_args import fused_losses_asked_for
 from dwl_plugin.hosts.axolotl_keys import dropped_keys
 from dwl_plugin.hosts.axolotl_preview import Rows
 from dwl_plugin.hosts.incompatible import refused
-from dwl_plugin.hosts.needed_files import MODELS, file_problems, on_the_hub_perhaps
+from dwl_plugin.hosts.needed_files import MISSING_DATA, MODELS, file_problems, on_the_hub_perhaps
 from dwl_plugin.run.dataset_check import SURVEY_ROWS, labeller_of, no_rows, no_targets
 from dwl_plugin.values import REST
 
@@ -144,6 +144,7 @@ def analyse(path: Path, samples: int, trust: bool, to_run: bool = False, spread:
                 tokenizer = host.load_tokenizer(cfg)
                 found.looked_at.append("the tokenizer")
                 block, labeller = _labeller(block, tokenizer, found)
+                found.problems[:] = [problem for problem in found.problems if not _prepared_anyway(problem, cfg, tokenizer)]
                 if any(problem.path.startswith(_ROWS_OF) for problem in found.problems):
                     return found, None
                 status.update(f"{samples} rows …")
@@ -335,6 +336,12 @@ def run_length(cfg: Any, rows: Rows) -> RunLength:
         per_epoch = max(kept / per_step, 1.0)
     total = cfg.max_steps or (round(per_epoch * (cfg.num_epochs or 1)) if per_epoch else None)
     return RunLength(total, per_epoch)
+
+
+def _prepared_anyway(problem: Problem, cfg: Any, tokenizer: Any) -> bool:
+    """Whether rows are missing that a run does not ask for, as those made of them are there."""
+    key = problem.path.partition("[")[0]
+    return problem.message in MISSING_DATA and key in ("datasets", "test_datasets") and host.is_prepared(cfg, tokenizer, key)
 
 
 def _beside(config: Path, problem: Problem) -> Problem:

@@ -22,7 +22,10 @@ _WITH_PASSWORD = re.compile(r"://[^/\s]*@")
 
 def config_as_it_ran(file: Path, ran: Mapping[str, Any]) -> Path:
     """`file`, if it says what `ran`; else another that does. What opens some service, and is not in the file, stays out."""
-    written = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        written = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except yaml.YAMLError:  # of a config made in Python: the host wrote its enums down with their classes
+        written = {}
     changed = {key: value for key, value in ran.items() if key not in written or written[key] != value}
     public = {key: _public(value) for key, value in changed.items() if not key.endswith((*_SECRET, "token")) and not _opens(value)}
     shown = {key: public.get(key, value) for key, value in ran.items() if key in public or key not in changed}
@@ -31,7 +34,7 @@ def config_as_it_ran(file: Path, ran: Mapping[str, Any]) -> Path:
     others = ", ".join(sorted(changed.keys() & shown.keys()))
     with NamedTemporaryFile("w", prefix="axolotl_config_", suffix=".yml", delete=False, encoding="utf-8") as out:
         out.write(f"# {file.name} as it ran; not in the file, or otherwise: {others}\n")
-        yaml.safe_dump(shown, out, sort_keys=False, allow_unicode=True)
+        yaml.dump(shown, out, sort_keys=False, allow_unicode=True)
     return Path(out.name)
 
 

@@ -59,6 +59,7 @@ class DWLPlugin(BasePlugin):
         return "dwl_plugin.hosts.axolotl_args.DWLPluginArgs"
 
     def register(self, cfg: Any) -> None:
+        from axolotl.cli.args import TrainerCliArgs
         from axolotl.utils.schemas.config import AxolotlInputConfig
 
         self._forget()
@@ -69,7 +70,8 @@ class DWLPlugin(BasePlugin):
             log_line("\n".join(map(str, overrides)))
         ConfigError.raise_any(dropped_options(sys.argv[1:], cfg))
         self._taken_over = fused_losses_asked_for(cfg)
-        self._ran = {key: value for key, value in copy.deepcopy(plain(cfg)).items() if key != "axolotl_config_path"}
+        unsaid = {"axolotl_config_path": cfg.get("axolotl_config_path"), **vars(TrainerCliArgs())}  # its command adds them all
+        self._ran = {key: value for key, value in copy.deepcopy(plain(cfg)).items() if key not in unsaid or value != unsaid[key]}
         written = cfg.get("dwl")
         self._unwritten = () if isinstance(written, Mapping) and "reduction" in written else ("reduction",)
         if cfg.get("loss") is None:

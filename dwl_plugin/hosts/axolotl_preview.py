@@ -37,6 +37,7 @@ __all__ = [
     "dropped_all",
     "host_schema",
     "import_axolotl",
+    "is_prepared",
     "load_cfg",
     "load_model",
     "load_rows",
@@ -375,6 +376,18 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     return Rows(_samples(kept), total=total, looked_at=len(merged), too_long=too_long, masked=masked)
 
 
+def is_prepared(cfg: Any, tokenizer: Any, key: str) -> bool:
+    """Whether the host has the rows of `key` on this disk as it made them earlier, and will not read their files."""
+    from axolotl.utils.data.shared import generate_dataset_hash_from_config, load_preprocessed_dataset
+
+    try:
+        with quiet():
+            prepared = load_preprocessed_dataset(cfg, generate_dataset_hash_from_config(cfg, cfg[key], tokenizer.name_or_path))
+    except (OSError, ValueError):  # a folder that breaks off
+        return False
+    return prepared is not None
+
+
 def require_rows_that_tokenise(cfg: Any, tokenizer: Any) -> None:
     """Raise `ConfigError` for the first row of the training or evaluation data that the host cannot tokenise."""
     cfg = copy.deepcopy(cfg)
@@ -392,7 +405,7 @@ def _tokenised(dataset: Any, numbers: Sequence[int], how: Any) -> Any:
     except OSError:
         raise
     except Exception as whole:  # whatever a prompt's strategy and its template make of a row
-        error = whole
+        error, last = whole, int(numbers[-1])
         while len(numbers) > 1:
             half = numbers[: len(numbers) // 2]
             try:
@@ -403,8 +416,21 @@ def _tokenised(dataset: Any, numbers: Sequence[int], how: Any) -> Any:
                 numbers = numbers[len(half) :]
         source = how.keywords["dataset_config"]
         row = dict(dataset[int(numbers[0])])
-        why = _odd_messages(row, source) or f"Axolotl stops at it: {type(error).__name__}: {first_line(error)}"
-        raise ConfigError.at("datasets", f"row {int(numbers[0]) + 1:,} of {source.path}: {why}", row) from error
+        said = f"{type(error).__name__}: {first_line(error)}"
+        why, which = _odd_messages(row, source) or f"Axolotl stops at it: {said}", f"row {int(numbers[0]) + 1:,}"
+        if last != numbers[0] and said == _said_of(dataset, last, how):  # more likely the settings or the columns than the row
+            first, second = sorted((int(numbers[0]) + 1, last + 1))
+            why, which = f"Axolotl stops at both, and perhaps at all: {said}", f"rows {first:,} and {second:,}"
+        raise ConfigError.at("datasets", f"{which} of {source.path}: {why}", row) from error
+
+
+def _said_of(dataset: Any, number: int, how: Any) -> str:
+    """What the host says of one row that it cannot tokenise."""
+    try:
+        how(dataset=dataset.select([number]).flatten_indices(keep_in_memory=True))
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    return ""
 
 
 def _odd_messages(row: Mapping[str, Any], source: Any) -> str:

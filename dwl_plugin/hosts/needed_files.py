@@ -16,17 +16,22 @@ from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.files import UnreadableError, kind_of_file, read_regular
 from dwl_plugin.hosts.checkpoints import require_whole
 
-__all__ = ["MODELS", "file_problems", "on_the_hub_perhaps"]
+__all__ = ["MISSING_DATA", "MODELS", "file_problems", "on_the_hub_perhaps"]
 
 MODELS = ("base_model", "base_model_config", "tokenizer_config", "processor_config")
 _DATA = ("datasets", "test_datasets", "pretraining_dataset")
 _READERS = ("json", "csv", "parquet", "arrow", "text")
 _ROWS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".zst", ".gz", ".xz", ".bz2", ".zip")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
+_TAKEN_FIRST = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+"""Of these transformers loads the first that is there: an index of the other format may have been left without its files."""
 _MAX_BYTES = 64 << 20
 
 _MISSING_FILE = "there is no such file"
 _MISSING_FOLDER = "there is no such folder"
+_MISSING_EITHER = "there is no such file or folder"
+MISSING_DATA = (_MISSING_FILE, _MISSING_EITHER)
+"""What is said of rows that are not there, and is nothing to a run that finds them prepared."""
 
 
 def file_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
@@ -100,11 +105,13 @@ def _data_problems(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
     if os.path.exists(name):
         yield from _special_files(f"{path}.path", name)
     elif not _may_be_on_the_hub(name):
-        yield Problem(f"{path}.path", "there is no such file or folder", name, hint=_expanded(name))
+        yield Problem(f"{path}.path", _MISSING_EITHER, name, hint=_expanded(name))
         return
     if name in _READERS or os.path.isdir(name):
         for file in _strings(entry.get("data_files")):
-            if not any(mark in file for mark in "*?[:") and not os.path.exists(file):
+            if os.path.exists(file):
+                yield from _special_files(f"{path}.data_files", file)
+            elif not any(mark in file for mark in "*?[:"):
                 yield Problem(f"{path}.data_files", _MISSING_FILE, file, hint=_expanded(file))
 
 
@@ -129,9 +136,9 @@ def _model_problems(key: str, name: str, weights: bool) -> Iterator[Problem]:
         files = os.listdir(name)
         if not any(file.endswith(_WEIGHTS) for file in files):
             yield Problem(key, "there are no weights in this folder", name)
-        lost = sorted(
-            {str(shard) for file in files if file.endswith(".index.json") for shard in _shards(Path(name, file))} - {*files}
-        )
+        taken = next((file for file in _TAKEN_FIRST if file in files), "")
+        shards = {str(shard) for shard in _shards(Path(name, taken))} if taken.endswith(".json") else ()
+        lost = sorted(shard for shard in shards if not os.path.exists(os.path.join(name, shard)))
         if lost:
             yield Problem(key, f"{len(lost)} files of its weights are not in this folder, {lost[0]} among them", name)
 
@@ -147,7 +154,12 @@ def _shards(index: Path) -> Iterator[Any]:
 
 def _special_files(key: str, name: str) -> Iterator[Problem]:
     """To open a pipe means to wait, and a device may have no end."""
-    for file in [name] if not os.path.isdir(name) else sorted(os.path.join(name, entry) for entry in os.listdir(name)):
+    try:
+        files = sorted(os.path.join(name, entry) for entry in os.listdir(name)) if os.path.isdir(name) else [name]
+    except OSError as error:
+        yield Problem(key, f"this folder cannot be read: {error.strerror}", name)
+        return
+    for file in files:
         try:
             mode = os.stat(file).st_mode
         except OSError:  # a link to nothing, which the host may or may not ask for
@@ -190,3 +202,5 @@ def _checkpoint_problems(name: str, output_dir: Any) -> Iterator[Problem]:
         require_whole(Path(name), Path(output_dir if isinstance(output_dir, str) else "model-out"))
     except ConfigError as error:
         yield from error.problems
+    except OSError as error:
+        yield Problem("resume_from_checkpoint", f"cannot be read: {error.strerror}", name)

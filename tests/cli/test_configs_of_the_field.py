@@ -204,6 +204,11 @@ def lay(folder: Path) -> None:
             "a.safetensors": "",
             "model.safetensors.index.json": '{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}',
         },
+        "twofold": {
+            "model.safetensors.index.json": '{"weight_map": {"x": "a.safetensors"}}',
+            "a.safetensors": "",
+            "pytorch_model.bin.index.json": '{"weight_map": {"x": "a.bin"}}',  # as a download with `--exclude "*.bin"` leaves it
+        },
         "adapter": {"adapter_config.json": "{}"},
         "checkpoint-2": {"trainer_state.json": '{"global_step": 2}'},
         "checkpoint-4": {"trainer_state.json": '{"global'},
@@ -245,12 +250,15 @@ MISSING: dict[str, tuple[dict[str, Any], str]] = {
         {"pretraining_dataset": [{"path": "json", "data_files": ["rows.jsonl", "lost.jsonl"]}]},
         "there is no such file",
     ),
+    "datasets[0].data_files": ({"datasets": [{"path": "json", "data_files": "pipe.jsonl"}]}, "it is a pipe"),
+    "resume_from_checkpoint, no name": ({"resume_from_checkpoint": "x" * 5000}, "cannot be read: File name too long"),
     "chat_template_jinja": ({"chat_template_jinja": "lost.jinja"}, "there is no such file"),
     "datasets[0].chat_template_jinja": ({"datasets": [{"path": "rows.jsonl", "chat_template_jinja": "./x.j2"}]}, "no such file"),
 }
 THERE: list[dict[str, Any]] = [
     {"base_model": "org/name", "tokenizer_config": "gpt2", "deepspeed": "zero.json", "resume_from_checkpoint": "checkpoint-2"},
     {"base_model": "model", "lora_model_dir": "adapter", "adapter": "lora", "chat_template_jinja": "template.jinja"},
+    {"base_model": "twofold"},
     {"base_model": "bare", "reinit_weights": True, "resume_from_checkpoint": None, "deepspeed": {"zero_optimization": {}}},
     {"chat_template_jinja": "{% for m in messages %}{{ m }}{% endfor %}", "lora_model_dir": "./nowhere"},
     {
@@ -277,6 +285,15 @@ def test_a_file_that_the_run_needs_and_is_not_there_is_named_with_its_key(
     (problem,) = file_problems(config)
     assert dotted(problem.path) == case.partition(",")[0]
     assert words in problem.message
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: str) -> list[str]:  # root may read everything
+        raise PermissionError(13, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    named = {"base_model": str(tmp_path), "datasets": [{"path": str(tmp_path)}]}
+    assert [problem.message for problem in file_problems(named)] == ["this folder cannot be read: Permission denied"] * 2
 
 
 @pytest.mark.parametrize("config", THERE)
@@ -359,5 +376,8 @@ def test_rows_prepared_earlier_are_told_with_their_folder(
     cfg, _ = preview.load_cfg(raw, path)
     with preview.quiet():
         prepare_datasets(cfg, preview.load_tokenizer(cfg))
-    (note,) = [note for note in found_by(dwl("check", path, "--json"))["notes"] if "prepared earlier" in note]
+    (tmp_path / "rows.jsonl").unlink()  # prepared on another machine, as it were
+    result = dwl("check", path, "--json")
+    assert result.exit_code == 0, result.output
+    (note,) = [note for note in found_by(result)["notes"] if "prepared earlier" in note]
     assert f"under {folder or 'last_run_prepared'}, as" in note

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,11 @@ def test_a_row_that_a_template_refuses_is_named_with_what_it_says(dwl: Run, writ
     result = dwl("check", write_config(data=data, loss="dft", chat_template="jinja", chat_template_jinja=template))
     assert result.exit_code == 1
     assert f"row 4 of {data}: Axolotl stops at it: TemplateError: no narrators" in result.output
+
+
+def test_what_every_row_fails_at_is_not_laid_to_one_row(dwl: Run, write_config: Write, tmp_path: Path) -> None:
+    data = harness.write_rows(tmp_path / "rows.jsonl", harness.rows(8))
+    result = dwl("check", write_config(datasets=[{"path": str(data), "type": "alpaca"}], loss="dft"))
+    assert result.exit_code == 1
+    told = "Axolotl stops at both, and perhaps at all: KeyError: 'instruction'"
+    assert re.search(rf"datasets: rows \d+ and \d+ of {re.escape(str(data))}: {told}", " ".join(result.output.split()))

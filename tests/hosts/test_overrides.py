@@ -75,6 +75,21 @@ def test_the_model_card_has_the_config_as_it_ran(configure: Configure, monkeypat
     assert published(tmp_path / "second")["dwl"] == DWL
 
 
+def test_a_file_that_says_what_ran_is_published_as_it_is(configure: Configure, tmp_path: Path) -> None:
+    """The host's command adds its own options with their defaults."""
+    from axolotl.cli.args import TrainerCliArgs
+
+    train(configure(loss="dft", max_steps=1), options=vars(TrainerCliArgs()))
+    assert "as it ran" not in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_config_made_in_python_may_have_enums(configure: Configure, tmp_path: Path) -> None:
+    from transformers.trainer_utils import SchedulerType
+
+    train(configure(loss="dft", max_steps=1, lr_scheduler=SchedulerType.CONSTANT), options={"learning_rate": 0.003})
+    assert "learning_rate: 0.003" in (tmp_path / "run" / "README.md").read_text()
+
+
 def test_a_run_writes_down_what_it_was_made_of(configure: Configure, data_file: Path, tmp_path: Path) -> None:
     settings = configure(loss="dft", max_steps=1, gradient_accumulation_steps=3, learning_rate=0.01)
     train(settings, options={"learning_rate": 0.002})
