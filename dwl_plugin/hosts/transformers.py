@@ -100,8 +100,9 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
     require_rows(trainer.train_dataset, "train_dataset")
     labeller = _labeller_of(trainer, block)
     rows = [] if labeller is None and _has_own(trainer, "get_train_dataloader") else _looked_at(trainer, trainer.train_dataset)
-    size = getattr(trainer.model.get_input_embeddings(), "num_embeddings", None)
-    ConfigError.raise_any(() if size is None else ids_outside(rows, size, "train_dataset"))
+    embedding = trainer.model.get_input_embeddings()
+    if type(embedding) is torch.nn.Embedding:  # one that derives from it may know more ids than it has rows
+        ConfigError.raise_any(ids_outside(rows, embedding.num_embeddings, "train_dataset"))
     survey = check_dataset(block, labeller, rows, "train_dataset")
     held_out = None if _has_own(trainer, "get_eval_dataloader", "evaluate") else trainer.eval_dataset
     for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
