@@ -45,7 +45,8 @@ class Record(BaseModel):
         batch = self.batch
         if batch is not None:
             rows = batch.micro * batch.accumulation * batch.ranks
-            told = f"{rows:,} rows ({batch.micro} × {batch.accumulation} accumulated × {batch.ranks} ranks)"
+            ranks = "1 rank" if batch.ranks == 1 else f"{batch.ranks} ranks"
+            told = f"{rows:,} rows ({batch.micro} × {batch.accumulation} accumulated × {ranks})"
         yield from _joined({"learning rate": self.learning_rate, "batch": None if batch is None else told})
         resumed = f", resumed at step {self.resumed_at_step:,}" if self.resumed_at_step else ""
         began = None if self.began is None else f"{self.began}{resumed}"
