@@ -57,10 +57,14 @@ class ClassSurvey:
 
 def trained_on(sample: Mapping[str, Any]) -> Bools:
     """(T,) True at the labels of a row that something predicts."""
-    _, target_T = ids_and_targets(sample["input_ids"], sample["labels"])
+    return _predicted(sample, ids_and_targets(sample["input_ids"], sample["labels"])[1])
+
+
+def _predicted(sample: Mapping[str, Any], target_T: Bools) -> Bools:
+    trained_T = target_T.copy()
     if not sample.get(FOLLOWS):
-        target_T[:1] = False
-    return target_T
+        trained_T[:1] = False
+    return trained_T
 
 
 def survey(labeller: Labeller | None, samples: Iterable[Mapping[str, Any]]) -> ClassSurvey:
@@ -74,7 +78,7 @@ def survey(labeller: Labeller | None, samples: Iterable[Mapping[str, Any]]) -> C
     rows = rows_with_targets = targets = 0
     for sample in samples:
         ids_T, target_T = ids_and_targets(sample["input_ids"], sample["labels"])
-        trained_T, positions = trained_on(sample), sample.get("position_ids")
+        trained_T, positions = _predicted(sample, target_T), sample.get("position_ids")
         matched_KT = (
             np.zeros((0, len(ids_T)), np.bool_) if labeller is None else labeller.members(ids_T, sample["labels"], positions)
         )

@@ -25,7 +25,7 @@ from dwl_plugin.hosts.dropped_options import dropped_options
 from dwl_plugin.hosts.four_bits import keep_the_training_format
 from dwl_plugin.hosts.incompatible import shares_sequences
 from dwl_plugin.hosts.trainer import install, less_is_better, uninstall
-from dwl_plugin.hosts.versions import axolotl_problems, newer_axolotl, newer_host
+from dwl_plugin.hosts.versions import newer_host, older_host
 from dwl_plugin.run.dataset_check import (
     check_dataset,
     labeller_of,
@@ -76,9 +76,9 @@ class DWLPlugin(BasePlugin):
         self._unwritten = () if isinstance(written, Mapping) and "reduction" in written else ("reduction",)
         if cfg.get("loss") is None:
             return
-        ConfigError.raise_any(axolotl_problems())
-        if (newer := newer_axolotl()) and is_first_rank:
-            log_line(newer)
+        ConfigError.raise_any(older_host("axolotl"))
+        for line in newer_host("axolotl") if is_first_rank else ():
+            log_line(line)
         if "loss" in AxolotlInputConfig.model_fields:
             raise ConfigError.at("loss", "this version of Axolotl has a `loss` key of its own; install a dwl_plugin that knows it")
 
@@ -107,7 +107,7 @@ class DWLPlugin(BasePlugin):
         except StopIteration:  # of a reader of the `datasets` library
             why = "a file of the training or evaluation data is empty"
             raise ConfigError([no_rows(why=why, value=_paths(cfg))]) from None
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
             if _is_for_want_of_rows(error):
                 require_rows(())
             if dropped_all(error):
@@ -115,10 +115,7 @@ class DWLPlugin(BasePlugin):
             if "test_size=" in str(error):
                 why = "`val_set_size` takes all of the data"
                 raise ConfigError([no_rows(why=why, value=cfg.val_set_size)]) from None
-            require_rows_that_tokenise(cfg, load_tokenizer(cfg))
-            raise
-        except (KeyError, TypeError, AttributeError):
-            require_rows_that_tokenise(cfg, load_tokenizer(cfg))
+            require_rows_that_tokenise(cfg, tokenizer)
             raise
         require_rows(meta.train_dataset)
         if block.moves:

@@ -58,14 +58,13 @@ def _dropped_below(value: Any, annotation: Any, path: str) -> Iterator[tuple[str
     if not isinstance(value, Mapping) or not models or any(model.model_config.get("extra") for model in models):
         return
     fields = [pair for model in models for pair in model.model_fields.items()]
-    known = {name: [i.annotation for k, i in fields if name in (k, *_aliases(i))] for k, i in fields for name in (k, *_aliases(i))}
+    known = {name: info.annotation for key, info in reversed(fields) for name in (key, *_aliases(info))}
     for key, inner in value.items():
         if key not in known:
             if inner not in (None, [], {}):
                 yield f"{path}.{key}", did_you_mean(key, list(known))
             continue
-        for annotation_below in known[key][:1]:
-            yield from _dropped_below(inner, annotation_below, f"{path}.{key}")
+        yield from _dropped_below(inner, known[key], f"{path}.{key}")
 
 
 def _models(annotation: Any) -> Iterator[Any]:
@@ -80,7 +79,7 @@ def integration_keys() -> Mapping[str, str]:
     """Each key that an integration of Axolotl's adds to its schema, and the plugin to list. Read and not imported: an
     integration may need a package that is not here."""
     spec, keys = find_spec("axolotl.integrations"), dict[str, str]()
-    for folder in sorted(Path(place) for place in (spec.submodule_search_locations or ()) if spec) if spec else ():
+    for folder in sorted(map(Path, (spec and spec.submodule_search_locations) or ())):
         for package in sorted(folder.iterdir()):
             classes = list(_classes(package)) if package.is_dir() else []
             asked = {_args_class(plugin): plugin.name for plugin in classes} if classes else {}

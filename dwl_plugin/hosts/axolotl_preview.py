@@ -340,12 +340,11 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     import numpy as np
     from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
     from axolotl.utils.data import sft
-    from axolotl.utils.data.shared import generate_dataset_hash_from_config, load_preprocessed_dataset
     from datasets import concatenate_datasets
 
     cfg = copy.deepcopy(cfg)
     cfg.dataset_num_proc, cfg.dataset_keep_in_memory = None, True
-    prepared = load_preprocessed_dataset(cfg, generate_dataset_hash_from_config(cfg, cfg.datasets, tokenizer.name_or_path))
+    prepared = _prepared(cfg, tokenizer, "datasets")
     sources, order = [], prepared
     if prepared is None:
         sources = _raw_datasets(cfg, tokenizer)
@@ -378,14 +377,18 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
 
 def is_prepared(cfg: Any, tokenizer: Any, key: str) -> bool:
     """Whether the host has the rows of `key` on this disk as it made them earlier, and will not read their files."""
-    from axolotl.utils.data.shared import generate_dataset_hash_from_config, load_preprocessed_dataset
-
     try:
         with quiet():
-            prepared = load_preprocessed_dataset(cfg, generate_dataset_hash_from_config(cfg, cfg[key], tokenizer.name_or_path))
+            return _prepared(cfg, tokenizer, key) is not None
     except (OSError, ValueError):  # a folder that breaks off
         return False
-    return prepared is not None
+
+
+def _prepared(cfg: Any, tokenizer: Any, key: str) -> Any:
+    """The rows of `key` as the host made them earlier; None where it would make them anew."""
+    from axolotl.utils.data.shared import generate_dataset_hash_from_config, load_preprocessed_dataset
+
+    return load_preprocessed_dataset(cfg, generate_dataset_hash_from_config(cfg, cfg[key], tokenizer.name_or_path))
 
 
 def require_rows_that_tokenise(cfg: Any, tokenizer: Any) -> None:
@@ -401,7 +404,7 @@ def require_rows_that_tokenise(cfg: Any, tokenizer: Any) -> None:
 def _tokenised(dataset: Any, numbers: Sequence[int], how: Any) -> Any:
     """These rows of a dataset as the host makes them. Raises `ConfigError` with the first that it cannot."""
     try:
-        return how(dataset=dataset.select(numbers).flatten_indices(keep_in_memory=True))[0]
+        return _made(dataset, numbers, how)
     except OSError:
         raise
     except Exception as whole:  # whatever a prompt's strategy and its template make of a row
@@ -409,7 +412,7 @@ def _tokenised(dataset: Any, numbers: Sequence[int], how: Any) -> Any:
         while len(numbers) > 1:
             half = numbers[: len(numbers) // 2]
             try:
-                how(dataset=dataset.select(half).flatten_indices(keep_in_memory=True))
+                _made(dataset, half, how)
             except Exception as nearer:
                 error, numbers = nearer, half
             else:
@@ -424,10 +427,14 @@ def _tokenised(dataset: Any, numbers: Sequence[int], how: Any) -> Any:
         raise ConfigError.at("datasets", f"{which} of {source.path}: {why}", row) from error
 
 
+def _made(dataset: Any, numbers: Sequence[int], how: Any) -> Any:
+    return how(dataset=dataset.select(numbers).flatten_indices(keep_in_memory=True))[0]
+
+
 def _said_of(dataset: Any, number: int, how: Any) -> str:
     """What the host says of one row that it cannot tokenise."""
     try:
-        how(dataset=dataset.select([number]).flatten_indices(keep_in_memory=True))
+        _made(dataset, [number], how)
     except Exception as error:
         return f"{type(error).__name__}: {first_line(error)}"
     return ""

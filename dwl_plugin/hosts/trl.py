@@ -26,6 +26,7 @@ from dwl_plugin.hosts.trainer import Batch, Items
 from dwl_plugin.hosts.versions import older_host
 from dwl_plugin.loss.deferred_logits import DeferredLogits
 from dwl_plugin.loss.heads import base_model
+from dwl_plugin.loss.origins import package
 from dwl_plugin.loss.shift import IGNORE_INDEX
 from dwl_plugin.run.session import Session
 
@@ -40,11 +41,7 @@ def is_sft_trainer(kind: type) -> bool:
 
 def _trls_class(kind: type) -> type | None:
     """The class of TRL's whose `compute_loss` a `kind` has, or had before a subclass got one of its own."""
-    return next((base for base in kind.__mro__ if _is_trls(base.__module__) and "compute_loss" in vars(base)), None)
-
-
-def _is_trls(module: str) -> bool:
-    return module.partition(".")[0] == "trl"
+    return next((base for base in kind.__mro__ if package(base.__module__) == "trl" and "compute_loss" in vars(base)), None)
 
 
 def trl_problems(trainer: Trainer) -> Iterator[Problem]:
@@ -85,7 +82,7 @@ def take_over(trainer: Trainer, undo: ExitStack) -> list[str]:
         undo.callback(setattr, model, "router_aux_loss_coef", kept)
     patched = model.__dict__.get("forward")
     if _chunks(patched) is None:
-        return ["fused_lm_head"] if _is_trls(_home(patched)) else []
+        return ["fused_lm_head"] if package(_home(patched)) == "trl" else []
     before = _before_chunking(patched)
     assert before is not None, "refused before"
     del model.__dict__["forward"]
@@ -104,7 +101,7 @@ def _chunks(forward: Any) -> Any:
     """The function of TRL's (to 1.14) that computes a loss of its own wherever there are labels. That of later versions has to be
     asked to, and nobody does."""
     patch: Any = getattr(forward, "__func__", None)
-    return patch if _is_trls(_home(forward)) and "fused_lm_head" not in patch.__code__.co_varnames else None
+    return patch if package(_home(forward)) == "trl" and "fused_lm_head" not in patch.__code__.co_varnames else None
 
 
 def _before_chunking(forward: Any) -> Any:

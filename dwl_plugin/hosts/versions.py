@@ -14,10 +14,8 @@ __all__ = [
     "DEEPSPEED",
     "TRANSFORMERS",
     "TRL",
-    "axolotl_problems",
     "divided_later",
     "gradients_are_averaged",
-    "newer_axolotl",
     "newer_host",
     "older_host",
     "release",
@@ -28,8 +26,6 @@ Release = tuple[int, int]
 AXOLOTL: tuple[Release, Release] = ((0, 19), (0, 21))
 """Oldest and newest Axolotl that the tests run under."""
 
-_OLDEST, _NEWEST = ("{}.{}".format(*of) for of in AXOLOTL)
-
 TRANSFORMERS: tuple[Release, Release] = ((5, 16), (5, 24))
 TRL: tuple[Release, Release] = ((1, 9), (1, 16))
 """Oldest and newest of each that the tests of `apply` run under."""
@@ -37,7 +33,7 @@ TRL: tuple[Release, Release] = ((1, 9), (1, 16))
 DEEPSPEED: tuple[Release, Release] = ((0, 19), (0, 19))
 """That the tests of shared sequences run under: what it does with gradients there is not the same everywhere."""
 
-_BOUNDS = {"transformers": TRANSFORMERS, "trl": TRL, "deepspeed": DEEPSPEED}
+_BOUNDS = {"axolotl": AXOLOTL, "transformers": TRANSFORMERS, "trl": TRL, "deepspeed": DEEPSPEED}
 
 
 def release(package: str) -> Release:
@@ -46,35 +42,30 @@ def release(package: str) -> Release:
     return int(first[0]), int(first[1])
 
 
-def axolotl_problems() -> Iterator[Problem]:
-    """A problem if this Axolotl is older than what is supported."""
-    if release("axolotl") < AXOLOTL[0]:
-        why = f"Axolotl {version('axolotl')} is older than dwl_plugin supports, {_OLDEST} to {_NEWEST}"
-        yield Problem("loss", why, hint=f"`pip install 'axolotl>={_OLDEST}'`, or delete the `loss:` line")
-
-
-def newer_axolotl() -> str | None:
-    """A sentence if this Axolotl is newer than what the tests run under."""
-    if release("axolotl") <= AXOLOTL[1]:
-        return None
-    tested = f"what this dwl_plugin was tested with, {_OLDEST} to {_NEWEST}"
-    return f"Axolotl {version('axolotl')} is newer than {tested}: look for a newer dwl_plugin"
-
-
 def older_host(package: str) -> Iterator[Problem]:
-    """A problem if this transformers, or TRL, is older than what is supported."""
-    oldest, newest = ("{}.{}".format(*of) for of in _BOUNDS[package])
+    """A problem if this package is older than what is supported."""
+    oldest, supported = _supported(package)
     if release(package) < _BOUNDS[package][0]:
-        why = f"{package} {version(package)} is older than dwl_plugin supports, {oldest} to {newest}"
-        yield Problem("trainer", why, hint=f"`pip install '{package}>={oldest}'`")
+        why = f"{_installed(package)} is older than dwl_plugin supports, {supported}"
+        path, otherwise = ("loss", ", or delete the `loss:` line") if package == "axolotl" else ("trainer", "")
+        yield Problem(path, why, hint=f"`pip install '{package}>={oldest}'`{otherwise}")
 
 
 def newer_host(package: str) -> Iterator[str]:
-    """A sentence if this transformers, TRL or DeepSpeed is newer than what the tests run under."""
-    oldest, newest = ("{}.{}".format(*of) for of in _BOUNDS[package])
+    """A sentence if this package is newer than what the tests run under."""
     if release(package) > _BOUNDS[package][1]:
-        tested = f"what this dwl_plugin was tested with, {oldest} to {newest}"
-        yield f"{package} {version(package)} is newer than {tested}: look for a newer dwl_plugin"
+        tested = f"what this dwl_plugin was tested with, {_supported(package)[1]}"
+        yield f"{_installed(package)} is newer than {tested}: look for a newer dwl_plugin"
+
+
+def _supported(package: str) -> tuple[str, str]:
+    """The oldest release, and the whole range."""
+    oldest, newest = ("{}.{}".format(*of) for of in _BOUNDS[package])
+    return oldest, f"{oldest} to {newest}"
+
+
+def _installed(package: str) -> str:
+    return f"{'Axolotl' if package == 'axolotl' else package} {version(package)}"
 
 
 def divided_later(trainer: Any, num_items_in_batch: Any) -> int:
