@@ -14,10 +14,15 @@ from typing import Any
 
 import yaml
 
-__all__ = ["config_as_it_ran"]
+__all__ = ["config_as_it_ran", "without_password"]
 
 _SECRET = ("api_key", "secret", "password", "webhook_url")
 _WITH_PASSWORD = re.compile(r"://[^/\s]*@")
+
+
+def without_password(address: str) -> str:
+    """A URL without the user and password that open it."""
+    return _WITH_PASSWORD.sub("://", address)
 
 
 def config_as_it_ran(file: Path, ran: Mapping[str, Any]) -> Path:

@@ -46,8 +46,8 @@ def choose_checkpoint(cfg: Any) -> str | None:
     """
     asked, output_dir = cfg.get("resume_from_checkpoint"), Path(cfg["output_dir"])
     folders = _checkpoints(output_dir)
-    if isinstance(asked, str) and asked:
-        require_whole(Path(asked), output_dir)
+    if isinstance(asked, str):
+        require_whole(asked, output_dir)
         return None
     if asked is not None or not cfg.get("auto_resume_from_checkpoints") or not folders:
         return None
@@ -62,8 +62,11 @@ def choose_checkpoint(cfg: Any) -> str | None:
     return f"{newest.name} is damaged ({why}) and there is none before it: starting from the beginning"
 
 
-def require_whole(folder: Path, output_dir: Path) -> None:
+def require_whole(asked: str | Path, output_dir: Path) -> None:
     """Raise `ConfigError` for a checkpoint that cannot be used, naming the newest in `output_dir` that can."""
+    if not str(asked):
+        raise ConfigError.at("resume_from_checkpoint", "names no folder", asked, hint="delete the line to begin from the start")
+    folder = Path(asked)
     if why := unfinished(folder):
         whole = finished_checkpoints(output_dir)
         hint = f"the newest whole one is `{whole[-1]}`" if whole else f"no checkpoint in `{output_dir}` is whole"

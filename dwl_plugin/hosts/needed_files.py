@@ -52,7 +52,7 @@ def file_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _template_problems("", raw)
     if isinstance(name := raw.get("deepspeed"), str) and name:
         yield from _deepspeed_problems(name)
-    if isinstance(name := raw.get("resume_from_checkpoint"), str) and name:
+    if isinstance(name := raw.get("resume_from_checkpoint"), str):
         yield from _checkpoint_problems(name, raw.get("output_dir"))
     if isinstance(name := raw.get("lora_model_dir"), str) and name and raw.get("adapter"):
         if os.path.isdir(name):
@@ -199,7 +199,7 @@ def _deepspeed_problems(name: str) -> Iterator[Problem]:
 
 def _checkpoint_problems(name: str, output_dir: Any) -> Iterator[Problem]:
     try:
-        require_whole(Path(name), Path(output_dir if isinstance(output_dir, str) else "model-out"))
+        require_whole(name, Path(output_dir if isinstance(output_dir, str) else "model-out"))
     except ConfigError as error:
         yield from error.problems
     except OSError as error:

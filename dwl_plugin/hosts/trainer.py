@@ -38,6 +38,7 @@ from dwl_plugin.loss.membership import Membership
 from dwl_plugin.loss.shift import IGNORE_INDEX
 from dwl_plugin.run.closed_loop import ClosedLoop
 from dwl_plugin.run.collate import LabellingCollator
+from dwl_plugin.run.dataset_check import NO_TARGET
 from dwl_plugin.run.moving import controller_of
 from dwl_plugin.run.record import BatchSize, Record
 from dwl_plugin.run.session import RunState, Session
@@ -319,10 +320,7 @@ class AlphaCallback(TrainerCallback):
         trainer.stop_if_not_finite()  # what comes next saves the model
         session.measured(trainer._over_ranks, trainer.args.device)
         if not session.has_trained and state.global_step > self._began_at:
-            raise RunError(
-                "no batch of this run had a target token, so nothing was trained and no model is saved. A label is -100, or the "
-                "first of its row, which nothing predicts: look at `train_on_inputs`, roles and the dataset's type."
-            )
+            raise RunError(f"no batch of this run had a target token, so nothing was trained and no model is saved ({NO_TARGET})")
 
     def _closed_loop(self, saved: RunState | None, tau: int) -> ClosedLoop | None:
         """The controller, as the checkpoint left it or from the start."""

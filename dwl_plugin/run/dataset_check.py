@@ -16,6 +16,7 @@ from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.values import IGNORE_INDEX
 
 __all__ = [
+    "NO_TARGET",
     "SURVEY_ROWS",
     "check_dataset",
     "ids_outside",
@@ -30,6 +31,8 @@ __all__ = [
 
 SURVEY_ROWS = 512
 """Rows of the training set that are labelled to see that every class exists."""
+
+NO_TARGET = "a label is -100, or the first of its row, which nothing predicts"
 
 _OF_A_TRAINER = ("train_dataset", "eval_dataset")
 
@@ -73,8 +76,7 @@ def no_targets(rows: int | None, key: str = "datasets") -> Problem:
     looked = "in any row" if rows is None else f"in the {rows:,} rows looked at"
     what = "to train on" if key in ("datasets", "train_dataset") else "to evaluate on, and its loss would be NaN"
     source = "the collator" if key in _OF_A_TRAINER else "`train_on_inputs`, roles and the dataset's type"
-    hint = f"a label is -100, or the first of its row, which nothing predicts: look at {source}"
-    return Problem(key, f"there is nothing {what}: no target token {looked}", hint=hint)
+    return Problem(key, f"there is nothing {what}: no target token {looked}", hint=f"{NO_TARGET}: look at {source}")
 
 
 def ids_outside(samples: Iterable[Mapping[str, Any]], size: int, source: str = "datasets") -> Iterator[Problem]:
@@ -89,24 +91,24 @@ def ids_outside(samples: Iterable[Mapping[str, Any]], size: int, source: str = "
 
 
 def require_targets(samples: Iterable[Mapping[str, Any]], key: str) -> None:
-    """Raise `ConfigError` if the samples of an evaluation set have no target."""
+    """Raise `ConfigError` if an evaluation set has no target; `samples` as of `with_targets`."""
     found = survey(None, samples)
     if found.rows and not found.targets:
-        raise ConfigError([no_targets(found.rows, key)])
+        raise ConfigError([no_targets(None, key)])
 
 
 def check_dataset(
     block: Block, labeller: Labeller | None, samples: Iterable[Mapping[str, Any]], key: str = "datasets"
 ) -> ClassSurvey | None:
-    """Survey the classes in `samples`; None where there are none.
+    """Survey the classes in `samples`, as of `with_targets`; None where there are none.
 
     Raises:
-        ConfigError: samples without a target; or every class without a token that does not say `allow_empty: true`.
+        ConfigError: no target in all of the data; or every class without a token that does not say `allow_empty: true`.
     """
     found = survey(labeller, samples)
     if not found.rows:
         return None
     if not found.targets:
-        raise ConfigError([no_targets(found.rows, key)])
+        raise ConfigError([no_targets(None, key)])
     ConfigError.raise_any(empty_class_problems(found, block.class_configs, may_be_empty(block.class_configs)))
     return found

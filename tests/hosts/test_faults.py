@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from dwl_plugin.errors import ConfigError, NotFiniteError, RunError
 from dwl_plugin.hosts.checkpoints import choose_checkpoint, finished_checkpoints, unfinished
+from dwl_plugin.hosts.needed_files import file_problems
 from dwl_plugin.loss.class_sums import ForwardMetrics
 from dwl_plugin.loss.membership import Membership
 from dwl_plugin.run.dataset_check import picked_rows
@@ -342,6 +343,15 @@ def test_a_truncated_trainer_state_is_an_error_that_names_the_checkpoint_before_
     assert str(run_folder / "checkpoint-2") in problem.hint
 
 
+@pytest.mark.usefixtures("no_model")
+def test_a_resume_that_names_no_folder_is_told(configure: Configure) -> None:
+    """The host would look for a checkpoint where it was started, once a model is loaded."""
+    config = configure(**settings(resume_from_checkpoint=""))
+    with pytest.raises(ConfigError, match=r"(?m)^  resume_from_checkpoint: names no folder"):
+        harness.train(config)
+    assert [problem.path for problem in file_problems(config)] == ["resume_from_checkpoint"]
+
+
 # checkpoints that somebody else made
 
 
@@ -520,7 +530,7 @@ def test_rows_without_a_target_stop_every_loss_before_a_model_is_loaded(
     configure: Configure, tmp_path: Path, loss: str, labels: list[int], packed: bool
 ) -> None:
     source = with_labels(tmp_path / "rows.jsonl", *[labels] * 6)
-    with pytest.raises(ConfigError, match=r"(?m)^  datasets: there is nothing to train on: no target token in"):
+    with pytest.raises(ConfigError, match=r"(?m)^  datasets: there is nothing to train on: no target token in any row"):
         harness.train(configure(**LOSSES[loss], datasets=[source], sequence_len=64, sample_packing=packed))
 
 
@@ -567,7 +577,7 @@ def test_a_token_that_the_model_does_not_have_stops_every_loss_before_a_model_is
 def test_an_evaluation_set_without_a_target_stops_the_run(configure: Configure, tmp_path: Path, loss: str) -> None:
     train, test = with_labels(tmp_path / "train.jsonl", *[TRAINED] * 6), with_labels(tmp_path / "test.jsonl", *[MASKED] * 4)
     settings = {"datasets": [train], "test_datasets": [test | {"split": "train"}], "val_set_size": None}
-    with pytest.raises(ConfigError, match=r"(?m)^  test_datasets: there is nothing to evaluate on, .* in the 4 rows looked at"):
+    with pytest.raises(ConfigError, match=r"(?m)^  test_datasets: there is nothing to evaluate on, .* in any row"):
         harness.train(configure(**LOSSES[loss], **settings, eval_steps=1))
 
 
@@ -583,8 +593,9 @@ def test_a_stream_without_a_target_saves_no_model(configure: Configure, tmp_path
     """Nobody can look into a stream before it is trained on."""
     asked = [{"messages": [{"role": "user", "content": f"What is {i}?"}]} for i in range(8)]
     source = {"path": str(harness.write_rows(tmp_path / "rows.jsonl", asked)), "ds_type": "json", "type": "chat_template"}
-    with pytest.raises(RunError, match="no batch of this run had a target token"):
+    with pytest.raises(RunError, match="no batch of this run had a target token") as caught:
         harness.train(configure(loss=loss, datasets=[source], streaming=True, logging_steps=100))
+    assert str(caught.value).count("which nothing predicts") == 1
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 

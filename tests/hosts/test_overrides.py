@@ -18,6 +18,7 @@ import yaml
 from transformers import modelcard
 
 from dwl_plugin.errors import ConfigError
+from dwl_plugin.hosts.axolotl import DWLPlugin, _paths as paths
 from dwl_plugin.hosts.dropped_options import dropped_options
 from tests.hosts.harness import CLASSES, train
 from tests.hosts.test_start import load
@@ -95,6 +96,25 @@ def test_a_config_made_in_python_may_have_enums(configure: Configure, tmp_path: 
 
     train(configure(loss="dft", max_steps=1, lr_scheduler=SchedulerType.CONSTANT), options={"learning_rate": 0.003})
     assert "learning_rate: 0.003" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_ranks_that_publish_nothing_write_no_file_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from axolotl.utils.dict import DictDefault
+
+    file = tmp_path / "config.yml"
+    file.write_text("loss: dft\n")
+    for rank, written in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        plugin, cfg = DWLPlugin(), DictDefault(loss="dft", seed=1, axolotl_config_path=str(file))
+        plugin._ran = {"loss": "dft", "seed": 1}
+        plugin.pre_model_load(cfg)
+        assert (cfg["axolotl_config_path"] != str(file)) == written
+        plugin.post_train_unload(cfg)
+
+
+def test_no_password_is_written_into_a_folder_that_people_share() -> None:
+    given = [{"path": "https://me:hush@host/rows.jsonl"}, {"path": "s3://bucket/a@b.jsonl"}, {"path": "user/rows"}]
+    assert paths({"datasets": given}) == ["https://host/rows.jsonl", "s3://bucket/a@b.jsonl", "user/rows"]
 
 
 def test_a_run_writes_down_what_it_was_made_of(configure: Configure, data_file: Path, tmp_path: Path) -> None:
