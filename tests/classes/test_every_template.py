@@ -286,7 +286,7 @@ def test_each_token_has_the_role_of_its_message_whatever_the_tokenizer(kind: str
     assert not differing(sweep(name, kind, BOS[number // 2 % len(BOS)], single=number % 2 == 0, rows=2))
 
 
-if __name__ == "__main__":  # every tokenizer, beginning of a text and kind of mark: half an hour
+if __name__ == "__main__":  # every tokenizer, beginning of a text and kind of mark: some five minutes
     for kind, name in product(KINDS, HEADERS):
         total: Counter[tuple[str, str]] = Counter()
         for bos, single in product(BOS, (True, False)):
