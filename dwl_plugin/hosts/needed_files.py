@@ -182,11 +182,9 @@ def _template_problems(prefix: str, block: Mapping[str, Any]) -> Iterator[Proble
 
 
 def _deepspeed_problems(name: str) -> Iterator[Problem]:
-    hint = ""
-    if not os.path.exists(name) and "deepspeed_configs/" in name:
-        hint = "`axolotl fetch deepspeed_configs` brings those of Axolotl into this folder"
     if not os.path.exists(name):
-        yield Problem("deepspeed", _MISSING_FILE, name, hint=hint)
+        fetched = "`axolotl fetch deepspeed_configs` brings those of Axolotl into this folder"
+        yield Problem("deepspeed", _MISSING_FILE, name, hint=fetched if "deepspeed_configs/" in name else "")
         return
     try:
         if not isinstance(json.loads(read_regular(Path(name), _MAX_BYTES)), dict):

@@ -57,6 +57,17 @@ def configure(model_folder: Path, data_file: Path, tmp_path: Path) -> Callable[.
     return make
 
 
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever gets as far as loading a model fails."""
+    from axolotl.loaders import ModelLoader
+
+    def load(self: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(ModelLoader, "load", load)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(model_folder: Path) -> Any:
     from transformers import AutoTokenizer

@@ -324,15 +324,8 @@ def test_whole_checkpoints_are_left_to_the_host(run_folder: Path, tmp_path: Path
         assert config == before
 
 
-def test_a_truncated_trainer_state_is_an_error_that_names_the_checkpoint_before_it(
-    configure: Configure, run_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from axolotl.loaders import ModelLoader
-
-    def load(self: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(ModelLoader, "load", load)
+@pytest.mark.usefixtures("no_model")
+def test_a_truncated_trainer_state_is_an_error_that_names_the_checkpoint_before_it(configure: Configure, run_folder: Path) -> None:
     newest = run_folder / "checkpoint-4"
     cut(newest / "trainer_state.json")
     with pytest.raises(ConfigError) as caught:
@@ -475,17 +468,12 @@ def controlled(model_folder: Path, data_file: Path, tmp_path_factory: pytest.Tem
 # a training set without a row
 
 
+@pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize("loss", ["nll", "dwl"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_training_set_without_a_row_stops_before_a_model_is_loaded(
-    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, packed: bool
+    configure: Configure, tmp_path: Path, loss: str, packed: bool
 ) -> None:
-    from axolotl.loaders import ModelLoader
-
-    def load(self: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(ModelLoader, "load", load)
     long = [{"messages": [{"role": "user", "content": "x " * 500}, {"role": "assistant", "content": "1"}]}] * 4
     block = {"dwl": DWL} if loss == "dwl" else {}
     for name, rows in (("empty", []), ("long", long), ("long", long)):  # again: rows prepared earlier
@@ -501,16 +489,6 @@ LOSSES: dict[str, dict[str, Any]] = {
     "dft": {"loss": "dft"},
     "dwl": {"loss": "dwl", "dwl": {"classes": {"number": {"regex": r"\d", "allow_empty": True}}}},
 }
-
-
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    from axolotl.loaders import ModelLoader
-
-    def load(self: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(ModelLoader, "load", load)
 
 
 def with_labels(path: Path, *labels: list[int]) -> dict[str, Any]:

@@ -18,16 +18,6 @@ from tests.hosts.harness import AXOLOTL, rows, train, write_rows
 Configure = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    from axolotl.loaders import ModelLoader
-
-    def load(self: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(ModelLoader, "load", load)
-
-
 def problems_of(settings: dict[str, Any]) -> dict[str, str]:
     with pytest.raises(ConfigError) as caught:
         train(settings)
