@@ -280,14 +280,7 @@ class Seam:
         )
 
     def _reduce(
-        self,
-        logits: Logits,
-        targets: Tensor,
-        class_ids: Tensor | None,
-        ignore_index: int,
-        copies: int = 1,
-        *,
-        divides: bool = True,
+        self, logits: Logits, targets: Tensor, class_ids: Tensor | None, ignore_index: int, copies: int = 1, *, divides: bool = True
     ) -> Tensor:
         """Σ_t Σ_{c∋t} w_c·f_c(t)·nll_t / denominator, and the tokens handed to the metrics."""
         if torch.compiler.is_compiling():
