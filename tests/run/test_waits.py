@@ -111,7 +111,8 @@ def test_so_does_a_forward_of_a_model_that_the_loss_is_attached_to(num_items: in
         model, batch = fake_model(), fake_batch()
         del batch[CLASS_IDS]
         attach(model, "dft")
-        model(**batch)
+        with Waits(TARGETS):
+            model(**batch)
         with Waits(TARGETS) as waits:
             model(**batch, num_items_in_batch=num_items)
     assert waits.where == {FOUND_N: 1}
