@@ -20,9 +20,8 @@ from axolotl.train import setup_model_and_trainer
 from axolotl.utils.dict import DictDefault
 from transformers import TrainerCallback
 
-from bench.gpu.common import CUDA, synchronize
-
-MIB = 2**20
+from bench.gpu.common import CUDA, MIB, synchronize
+from bench.gpu.train import UNCOUNTED
 
 
 def use_cut_cross_entropy() -> None:
@@ -43,23 +42,22 @@ def use_cut_cross_entropy() -> None:
 
 
 class InTurn(TrainerCallback):
-    """Waits for its turn before a step, and says how long the step took. The last step is watched instead of timed."""
+    """Waits for its turn before a step, and says what the step took. The last uncounted one is watched for waits."""
 
     def __init__(self, turn: int, answers: int) -> None:
         self._turn, self._answers = os.fdopen(turn), os.fdopen(answers, "w")
         self._watched: Any = None
-        self._started = 0.0
-        self.peak_mib = 0.0
+        self._started = self._peak_mib = 0.0
 
-    def say(self, what: dict[str, Any]) -> None:
+    def say(self, **what: Any) -> None:
         print(json.dumps(what), file=self._answers, flush=True)
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.say({"ready": True})
+    def on_train_begin(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        self.say(head=str(model.get_output_embeddings().weight.dtype))
 
     def on_step_begin(self, args: Any, state: Any, *rest: Any, **kwargs: Any) -> None:
         self._turn.readline()
-        if CUDA and state.global_step == args.max_steps - 1:
+        if CUDA and state.global_step == UNCOUNTED - 1:
             torch.cuda.set_sync_debug_mode("warn")
             self._watched = warnings.catch_warnings(record=True)
             self._said = self._watched.__enter__()
@@ -70,16 +68,24 @@ class InTurn(TrainerCallback):
         self._started = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        waits: Counter[str] = Counter()
+        waits: dict[str, dict[str, int]] = {}
         if self._watched is not None:
             torch.cuda.set_sync_debug_mode("default")
             self._watched.__exit__(None, None, None)
+            self._watched = None
             found = [said for said in self._said if "synchroniz" in str(said.message)]
-            waits.update(f"{'/'.join(said.filename.split('/')[-2:])}:{said.lineno}" for said in found)
+            waits["waits"] = Counter(f"{'/'.join(said.filename.split('/')[-2:])}:{said.lineno}" for said in found)
         synchronize()
+        seconds = time.perf_counter() - self._started
         if CUDA:
-            self.peak_mib = max(self.peak_mib, torch.cuda.max_memory_allocated() / MIB)
-        self.say({"seconds": time.perf_counter() - self._started, "waits": waits})
+            self._peak_mib = max(self._peak_mib, torch.cuda.max_memory_allocated() / MIB)
+        self.say(seconds=seconds, peak_mib=self._peak_mib, graph_breaks=graph_breaks(), **waits)
+
+
+def graph_breaks() -> int:
+    """So far, where anything was compiled."""
+    compiler = sys.modules.get("torch._dynamo.utils")
+    return 0 if compiler is None else sum(compiler.counters["graph_break"].values())
 
 
 def main() -> None:
@@ -95,8 +101,7 @@ def main() -> None:
     trainer = setup_model_and_trainer(cfg, meta)[0]
     trainer.add_callback(in_turn)
     trainer.train()
-    head = trainer.model.get_output_embeddings().weight
-    in_turn.say({"peak_mib": in_turn.peak_mib, "head": str(head.dtype), "loss": trainer.state.log_history[-1].get("train_loss")})
+    in_turn.say(loss=trainer.state.log_history[-1].get("train_loss"))
 
 
 if __name__ == "__main__":

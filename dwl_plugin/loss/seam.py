@@ -220,8 +220,7 @@ class Seam:
         # The same labels several times over, for several streams of logits: the model takes their mean.
         copies = 1 if pending.labels is None else max(1, targets.numel() // max(1, pending.labels.numel()))
         class_ids = None if pending.class_ids is None else self._class_ids_like(targets, copies)
-        loss = self._reduce(logits, targets, class_ids, ignore_index, copies)
-        return loss if reduction == "mean" else loss * (targets != ignore_index).sum()
+        return self._reduce(logits, targets, class_ids, ignore_index, copies, divides=reduction == "mean")
 
     def _class_ids_like(self, targets: Tensor, copies: int = 1) -> Tensor:
         """Class ids in the layout of `targets`, which the model shifted and flattened in its own way."""
@@ -280,12 +279,14 @@ class Seam:
             "the base model of an `anchor`) cannot be matched to targets. `loss: nll` and `loss: dft` without them work with it."
         )
 
-    def _reduce(self, logits: Logits, targets: Tensor, class_ids: Tensor | None, ignore_index: int, copies: int = 1) -> Tensor:
+    def _reduce(
+        self, logits: Logits, targets: Tensor, class_ids: Tensor | None, ignore_index: int, copies: int = 1, *, divides: bool = True
+    ) -> Tensor:
         """Σ_t Σ_{c∋t} w_c·f_c(t)·nll_t / denominator, and the tokens handed to the metrics."""
         if torch.compiler.is_compiling():
             disable: Callable[..., Callable[..., Tensor]] = torch.compiler.disable
             uncompiled = disable(Seam._reduce)
-            return uncompiled(self, logits, targets, class_ids, ignore_index, copies)
+            return uncompiled(self, logits, targets, class_ids, ignore_index, copies, divides=divides)
         pending = self._armed
         pending.taken += 1
         spec, classes = pending.spec, len(pending.spec.weight)
@@ -302,21 +303,26 @@ class Seam:
         weight_C = self._constant(spec.weight, device) if pending.class_weight is None else pending.class_weight
         weight_C = weight_C.to(device=device, dtype=torch.float32, non_blocking=True)
         term_C = self._constant(tuple(spec.terms.index(objective) for objective in spec.objective), device)
-        terms = [Term(objective, paying.weigh(torch.where(term_C == k, weight_C, 0.0))) for k, objective in enumerate(spec.terms)]
+        # Divided here and not at the end: nothing then scales gradients that were rounded already.
+        share_C = weight_C / self._denominator(is_target_N, copies) if divides else weight_C
+        terms = [Term(objective, paying.weigh(torch.where(term_C == k, share_C, 0.0))) for k, objective in enumerate(spec.terms)]
         anchor, anchor_C = None, None
         if spec.is_anchored:
             anchor_C = self._constant(spec.anchor, device)
-            anchor = Anchor(paying.weigh(weight_C * anchor_C), self._rows_like(pending.base, logits).to(device))
+            anchor = Anchor(paying.weigh(share_C * anchor_C), self._rows_like(pending.base, logits).to(device))
         out = self._token_losses(logits, Targets(targets_N, terms, anchor, ignore_index), pending.base)
         if pending.on_tokens is not None:
             factors_KN = torch.stack(out.factors)
             pending.on_tokens(ForwardMetrics(members, paying, out.nll, factors_KN, term_C, weight_C, out.kl, anchor_C))
-        denominator = pending.denominator
+        return out.loss
+
+    def _denominator(self, is_target_N: Tensor, copies: int) -> Tensor | float:
+        denominator = self._armed.denominator
         if denominator is None:
-            return out.loss / is_target_N.sum().clamp(min=1)
-        if isinstance(denominator, Tensor):
-            denominator = denominator.to(device)
-        return out.loss / (denominator * copies)
+            return is_target_N.sum().clamp(min=1)
+        if isinstance(denominator, Tensor) and denominator.device.type != "cpu":  # where it is a mere number
+            denominator = denominator.to(is_target_N.device)
+        return denominator * copies
 
     def _rows_like(self, base: Logits | None, logits: Logits) -> Tensor:
         """The base model's hidden states, or logits, at the rows of `logits`: all positions, or all but the last of each row."""

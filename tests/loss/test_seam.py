@@ -21,6 +21,7 @@ from dwl_plugin.errors import LossNotTakenError
 from dwl_plugin.loss import seam as seam_module
 from dwl_plugin.loss.attach import attach
 from dwl_plugin.loss.class_sums import ForwardMetrics
+from dwl_plugin.loss.linear_cross_entropy import fused_cross_entropy
 from dwl_plugin.loss.seam import Seam
 from dwl_plugin.loss.shift import shift_left
 from dwl_plugin.loss.spec import LossSpec, PendingLoss
@@ -228,13 +229,14 @@ def check_sharded(rank: int, world: int, port: int, modes: list[str]) -> None:
             mine = slice(rank * len(ids) // world, (rank + 1) * len(ids) // world)
             seam = Seam(model, print)
             seen: list[ForwardMetrics] = []
-            pending = PendingLoss(WEIGHTED, labels[mine], class_ids[mine], denominator=targets / world, on_tokens=seen.append)
+            pending = PendingLoss(WEIGHTED, labels[mine], class_ids[mine], denominator=targets, on_tokens=seen.append)
             with seam.armed(pending):
-                out = model(input_ids=ids[mine], labels=labels[mine])
+                loss_here = model(input_ids=ids[mine], labels=labels[mine]).loss
+            loss_here *= world  # in place, as transformers does
             assert len(seen[0].factors_KN) == len(WEIGHTED.terms)
             model.zero_grad()
-            out.loss.backward()
-            torch.distributed.all_reduce(mean := out.loss.detach() / world)
+            loss_here.backward()
+            torch.distributed.all_reduce(mean := loss_here.detach() / world)
             torch.testing.assert_close(mean, loss)
             whole = {name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None}
             assert difference(whole, alone)[0] <= 1e-5, mode
@@ -328,6 +330,34 @@ def test_a_denominator_divides_the_sum() -> None:
     with seam.armed(PendingLoss(LossSpec(), labels, denominator=torch.tensor(7))):
         loss = model(input_ids=ids, labels=labels).loss
     torch.testing.assert_close(loss * 7 / targets, model(input_ids=ids).logits.new_tensor(_plain(model, ids, labels)))
+
+
+def got_back(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The gradients that come back into a fused loss."""
+    seen: list[float] = []
+
+    def fused(*args: Any, **kwargs: Any) -> Any:
+        out = fused_cross_entropy(*args, **kwargs)
+        out.loss.register_hook(lambda gradient: seen.append(float(gradient)))
+        return out
+
+    monkeypatch.setattr(seam_module, "fused_cross_entropy", fused)
+    return seen
+
+
+@pytest.mark.parametrize("denominator", [None, 7, 7.0, torch.tensor(7)], ids=["targets", "int", "float", "tensor"])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "ProphetNetForCausalLM"])
+def test_gradients_of_the_fused_loss_are_scaled_by_nothing_afterwards(
+    name: str, denominator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, weights = got_back(monkeypatch), list[torch.Tensor]()
+    model = build(name)
+    ids, labels, class_ids = batch()
+    on_tokens = lambda tokens: weights.append(tokens.weight_C)  # noqa: E731
+    with Seam(model, print).armed(PendingLoss(WEIGHTED, labels, class_ids, denominator=denominator, on_tokens=on_tokens)):
+        model(input_ids=ids, labels=labels).loss.backward()
+    assert seen == [1.0]
+    assert weights[0].tolist() == torch.tensor(WEIGHTED.weight).tolist(), "metrics see the weights of the config"
 
 
 def _plain(model: nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> float:
