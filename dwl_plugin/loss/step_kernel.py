@@ -54,13 +54,11 @@ def _logits(row, bias, at, inside, scale, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _follow(reference, largest, unit, lag, lift):
+def _follow(old, largest, unit, lag, lift):
     """Where a reference is from now on, whether it moved, and what sums shrink by."""
-    old = tl.load(reference)
     wanted = largest - lift
     moves = wanted > old + lag
     new = tl.where(moves, wanted, old)
-    tl.store(reference, new)
     return new, moves, tl.where(moves, tl.exp((old - new) * unit), 1.0)
 
 
@@ -82,6 +80,7 @@ def advance_kernel(
     z_row = logits + row * logits_stride
     local = tl.load(targets + row) - start
     columns = tl.arange(0, BLOCK)
+    old = tl.load(references + row)  # by every warp before any stores it: the maximum below keeps them together
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     for begin in range(0, W, BLOCK):
         at = begin + columns
@@ -92,7 +91,8 @@ def advance_kernel(
         largest = _tanh(largest)
     if (local >= 0) & (local < W):
         tl.store(target_logits + row, _logits(z_row, bias, local, True, scale, HAS_CAP))
-    reference, moves, shrink = _follow(references + row, largest, unit, lag, lift)
+    reference, moves, shrink = _follow(old, largest, unit, lag, lift)
+    tl.store(references + row, reference)
     sums = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, W, BLOCK):
         at = begin + columns
@@ -118,6 +118,7 @@ def advance_base_kernel(
     row = tl.program_id(0).to(tl.int64)
     b_row, z_row = base + row * logits_stride, logits + row * logits_stride
     columns = tl.arange(0, BLOCK)
+    old = tl.load(references + row)  # by every warp before any stores it: the maximum below keeps them together
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     for begin in range(0, W, BLOCK):
         at = begin + columns
@@ -126,7 +127,8 @@ def advance_base_kernel(
     largest = tl.max(best, 0)
     if HAS_CAP:
         largest = _tanh(largest)
-    reference, moves, shrink = _follow(references + row, largest, unit, lag, lift)
+    reference, moves, shrink = _follow(old, largest, unit, lag, lift)
+    tl.store(references + row, reference)
     sums = tl.zeros((BLOCK,), tl.float32)
     crosses_sum = tl.zeros((BLOCK,), tl.float32)
     for begin in range(0, W, BLOCK):
