@@ -81,6 +81,7 @@ def advance_kernel(
     local = tl.load(targets + row) - start
     old = tl.load(references + row)  # before the maximum, where the threads meet: one of them stores, all of them have read
     columns = tl.arange(0, BLOCK)
+    old = tl.load(references + row)  # by every warp before any stores it: the maximum below keeps them together
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     for begin in range(0, W, BLOCK):
         at = begin + columns
@@ -119,6 +120,7 @@ def advance_base_kernel(
     b_row, z_row = base + row * logits_stride, logits + row * logits_stride
     old = tl.load(references + row)  # as above
     columns = tl.arange(0, BLOCK)
+    old = tl.load(references + row)  # by every warp before any stores it: the maximum below keeps them together
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     for begin in range(0, W, BLOCK):
         at = begin + columns
