@@ -20,7 +20,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "schedule": {"loss": "dwl", "dwl": {**DWL, "schedule": MOVING}},
     "controller": {"loss": "dwl", "dwl": {**DWL, "controller": {"type": "group_dro", "eta": 1.0, "every": 100}}},
 }
-ON_A_CPU = ("run/collate.py", "loss/fused_walk.py", "loss/linear_cross_entropy.py", "loss/tokens.py: if not bool(allowed.all())")
+ON_A_CPU = ("run/collate.py", "loss/cpu_walk.py", "loss/linear_cross_entropy.py", "loss/tokens.py: if not bool(allowed.all())")
 """Data that is not on a device yet, and what the fused loss does on a CPU alone."""
 FOUND_N = "nonzero in loss/tokens.py: found_N = (flat_T != given.ignore_index).nonzero()[:, 0]"
 
