@@ -52,18 +52,19 @@ def forward_backward(
         return _Walk(hidden, tokens, head, base, needs_grad).run()
 
 
-def steps_for(device: torch.device, summed: torch.dtype) -> Steps:
+def steps_for(device: torch.device, operand: torch.dtype, summed: torch.dtype) -> Steps:
     """The kernels where they run, else torch. A GPU that has to go without them says why, once."""
-    return _kernels(device) if device.type == "cuda" and summed == torch.float32 else TorchSteps()
+    return _kernels(device, operand) if device.type == "cuda" and summed == torch.float32 else TorchSteps()
 
 
 @functools.cache
-def _kernels(device: torch.device) -> Steps:
+def _kernels(device: torch.device, operand: torch.dtype) -> Steps:
     try:
         from dwl_plugin.loss.step_kernel import TritonSteps
 
         steps = TritonSteps()
-        products = Products(torch.zeros(1, 1, device=device), None, None)
+        exp_RW = torch.zeros(1, 1, dtype=operand, device=device)  # older Tritons know no bf16 before Ampere
+        products = Products(torch.zeros(1, 1, device=device), None, exp_RW)
         total_R, reference_R, logit_R = torch.zeros(3, 1, device=device)
         target_R, rows = total_R.long(), SoftmaxRows(total_R, reference_R, logit_R, None)
         steps.advance(products, rows, target_R, 0, Form(1.0, None, 1.0, 0.0), None, None, None, first=True)
@@ -184,7 +185,7 @@ class _Walk:
         # e^8 is far from overflow; e^(4 + 6) is as far as fp16 may go.
         lag, lift = (4.0, 6.0) if self.operand == torch.float16 else (8.0, 0.0)
         self.form = Form(head.scale / head.unit, head.softcap, lag, lift)
-        self.steps = steps_for(self.device, self.summed)
+        self.steps = steps_for(self.device, self.operand, self.summed)
         self.bounds: list[Tensor] = []  # of the gradients in the logits, for fp16
 
     def run(self) -> WalkResult:
