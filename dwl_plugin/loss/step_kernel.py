@@ -79,7 +79,6 @@ def advance_kernel(
     row = tl.program_id(0).to(tl.int64)
     z_row = logits + row * logits_stride
     local = tl.load(targets + row) - start
-    old = tl.load(references + row)  # before the maximum, where the threads meet: one of them stores, all of them have read
     columns = tl.arange(0, BLOCK)
     old = tl.load(references + row)  # by every warp before any stores it: the maximum below keeps them together
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
@@ -118,7 +117,6 @@ def advance_base_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b_row, z_row = base + row * logits_stride, logits + row * logits_stride
-    old = tl.load(references + row)  # as above
     columns = tl.arange(0, BLOCK)
     old = tl.load(references + row)  # by every warp before any stores it: the maximum below keeps them together
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
