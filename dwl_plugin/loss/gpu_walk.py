@@ -34,7 +34,7 @@ __all__ = ["forward_backward", "steps_for"]
 
 _ROWS = 2048
 _ROW_MULTIPLE = 16
-"""What belongs to a block of rows then begins at 16 bytes, whatever the batch: Triton compiles for addresses that do, and for others."""
+"""Whatever the batch, a block then begins at whole 16 bytes: Triton compiles for addresses that do, and once more for others."""
 _TILE_BYTES = 31 * 2**20
 """Of a tile's products in fp32: a large matmul, and with its exponentials what a cache holds."""
 _SLOPE_BYTES = 64 * 2**20
