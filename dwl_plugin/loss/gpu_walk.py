@@ -33,6 +33,8 @@ from dwl_plugin.loss.walk import Gradients, NeedsGrad, WalkResult
 __all__ = ["forward_backward", "steps_for"]
 
 _ROWS = 2048
+_ROW_MULTIPLE = 16
+"""Whatever the batch, a block then begins at whole 16 bytes: Triton compiles for addresses that do, and once more for others."""
 _TILE_BYTES = 31 * 2**20
 """Of a tile's products in fp32: a large matmul, and with its exponentials what a cache holds."""
 _SLOPE_BYTES = 64 * 2**20
@@ -95,6 +97,7 @@ class _Plan:
 
 def _plan(N: int, V: int) -> _Plan:
     rows = math.ceil(N / math.ceil(N / _ROWS))
+    rows = min(N, rows + -rows % _ROW_MULTIPLE)
     return _Plan(N, V, rows, _even_width(V, _TILE_BYTES // (4 * rows)))
 
 
@@ -104,7 +107,8 @@ def _slopes_plan(plan: _Plan, itemsize: int) -> _Plan:
     if plan.width <= max(_LEAST_WIDTH, most):
         return plan
     width = _even_width(plan.V, most)
-    return _Plan(plan.N, plan.V, min(plan.N, max(1, _TILE_BYTES // (4 * width))), width)
+    rows = _TILE_BYTES // (4 * width)
+    return _Plan(plan.N, plan.V, min(plan.N, max(1, rows - rows % _ROW_MULTIPLE)), width)
 
 
 def _even_width(V: int, most: int) -> int:
