@@ -196,7 +196,8 @@ def _token_sums(
         logits = logits[:, -length:][:, :-1]  # prompt tuning puts tokens of its own before the sequence
         targets = inputs["labels"][:, 1:]
     is_target = targets != IGNORE_INDEX
-    rows, targets_N = logits[is_target], targets[is_target]
+    places = is_target.nonzero(as_tuple=True)  # once: with the mask for an index each use of it would wait for the device
+    rows, targets_N = logits[places], targets[places]
     hidden_NH, head = (rows.hidden, rows.compute) if isinstance(rows, DeferredLogits) else (rows, None)
     entropy = torch.zeros((), device=targets_N.device)
     correct = torch.zeros_like(entropy)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dwl_plugin.loss import cpu_walk, gpu_walk
 from dwl_plugin.loss.anchor import Anchor
-from dwl_plugin.loss.fused_walk import Gradients, NeedsGrad, WalkResult, forward_backward
 from dwl_plugin.loss.heads import LinearHead
 from dwl_plugin.loss.stable_nll import LinearCrossEntropyOutput, output_at, refuse_second_derivative, spread
 from dwl_plugin.loss.token_losses import Term
 from dwl_plugin.loss.tokens import Targets, brief, is_finite, require, select_tokens, terms_of
+from dwl_plugin.loss.walk import Gradients, NeedsGrad, WalkResult
 
 __all__ = ["LinearCrossEntropyOutput", "fused_cross_entropy", "linear_cross_entropy"]
 
@@ -42,8 +43,8 @@ def linear_cross_entropy(
         loss   = (token_weight * (-nll).exp().pow(exponent).clamp(min=min_weight).detach() * nll).sum()
 
     without ever holding the logits: ignored positions are dropped before the first matmul, the rest goes through the
-    vocabulary in tiles, and the gradients are taken on the way (two matmuls with a frozen `weight`, three with a
-    trained one, one when nothing wants a gradient). `exponent` 0 is the plain negative log-likelihood, 1 is DFT
+    vocabulary in tiles, and the gradients are taken on the way (two matmuls with a frozen `weight`; with a trained one three on
+    a CPU and four on a GPU; one when nothing wants a gradient). `exponent` 0 is the plain negative log-likelihood, 1 is DFT
     (arXiv:2508.05629).
 
     Shapes: … any leading shape, H hidden size, V vocabulary.
@@ -74,7 +75,7 @@ def linear_cross_entropy(
             by the device, so that nothing waits for it; one wait per call remains, for the number of targets.
         RuntimeError: on a backward with `create_graph=True`.
 
-    Workspace is bounded whatever the number of tokens and V; beyond it there are the gradients themselves in fp32. The
+    Workspace is bounded whatever the number of tokens and V; beyond it there are the gradients themselves, on a CPU in fp32. The
     first backward hands them out; another one through a retained graph takes them again.
     """
     given = Targets(targets, terms_of(terms, token_weight, exponent, min_weight), anchor, ignore_index)
@@ -104,13 +105,18 @@ def fused_cross_entropy(
     base = None if given.anchor is None else _base_head(given.anchor, head)
     learns = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     needs_grad = NeedsGrad(*(torch.is_grad_enabled() and learn for learn in learns))
-    run = partial(forward_backward, tokens=tokens, head=head, base=base, needs_grad=needs_grad)
+    walk = _walk_of(device)
+    run = partial(walk, tokens=tokens, head=head, base=base, needs_grad=needs_grad)
     if needs_grad.hidden or needs_grad.head:
         loss, nll_N, factors_KN, kl_N = _LinearCrossEntropy.apply(hidden, weight, bias, run, tokens.rows_N)
     else:
         result = run(hidden)
         loss, nll_N, factors_KN, kl_N = result.loss, result.nll_N, result.factors_KN, result.kl_N
     return output_at(tokens.rows_N, given.targets.shape, loss, nll_N, factors_KN, kl_N)
+
+
+def _walk_of(device: torch.device) -> Callable[..., WalkResult]:
+    return cpu_walk.forward_backward if device.type == "cpu" else gpu_walk.forward_backward
 
 
 def _base_head(anchor: Anchor, ours: LinearHead) -> LinearHead:
@@ -163,8 +169,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Handed out and forgotten, so that ∂W is scaled where it lies: a copy would be the largest tensor of all.
         gradients: Gradients = ctx.gradients or ctx.run(hidden).gradients
         ctx.gradients = None
-        grad_NH = _scaled(gradients.hidden_NH, grad_loss, hidden)
-        grad_hidden = None if grad_NH is None else spread(grad_NH, rows_N, hidden.shape)
+        grad = _scaled(gradients.hidden, grad_loss, hidden)
+        at_all = grad is not None and len(grad) == hidden.shape[:-1].numel()
+        grad_hidden = None if grad is None else spread(grad, None if at_all else rows_N, hidden.shape)
         return grad_hidden, _scaled(gradients.weight_VH, grad_loss, weight), _scaled(gradients.bias_V, grad_loss, bias), None, None
 
 

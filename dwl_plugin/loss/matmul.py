@@ -33,15 +33,11 @@ class Operands(NamedTuple):
     saved: torch.dtype
 
 
-def operands_for(head: LinearHead, device: torch.device, *, trained: bool, anchored: bool) -> Operands:
+def operands_for(head: LinearHead, device: torch.device, *, anchored: bool) -> Operands:
     """A CPU rounds a product of bf16 operands to bf16: too much for logits and for ∂hidden, where one token of the vocabulary may
-    be all there is to a sum; for a ∂W that is handed out in bf16 it is less than is lost in the end. fp16 has no room for the
-    scaled rows of hidden."""
-    if device.type == "cpu":
-        narrow = head.multiplied == head.weight_VH.dtype == torch.bfloat16 and not anchored
-        return Operands(head.summed, torch.bfloat16 if narrow and _onednn_is_faster(device, torch.bfloat16) else head.summed)
-    operand = head.summed if trained and head.multiplied == torch.float16 else head.multiplied
-    return Operands(operand, operand)
+    be all there is to a sum; for a ∂W that is handed out in bf16 it is less than is lost in the end."""
+    narrow = head.multiplied == head.weight_VH.dtype == torch.bfloat16 and not anchored
+    return Operands(head.summed, torch.bfloat16 if narrow and _onednn_is_faster(device, torch.bfloat16) else head.summed)
 
 
 class Tiling(NamedTuple):
@@ -61,7 +57,7 @@ class Tiling(NamedTuple):
 def tiling_for(operands: Operands, device: torch.device) -> Tiling:
     if any(_onednn_is_faster(device, dtype) for dtype in operands):  # blocks of few rows multiply as fast as others
         return Tiling(False, _WIDTH, 32 * 2**20, 1)
-    return Tiling(True, _WIDTH, 64 * 2**20, 4 if device.type == "cpu" else 1)
+    return Tiling(True, _WIDTH, 64 * 2**20, 4)
 
 
 def product(a_RK: torch.Tensor, b_KX: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -97,11 +93,20 @@ def _add(out: torch.Tensor, result: torch.Tensor, first: bool) -> None:
 
 def _add_mm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
     widened: dict[str, Any] = {}
-    if a.dtype == b.dtype != out.dtype and out.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):
+    if a.dtype == b.dtype != out.dtype and _sums_wider(out.device, a.dtype):
         widened = {"out_dtype": out.dtype}
     else:
         a, b = a.to(out.dtype), b.to(out.dtype)
     torch.mm(a, b, out=out, **widened) if first else torch.addmm(out, a, b, out=out, **widened)
+
+
+def _sums_wider(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether their product can be had in fp32: since torch 2.8, of bf16 since Ampere, of fp16 unless torch may sum in it."""
+    if device.type != "cuda" or not hasattr(torch.ops.aten.addmm, "dtype_out"):
+        return False
+    if dtype == torch.float16:
+        return not getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

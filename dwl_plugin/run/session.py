@@ -79,6 +79,7 @@ class Session:
         """The last log, as the host's class got it."""
         self.eval_sums = ClassSums(self.names)
         self.token_losses = block.token_losses
+        self._on_device: tuple[tuple[float, ...], torch.Tensor] | None = None
         self.tau = 0
         self.begin(None)
 
@@ -150,9 +151,7 @@ class Session:
         self, inputs: dict[str, Any], counts: torch.Tensor, denominator: Any, on_tokens: Callable[[ForwardMetrics], object]
     ) -> PendingLoss:
         """What the seam needs for one forward; takes the class ids out of `inputs`."""
-        device = counts.device  # where the counts are, so that nothing waits for them
-        alpha_C = torch.tensor(self.alpha, dtype=widest(device)).to(device, non_blocking=True)
-        weight_C = class_weights(self.block.reduction, alpha_C, counts)
+        weight_C = class_weights(self.block.reduction, self._alpha_on(counts.device), counts)
         class_ids = inputs.pop(CLASS_IDS, None)
         if class_ids is None and self.labeller is not None:
             raise LossNotTakenError(
@@ -160,6 +159,14 @@ class Session:
                 "`get_eval_dataloader`."
             )
         return PendingLoss(self.spec, inputs.get("labels"), class_ids, weight_C, denominator, on_tokens, "shift_labels" in inputs)
+
+    def _alpha_on(self, device: torch.device) -> torch.Tensor:
+        """α where the counts are. Written there number by number once it has moved: a copy from the host waits for the device."""
+        known = self._on_device
+        if known is None or known[0] != self.alpha or known[1].device != device:
+            numbers = [torch.full((), alpha, dtype=widest(device), device=device) for alpha in self.alpha]
+            known = self._on_device = (self.alpha, torch.stack(numbers))
+        return known[1]
 
     def trained_on(self, tokens: ForwardMetrics) -> None:
         """Add the tokens of a forward of the step τ + 1 that is being made."""

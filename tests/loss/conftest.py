@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
 
-from dwl_plugin.loss import fused_walk, matmul
+from dwl_plugin.loss import cpu_walk, gpu_walk, linear_cross_entropy, matmul
+from dwl_plugin.loss.step import TorchSteps
 from tests.loss.cases import multiply_with_onednn
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's kernels run by Python on the CPU: `TRITON_INTERPRET=1 pytest tests/loss`."""
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several row blocks and several tiles, with shapes that divide nothing evenly."""
-    monkeypatch.setitem(fused_walk._ROWS, "cpu", 11)
-    monkeypatch.setitem(fused_walk._TILE_BYTES, "cpu", 11 * 4 * 17)
-    monkeypatch.setattr(fused_walk, "_LEAST_WIDTH", 16)
     monkeypatch.setattr(matmul, "_WIDTH", 16)
+    for walk in (cpu_walk, gpu_walk):
+        monkeypatch.setattr(walk, "_ROWS", 11)
+        monkeypatch.setattr(walk, "_TILE_BYTES", 11 * 4 * 17)
+        monkeypatch.setattr(walk, "_LEAST_WIDTH", 16)
+    monkeypatch.setattr(gpu_walk, "_SLOPE_BYTES", 600)
+    monkeypatch.setattr(gpu_walk, "_WIDTH_MULTIPLE", 1)
+    if INTERPRETED:
+        from dwl_plugin.loss import step_kernel
+
+        for name in ("BLOCK", "BLOCK_TOP", "BLOCK_H"):
+            monkeypatch.setattr(step_kernel, name, 8)
 
 
-@pytest.fixture(params=["cpu", "cpu, oneDNN", "fused"])
+@pytest.fixture(params=["gpu, Triton"] if INTERPRETED else ["cpu", "cpu, oneDNN", "gpu"])
 def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The step of a CPU with either library's products, and the one a GPU compiles, here uncompiled."""
+    """The walk of a CPU with either library's products, and that of a GPU: its torch steps, or its kernels interpreted."""
     multiply_with_onednn(monkeypatch, request.param == "cpu, oneDNN")
-    if request.param == "fused":
-        monkeypatch.setattr(fused_walk, "_fuses", lambda device: True)
-        monkeypatch.setattr(fused_walk, "_fused_step", lambda: fused_walk._step_fused)
+    if request.param.startswith("gpu"):
+        monkeypatch.setattr(linear_cross_entropy, "_walk_of", lambda device: gpu_walk.forward_backward)
+    if request.param == "gpu, Triton":
+        from dwl_plugin.loss.step_kernel import TritonSteps
+
+        monkeypatch.setattr(
+            gpu_walk, "steps_for", lambda device, summed: TritonSteps() if summed == torch.float32 else TorchSteps()
+        )
     return str(request.param)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -9,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from dwl_plugin.loss import chunked, fused_walk, matmul
+from dwl_plugin.loss import chunked, cpu_walk, gpu_walk, matmul
 from dwl_plugin.loss.linear_cross_entropy import linear_cross_entropy
-from tests.loss.cases import FP32, anchored_case, errors, full_case, multiply_with_onednn, random_case, run
+from dwl_plugin.loss.step import TorchSteps
+from tests.loss.cases import FP32, anchored_case, full_case, multiply_with_onednn, random_case, run
 from tests.loss.oracle import per_token, relative
 
 
-def plan_of(tokens: int, vocab: int, width: int, trained: bool) -> fused_walk._Plan:
+def plan_of(tokens: int, vocab: int, width: int, trained: bool) -> cpu_walk._Plan:
     operands = matmul.Operands(torch.float32, torch.float32)
-    return fused_walk._plan(tokens, vocab, width, trained, 1, operands, torch.device("cpu"))
+    return cpu_walk._plan(tokens, vocab, width, trained, 1, operands, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("tokens", [1, 330, 1000, 8192, 100_000])
@@ -30,8 +32,8 @@ def test_workspace_is_bounded_whatever_the_shape(
     multiply_with_onednn(monkeypatch, onednn)
     plan = plan_of(tokens, vocab, 64, trained)
     tile = 4 * plan.rows * plan.width
-    least = matmul._WIDTH if onednn else fused_walk._LEAST_WIDTH
-    assert tile <= max(fused_walk._TILE_BYTES["cpu"] * 1.01, 4 * plan.rows * least)
+    least = matmul._WIDTH if onednn else cpu_walk._LEAST_WIDTH
+    assert tile <= max(cpu_walk._TILE_BYTES * 1.01, 4 * plan.rows * least)
     assert plan.rows <= 1024
     if trained:
         assert plan.rows <= (16 if onednn else 4) or 4 * plan.rows * vocab <= 4 * max(64 * 2**20, vocab * 64)
@@ -55,15 +57,18 @@ def test_products_that_remember_shapes_are_asked_for_few(vocab: int, trained: bo
     assert len(shapes) <= 72
 
 
-@pytest.mark.parametrize("tokens", [1, 777, 8192])
-@pytest.mark.parametrize("trained", [False, True])
-def test_strides_of_tiles_on_a_gpu_suit_its_matrix_units(tokens: int, trained: bool) -> None:
+@pytest.mark.parametrize("tokens", [1, 777, 8192, 100_000])
+def test_tiles_on_a_gpu_suit_its_matrix_units_and_stay_within_their_budgets(tokens: int) -> None:
     """An H200 multiplies tiles of 3,999 columns at 102 TFLOP/s, of 4,096 at 766."""
-    operands = matmul.Operands(torch.bfloat16, torch.bfloat16)
-    plan = fused_walk._plan(tokens, 151_936, 4096, trained, 1, operands, torch.device("cuda"))
-    assert plan.width % 128 == 0
-    assert sum(tile.stop - tile.start for tile in plan.tiles()) == 151_936
-    assert fused_walk._plan(tokens, 100, 64, trained, 1, operands, torch.device("cuda")).width == 100
+    plan = gpu_walk._plan(tokens, 151_936)
+    again = gpu_walk._slopes_plan(plan, 2)
+    for one in (plan, again):
+        assert one.width % 128 == 0
+        assert [i for part in one.blocks() for i in range(part.start, part.stop)] == list(range(tokens))
+        assert sum(tile.stop - tile.start for tile in one.tiles()) == 151_936
+        assert 4 * one.rows * one.width <= gpu_walk._TILE_BYTES
+    assert 2 * tokens * again.width <= max(gpu_walk._SLOPE_BYTES, 2 * tokens * gpu_walk._LEAST_WIDTH)
+    assert gpu_walk._plan(tokens, 100).width == 100
 
 
 def test_no_call_shows_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,25 +105,18 @@ def test_the_users_word_against_onednn_is_kept(monkeypatch: pytest.MonkeyPatch) 
         run(linear_cross_entropy, random_case(3, 7, dtype=torch.bfloat16))
 
 
-def test_a_compiler_that_fails_is_reported_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(function: Any) -> Any:
-        def raises(*args: Any) -> Any:
-            raise RuntimeError("no compiler here")
-
-        return raises
-
-    monkeypatch.setattr(fused_walk.torch, "compile", broken)
-    monkeypatch.setattr(fused_walk, "_fuses", lambda device: True)
-    fused_walk._fused_step.cache_clear()
-    case = full_case(3, 7)
+def test_kernels_that_do_not_run_are_reported_and_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in an image without Triton, or without the C compiler that its launchers need."""
+    monkeypatch.setitem(sys.modules, "dwl_plugin.loss.step_kernel", None)
+    gpu_walk._kernels.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="no compiler here"):
-            assert max(errors(linear_cross_entropy, case).values()) <= FP32
+        with pytest.warns(UserWarning, match=r"without its Triton kernels, slower: \w+: .*step_kernel"):
+            assert isinstance(gpu_walk._kernels(torch.device("cpu")), TorchSteps)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            run(linear_cross_entropy, case)  # said once
+            gpu_walk._kernels(torch.device("cpu"))  # said once
     finally:
-        fused_walk._fused_step.cache_clear()
+        gpu_walk._kernels.cache_clear()
 
 
 def test_the_module_path_has_a_budget() -> None:

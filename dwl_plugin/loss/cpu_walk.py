@@ -1,13 +1,7 @@
-"""Loss and gradients of a linear head in one pass over the vocabulary, without ever holding all logits.
+"""Loss and gradients of a linear head on a CPU, in one pass over the vocabulary, without ever holding all logits.
 
-For target y, with q the softmax over the other tokens and s = exp-sum of those others,
-
-    ∂nll/∂z_j = (1 − p_y) · (q_j − 1[j = y]),      q_j = exp(z_j − running max) / s,  q_y = 0
-
-so one pass can accumulate Σ_j exp(z_j − running max)·W_j beside the sum itself, as attention does with K = V = W, and
-everything known only at the end (1/s, 1 − p, the slope of what the token pays) scales one row of (N, H). A trained
-head keeps its block of exponentials for a third matmul, ∂W = expᵀ·(rows of hidden, scaled the same way): still nothing
-is divided over (N, V).
+A tile of logits stays in cache from its product to its exponentials, in one buffer. A trained head keeps its block of exponentials
+for a third matmul, ∂W = expᵀ·(rows of hidden, scaled): nothing is divided over (N, V).
 
 Shapes: T positions, N target tokens, R rows of one block, E of them whose target is in a tile, W tokens of one tile of the
 vocabulary, H hidden size, V vocabulary, K terms, k the largest logits of a row.
@@ -15,71 +9,35 @@ vocabulary, H hidden size, V vocabulary, K terms, k the largest logits of a row.
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dwl_plugin.errors import PREFIX
 from dwl_plugin.loss.anchor import BasePass
-from dwl_plugin.loss.heads import LinearHead, logits_of
+from dwl_plugin.loss.heads import LinearHead
 from dwl_plugin.loss.matmul import Operands, add_product, add_transposed_product, operands_for, product, tiling_for
 from dwl_plugin.loss.stable_nll import exact_nll
 from dwl_plugin.loss.tokens import Tokens
 from dwl_plugin.loss.top_logits import TopLogits
+from dwl_plugin.loss.walk import Gradients, NeedsGrad, WalkResult
 
-__all__ = ["Gradients", "NeedsGrad", "WalkResult", "forward_backward"]
+__all__ = ["forward_backward"]
 
 OnTile = Callable[[Tensor, Tensor, slice], None]
 """Gets the logits (R, W) of a tile in units of a softcap, the weight (W, H) they came from, and the tile. Must change neither."""
 
 _MIB = 2**20
-# A tile of logits should stay in cache on a CPU, and be a large matmul on a GPU: bench/gpu's `plans` measures both sizes.
-_TILE_BYTES = {"cpu": 4 * _MIB, "cuda": 64 * _MIB}
+# A tile of logits should stay in cache.
+_TILE_BYTES = 4 * _MIB
 _LEAST_WIDTH = 256
-_ROWS = {"cpu": 1024, "cuda": 2048}
-# An odd stride keeps the matrix units of a GPU from loading 16 bytes at a time: the same product takes six times as long.
-_WIDTH_MULTIPLE = {"cpu": 1, "cuda": 128}
+_ROWS = 1024
 # A row's running maximum is left behind by this much before it follows: e^20 is far from overflow, and rescaling costs.
 _LAG = 20.0
 # Columns beside a tile, so that row strides avoid powers of two.
 _SPARE = 16
-
-
-@dataclass(frozen=True)
-class NeedsGrad:
-    hidden: bool
-    weight: bool
-    bias: bool
-
-    @property
-    def head(self) -> bool:
-        return self.weight or self.bias
-
-
-@dataclass
-class Gradients:
-    """∂loss in the accumulation dtype: of the target rows of hidden, of the weight, of the bias."""
-
-    hidden_NH: Tensor | None
-    weight_VH: Tensor | None
-    bias_V: Tensor | None
-
-
-@dataclass
-class WalkResult:
-    """The summed loss, its gradients, and of each token nll, the factor of each term, and KL(base‖θ) where there is an anchor."""
-
-    loss: Tensor
-    nll_N: Tensor
-    factors_KN: Tensor
-    kl_N: Tensor | None
-    gradients: Gradients
 
 
 def forward_backward(
@@ -100,7 +58,7 @@ def forward_backward(
         )
         result = WalkResult(new(N), new(N), new(len(tokens.terms), N), None if base is None else new(N), gradients)
         if N:
-            operands = operands_for(head, device, trained=needs_grad.head, anchored=base is not None)
+            operands = operands_for(head, device, anchored=base is not None)
             plan = _plan(N, V, H, needs_grad.head, 1 if base is None else 2, operands, device)
             space = _Workspace(plan, head, operands, device, needs_grad.head)
             for block in plan.blocks():
@@ -115,7 +73,7 @@ def _block(hidden_TH: Tensor, tokens: Tokens, block: slice, base: LinearHead | N
     unit = head.unit
     hidden_RH = hidden_TH[rows].to(head.multiplied).to(operands.first)
     targets_R = tokens.targets_N[block]
-    grad_RH = None if gradients.hidden_NH is None else gradients.hidden_NH[block]
+    grad_RH = None if gradients.hidden is None else gradients.hidden[block]
 
     state = _Softmax.start(targets_R.numel(), hidden_RH.device, head.summed)
     top = TopLogits(tokens, block, head.weight_VH.shape[0]) if tokens.top_k else None
@@ -209,9 +167,8 @@ class _Plan:
 
 def _plan(N: int, V: int, H: int, head_trained: bool, softmaxes: int, operands: Operands, device: torch.device) -> _Plan:
     """Even blocks of rows and even tiles of the vocabulary whose buffers fit their budgets, whatever N and V."""
-    kind = "cpu" if device.type == "cpu" else "cuda"
     tiling = tiling_for(operands, device)
-    most_rows = _ROWS[kind]
+    most_rows = _ROWS
     if head_trained:
         # Each block reads and writes ∂W, so its exponentials may be a quarter of that.
         in_budget = max(1, max(tiling.saved_bytes, V * H) // (softmaxes * V * operands.saved.itemsize))
@@ -219,14 +176,8 @@ def _plan(N: int, V: int, H: int, head_trained: bool, softmaxes: int, operands: 
             in_budget = min(N // 2, tiling.stretch * in_budget)
         most_rows = min(most_rows, in_budget)
     rows = tiling.round_up(max(1, math.ceil(N / max(1, math.ceil(N / most_rows)))))
-    even_width = math.ceil(V / math.ceil(V / max(_LEAST_WIDTH, _TILE_BYTES[kind] // (4 * rows))))
-    even_width = min(V, even_width + -even_width % _WIDTH_MULTIPLE[kind])
+    even_width = math.ceil(V / math.ceil(V / max(_LEAST_WIDTH, _TILE_BYTES // (4 * rows))))
     return _Plan(N, V, rows, even_width if tiling.any_shape else min(V, tiling.width), reuses_buffers=tiling.any_shape)
-
-
-def _fuses(device: torch.device) -> bool:
-    """Whether the steps are compiled. On a CPU that gains nothing: a tile stays in cache between its few passes."""
-    return str(device.type) != "cpu"
 
 
 class _Workspace:
@@ -235,13 +186,12 @@ class _Workspace:
     def __init__(self, plan: _Plan, head: LinearHead, operands: Operands, device: torch.device, saves_exp: bool) -> None:
         self.plan, self.head, self.operands, self.saves_exp = plan, head, operands, saves_exp
         self._bias_V = None if head.bias_V is None else head.bias_V.to(head.multiplied).to(head.summed)
-        self._in_place = not _fuses(device)
         self._logits = self._slope = self._weight = None
         if plan.reuses_buffers:
-            saves_all = saves_exp and self._in_place and operands.first == operands.saved
+            saves_all = saves_exp and operands.first == operands.saved
             tiles = len(plan.tiles()) if saves_all else 1
             self._logits = torch.empty(tiles, plan.rows, plan.width + _SPARE, dtype=head.summed, device=device)
-        if head.softcap is not None and self._in_place:
+        if head.softcap is not None:
             self._slope = torch.empty(plan.rows, plan.width, dtype=head.summed, device=device)
         if not operands.first == head.multiplied == head.weight_VH.dtype:
             self._weight = torch.empty(plan.width, head.weight_VH.shape[1], dtype=operands.first, device=device)
@@ -251,8 +201,6 @@ class _Workspace:
         width = tile.stop - tile.start
         if self._logits is None:
             return None
-        if not self._in_place:
-            return self._logits.view(-1)[: rows * width].view(rows, width)
         return self._logits[tile.start // self.plan.width if len(self._logits) > 1 else 0, :rows, :width]
 
     def weight(self, tile: slice) -> Tensor:
@@ -272,16 +220,6 @@ class _Workspace:
         scale, softcap = self.head.scale / (self.head.softcap or 1.0), self.head.softcap
         local_R, out_RW = targets_R - tile.start, self._logits_buffer(len(targets_R), tile)
         logits_RW = product(hidden_RH, weight_WH.t(), self.head.summed, out=out_RW)
-        if not self._in_place:
-            if watchers:
-                seen_RW = logits_of(logits_RW, bias_W, scale, softcap)
-                for watch in watchers:
-                    watch(seen_RW, weight_WH, tile)
-                del seen_RW  # before the step makes its own
-            before = (state.sum_exp_others_R, state.running_max_R, state.target_logit_R)
-            exp_RW, rescale_R, *now = _fused_step()(logits_RW, local_R, bias_W, scale, softcap, self.operands.first, *before)
-            state.sum_exp_others_R, state.running_max_R, state.target_logit_R = now
-            return exp_RW, rescale_R
         if bias_W is not None:
             logits_RW.add_(bias_W)
         if scale != 1.0:
@@ -298,7 +236,7 @@ class _Workspace:
 
 
 def _step_in_place(state: _Softmax, logits_RW: Tensor, local_R: Tensor, unit: float, slope_RW: Tensor | None) -> Tensor | None:
-    """On a CPU: one buffer from logits to exponentials. Returns what earlier ones must be multiplied by."""
+    """One buffer from logits to exponentials. Returns what earlier ones must be multiplied by."""
     rows_E = ((local_R >= 0) & (local_R < logits_RW.shape[1])).nonzero()[:, 0]
     here = (rows_E, local_R[rows_E])
     state.target_logit_R = state.target_logit_R.index_copy(0, rows_E, logits_RW[here])
@@ -316,52 +254,3 @@ def _step_in_place(state: _Softmax, logits_RW: Tensor, local_R: Tensor, unit: fl
     if slope_RW is not None:
         exp_RW.mul_(slope_RW)
     return rescale_R
-
-
-def _step_fused(
-    logits_RW: Tensor,
-    local_R: Tensor,
-    bias_W: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    operand: torch.dtype,
-    sum_exp_others_R: Tensor,
-    running_max_R: Tensor,
-    target_logit_R: Tensor,
-) -> tuple[Tensor, ...]:
-    """The same step without branches on values and without writes in place: what a compiler can make one kernel of."""
-    logits_RW = logits_of(logits_RW, bias_W, scale, softcap)
-    unit, width = softcap or 1.0, logits_RW.shape[1]
-    here_R = (local_R >= 0) & (local_R < width)
-    is_target_RW = local_R[:, None] == torch.arange(width, device=local_R.device)
-    # A sum of one number and zeros is that number; `gather` would read the tile once more, with a check of its bounds.
-    at_target_R = torch.where(is_target_RW, logits_RW, 0.0).sum(1)
-    other_RW = torch.where(is_target_RW, -math.inf, logits_RW)
-    # fp16 ends at 6e-8 below but only at 65504 above: a running max under the maximum uses that room.
-    lift = 10.0 / unit if operand == torch.float16 else 0.0
-    moved_R = torch.maximum(running_max_R, other_RW.amax(1) - lift)
-    rescale_R = torch.exp((running_max_R - moved_R) * unit)
-    exp_RW = torch.exp((other_RW - moved_R[:, None]) * unit)
-    sum_exp_others_R = sum_exp_others_R * rescale_R + exp_RW.sum(1)
-    if softcap is not None:
-        exp_RW = exp_RW * (1 - logits_RW.square())
-    return exp_RW.to(operand), rescale_R, sum_exp_others_R, moved_R, torch.where(here_R, at_target_R, target_logit_R)
-
-
-@functools.cache
-def _fused_step() -> Callable[..., tuple[Tensor, ...]]:
-    """`_step_fused`, compiled at its first use, or plain if that fails (said once)."""
-    compiled: list[Callable[..., tuple[Tensor, ...]]] = [torch.compile(_step_fused)]
-
-    def step(*arguments: Any) -> tuple[Tensor, ...]:
-        if compiled:
-            try:
-                return compiled[0](*arguments)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # any compiler error
-                compiled.clear()
-                warnings.warn(f"{PREFIX} torch.compile failed, the loss runs uncompiled: {error}", stacklevel=2)
-        return _step_fused(*arguments)
-
-    return step
