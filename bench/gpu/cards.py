@@ -13,9 +13,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-import torch
-
-from bench.gpu.common import CUDA, DEVICE, MIB, TOY, Table, inputs, peak_mib
+from bench.gpu.common import MIB, TOY, Table, inputs, peak_mib
 from dwl_plugin import linear_cross_entropy
 from dwl_plugin.loss import gpu_walk
 

@@ -15,7 +15,7 @@ Plan = dict[str, int]
 """Constants of `gpu_walk`, and what they are instead."""
 FROZEN: list[Plan] = [
     *({"_ROWS": rows, "_TILE_BYTES": tile * MIB} for rows in (1024, 2048, 4096, 8192) for tile in (16, 32, 64, 128)),
-    {"_WIDTH_MULTIPLE": 1},
+    *({"_WIDTH_MULTIPLE": multiple} for multiple in (1, 128, 256)),
 ]
 TRAINED: list[Plan] = [{"_SLOPE_BYTES": slope * MIB} for slope in (32, 64, 128, 256)]
 

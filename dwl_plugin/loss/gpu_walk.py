@@ -37,8 +37,10 @@ _TILE_BYTES = 32 * 2**20
 _SLOPE_BYTES = 64 * 2**20
 """Of the gradient in the logits of a tile, all tokens of the batch."""
 _LEAST_WIDTH = 256
-_WIDTH_MULTIPLE = 128
+_WIDTH_MULTIPLE = 64
 """An odd stride keeps the matrix units from loading 16 bytes at a time: the same product takes six times as long."""
+_ROWS_MULTIPLE = 16
+"""Where a block begins divides by it: Triton compiles another kernel for each way in which its pointers do not."""
 
 
 def forward_backward(
@@ -93,6 +95,7 @@ class _Plan:
 
 def _plan(N: int, V: int) -> _Plan:
     rows = math.ceil(N / math.ceil(N / _ROWS))
+    rows += -rows % _ROWS_MULTIPLE
     return _Plan(N, V, rows, _even_width(V, _TILE_BYTES // (4 * rows)))
 
 
@@ -102,7 +105,8 @@ def _slopes_plan(plan: _Plan, itemsize: int) -> _Plan:
     if plan.width <= max(_LEAST_WIDTH, most):
         return plan
     width = _even_width(plan.V, most)
-    return _Plan(plan.N, plan.V, min(plan.N, max(1, _TILE_BYTES // (4 * width))), width)
+    rows = _TILE_BYTES // (4 * width)
+    return _Plan(plan.N, plan.V, max(_ROWS_MULTIPLE, rows - rows % _ROWS_MULTIPLE), width)
 
 
 def _even_width(V: int, most: int) -> int:

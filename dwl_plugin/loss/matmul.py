@@ -92,6 +92,11 @@ def _add(out: torch.Tensor, result: torch.Tensor, first: bool) -> None:
 
 
 def _add_mm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    if first and out.dtype not in (a.dtype, torch.float32, torch.float64):  # rounded once, and not before it is summed
+        wide = torch.empty_like(out, dtype=torch.float32)
+        _add_mm(wide, a, b, first)
+        out.copy_(wide)
+        return
     widened: dict[str, Any] = {}
     if a.dtype == b.dtype != out.dtype and _sums_wider(out.device, a.dtype):
         widened = {"out_dtype": out.dtype}

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dwl_plugin.loss.step import TorchSteps
 
 from dwl_plugin import LossSpec, attach, linear_cross_entropy
 from dwl_plugin.loss import gpu_walk
+from dwl_plugin.loss.step import TorchSteps
 from tests.loss.cases import OBJECTIVES, anchored_case, full_case, options_of, random_case, run, terms_case
 from tests.loss.mutants import naive
 from tests.loss.oracle import Case, per_token, relative
