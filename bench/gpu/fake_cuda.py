@@ -189,7 +189,7 @@ def without_a_device() -> Iterator[tuple[list[_Context], Counter[tuple[Any, ...]
     plain = type("Plain", (), {"apply": staticmethod(apply)})
     replaced: list[tuple[Any, str, Any]] = [
         (module, "_LinearCrossEntropy", plain),
-        (gpu_walk, "_kernels", lambda device: step_kernel.TritonSteps()),
+        (gpu_walk, "_kernels", lambda *arguments: step_kernel.TritonSteps()),
         (torch.autograd, "grad", lambda _, leaf: (torch.empty_like(leaf),)),
         (torch.cuda, "device", lambda device: nullcontext()),
         (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),

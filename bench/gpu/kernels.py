@@ -43,7 +43,7 @@ def cost(work: Work, moved: int) -> tuple[float, float]:
 def steps(softcap: float | None) -> dict[str, tuple[Work, int]]:
     """The steps of a tile as they are on this machine, and the bytes that each has to move: of logits that no row's reference lags
     behind, which is how nearly all tiles are."""
-    does = gpu_walk.steps_for(torch.device(DEVICE), torch.float32)
+    does = gpu_walk.steps_for(torch.device(DEVICE), torch.bfloat16, torch.float32)
     form = Form(1.0 / (softcap or 1.0), softcap, lag=8.0, lift=0.0)
 
     def numbers(*shape: int, value: float | None = None) -> torch.Tensor:
@@ -55,7 +55,7 @@ def steps(softcap: float | None) -> dict[str, tuple[Work, int]]:
     ours, theirs, targets = products(), products(), torch.randint(0, W, (R,), device=DEVICE)
     rows = SoftmaxRows(numbers(R), numbers(R, value=4.0), numbers(R), numbers(R, H))
     base_rows = BaseRows(numbers(R), numbers(R, value=4.0), numbers(R), numbers(R, H))
-    of = Slopes(targets, numbers(R, value=4.0), numbers(R), numbers(R), numbers(R))
+    of = Slopes(targets, numbers(R, value=4.0), numbers(R), numbers(R))
     weight, out = numbers(W, H).bfloat16(), numbers(R, H).bfloat16()
     top = TopRows(torch.full((R, 32), torch.inf, device=DEVICE), 20, None)
     top.top_RK[:, :20] = 5.0
@@ -73,7 +73,7 @@ def main() -> None:
     table = Table("TFLOP/s of the matmuls of a tile", "tile", "logits, fp32", "logits, bf16", "∂hidden +=", "∂W")
     for width in WIDTHS:
         table.measure(f"{R}x{H}x{width}", partial(matmuls, width))
-    name = type(gpu_walk.steps_for(torch.device(DEVICE), torch.float32)).__name__
+    name = type(gpu_walk.steps_for(torch.device(DEVICE), torch.bfloat16, torch.float32)).__name__
     table = Table(f"{name} of a tile, {R}x{W} ({R * W * 4 / MIB:.3g} MiB)", "what", "ms", "TB/s")
     for softcap in (None, 30.0):
         for step, (work, moved) in steps(softcap).items():

@@ -17,13 +17,14 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dwl_plugin.errors import PREFIX, first_line
 from dwl_plugin.loss.heads import LinearHead
-from dwl_plugin.loss.matmul import add_product, add_transposed_product, product
+from dwl_plugin.loss.matmul import multiplier
 from dwl_plugin.loss.stable_nll import exact_nll
 from dwl_plugin.loss.step import BaseRows, Form, Products, Slopes, SoftmaxRows, Steps, TopRows, TorchSteps
 from dwl_plugin.loss.tokens import Tokens
@@ -32,8 +33,8 @@ from dwl_plugin.loss.walk import Gradients, NeedsGrad, WalkResult
 __all__ = ["forward_backward", "steps_for"]
 
 _ROWS = 2048
-_TILE_BYTES = 32 * 2**20
-"""Of a tile's products in fp32: a large matmul, and what a cache holds."""
+_TILE_BYTES = 31 * 2**20
+"""Of a tile's products in fp32: a large matmul, and with its exponentials what a cache holds."""
 _SLOPE_BYTES = 64 * 2**20
 """Of the gradient in the logits of a tile, all tokens of the batch."""
 _LEAST_WIDTH = 256
@@ -53,18 +54,19 @@ def forward_backward(
         return _Walk(hidden, tokens, head, base, needs_grad).run()
 
 
-def steps_for(device: torch.device, summed: torch.dtype) -> Steps:
+def steps_for(device: torch.device, operand: torch.dtype, summed: torch.dtype) -> Steps:
     """The kernels where they run, else torch. A GPU that has to go without them says why, once."""
-    return _kernels(device) if device.type == "cuda" and summed == torch.float32 else TorchSteps()
+    return _kernels(device, operand) if device.type == "cuda" and summed == torch.float32 else TorchSteps()
 
 
 @functools.cache
-def _kernels(device: torch.device) -> Steps:
+def _kernels(device: torch.device, operand: torch.dtype) -> Steps:
     try:
         from dwl_plugin.loss.step_kernel import TritonSteps
 
         steps = TritonSteps()
-        products = Products(torch.zeros(1, 1, device=device), None, None)
+        exp_RW = torch.zeros(1, 1, dtype=operand, device=device)  # older Tritons know no bf16 before Ampere
+        products = Products(torch.zeros(1, 1, device=device), None, exp_RW)
         total_R, reference_R, logit_R = torch.zeros(3, 1, device=device)
         target_R, rows = total_R.long(), SoftmaxRows(total_R, reference_R, logit_R, None)
         steps.advance(products, rows, target_R, 0, Form(1.0, None, 1.0, 0.0), None, None, None, first=True)
@@ -120,33 +122,62 @@ def _held(dtype: torch.dtype, summed: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 else summed
 
 
-class _Side:
-    """One of the models: its products with a tile of its head, in buffers of its own."""
+class _Tile(NamedTuple):
+    """Some tokens of the vocabulary: the id of the first, how many, their rows of the head as operands, their biases."""
 
-    def __init__(self, head: LinearHead, hidden_TH: Tensor, operand: torch.dtype, plan: _Plan) -> None:
+    start: int
+    width: int
+    weight_WH: Tensor
+    weight_HW: Tensor
+    bias_W: Tensor | None
+    source_WH: Tensor | None
+    """What has to be copied to where the operands are first; None: they are the head's own."""
+
+
+class _Side:
+    """One of the models: its hidden states, its head in tiles, and a buffer for the products."""
+
+    def __init__(self, head: LinearHead, hidden_TH: Tensor, operand: torch.dtype, plan: _Plan, ours: _Side | None = None) -> None:
         self.head, self.hidden_TH, self.operand = head, hidden_TH, operand
-        device, (_, H) = hidden_TH.device, head.weight_VH.shape
-        self._bias_V = None if head.bias_V is None else head.bias_V.to(head.multiplied).to(head.summed)
-        self._logits_RW = torch.empty(plan.rows, plan.width, dtype=head.summed, device=device)
+        self.multiply = multiplier(hidden_TH.device, operand, head.summed)
+        self.logits_RW = torch.empty(plan.rows, plan.width, dtype=head.summed, device=hidden_TH.device)
+        self.tiles: list[_Tile] = []
+        if ours is not None and ours.head is head:
+            self.tiles.extend(tile._replace(source_WH=None) for tile in ours.tiles)
+            return
+        H = head.weight_VH.shape[1]
         converts = not head.weight_VH.dtype == head.multiplied == operand
-        self._weight_WH = torch.empty(plan.width, H, dtype=operand, device=device) if converts else None
+        buffer_WH = torch.empty(plan.width, H, dtype=operand, device=hidden_TH.device) if converts else None
+        bias_V = None if head.bias_V is None else head.bias_V.to(head.multiplied).to(head.summed)
+        for tile in plan.tiles():
+            head_WH, width = head.weight_VH[tile], tile.stop - tile.start
+            weight_WH = head_WH if buffer_WH is None else buffer_WH[:width]
+            bias_W, source_WH = None if bias_V is None else bias_V[tile], None if buffer_WH is None else head_WH
+            self.tiles.append(_Tile(tile.start, width, weight_WH, weight_WH.t(), bias_W, source_WH))
 
     def rows(self, positions: Tensor | slice | None) -> Tensor:
+        """Hidden states as operands; None: all of them."""
         hidden_RH = self.hidden_TH if positions is None else self.hidden_TH[positions]
         return hidden_RH.to(self.head.multiplied).to(self.operand)
 
-    def weight(self, tile: slice) -> Tensor:
-        weight_WH = self.head.weight_VH[tile]
-        if self._weight_WH is None:
-            return weight_WH
-        if self.operand != self.head.multiplied:
-            weight_WH = weight_WH.to(self.head.multiplied)
-        return self._weight_WH[: len(weight_WH)].copy_(weight_WH)
 
-    def products(self, hidden_RH: Tensor, weight_WH: Tensor, tile: slice, exp_RW: Tensor | None) -> Products:
-        out_RW = self._logits_RW[: len(hidden_RH), : len(weight_WH)]
-        bias_W = None if self._bias_V is None else self._bias_V[tile]
-        return Products(product(hidden_RH, weight_WH.t(), self.head.summed, out=out_RW), bias_W, exp_RW)
+class _Block:
+    """Some rows of a side. What is alike for all tiles is made once: the host has a tenth of a millisecond for each."""
+
+    def __init__(self, side: _Side, hidden_RH: Tensor, exp_RW: Tensor | None) -> None:
+        self.hidden_RH, self._into, self._head = hidden_RH, side.multiply.into, side.head
+        self._logits, self._exps = {}, {}
+        for width in {tile.width for tile in side.tiles}:
+            self._logits[width] = side.logits_RW[: len(hidden_RH), :width]
+            self._exps[width] = None if exp_RW is None else exp_RW[: len(hidden_RH), :width]
+
+    def products(self, tile: _Tile) -> Products:
+        if tile.source_WH is not None:
+            is_exact = self._head.multiplied == tile.weight_WH.dtype
+            tile.weight_WH.copy_(tile.source_WH if is_exact else tile.source_WH.to(self._head.multiplied))
+        logits_RW = self._logits[tile.width]
+        self._into(logits_RW, self.hidden_RH, tile.weight_HW)
+        return Products(logits_RW, tile.bias_W, self._exps[tile.width])
 
 
 class _Walk:
@@ -155,10 +186,11 @@ class _Walk:
         self.hidden_TH, self.device = hidden.detach().reshape(-1, hidden.shape[-1]), hidden.device
         self.operand, self.summed = head.multiplied, head.summed
         self.N, (self.V, self.H) = len(tokens), head.weight_VH.shape
-        is_fp16 = self.operand == torch.float16
         # e^8 is far from overflow; e^(4 + 6) is as far as fp16 may go.
-        self.form = Form(head.scale / head.unit, head.softcap, lag=4.0 if is_fp16 else 8.0, lift=6.0 if is_fp16 else 0.0)
-        self.steps = steps_for(self.device, self.summed)
+        lag, lift = (4.0, 6.0) if self.operand == torch.float16 else (8.0, 0.0)
+        self.form = Form(head.scale / head.unit, head.softcap, lag, lift)
+        self.steps = steps_for(self.device, self.operand, self.summed)
+        self.bounds: list[Tensor] = []  # of the gradients in the logits, for fp16
 
     def run(self) -> WalkResult:
         N, V, H, needs, tokens = self.N, self.V, self.H, self.needs_grad, self.tokens
@@ -175,7 +207,7 @@ class _Walk:
         if N:
             slopes = self._forward(result)
             if needs.head:
-                self._weight_gradient(slopes, gradients)
+                self._head_gradient(slopes, gradients)
         result.loss = result.loss.sum()
         return result
 
@@ -185,115 +217,141 @@ class _Walk:
 
     def _sides(self, plan: _Plan) -> tuple[_Side, _Side | None]:
         ours = _Side(self.head, self.hidden_TH, self.operand, plan)
-        if self.base is None:
+        if self.base is None or self.tokens.anchor is None:
             return ours, None
-        assert self.tokens.anchor is not None
-        return ours, _Side(self.base, self.tokens.anchor.hidden, self.operand, plan)
+        return ours, _Side(self.base, self.tokens.anchor.hidden, self.operand, plan, ours)
 
     def _forward(self, result: WalkResult) -> Slopes:
         """Every loss and ∂hidden, and what the gradient in the logits of each token is made of."""
-        N, H, tokens, head, plan = self.N, self.H, self.tokens, self.head, _plan(self.N, self.V)
-        wants_hidden, wants_slopes = self.needs_grad.hidden, self.needs_grad.hidden or self.needs_grad.head
+        plan, tokens, out = _plan(self.N, self.V), self.tokens, result.gradients.hidden
         ours, theirs = self._sides(plan)
-        least = torch.finfo(
-            self.summed
-        ).min  # not −inf: a row may see nothing but its target at first, and −inf − (−inf) is no number
-        slopes = Slopes(tokens.targets_N, self._new(N, fill=least), self._new(N), self._new(N), self._new(N))
+        slopes = Slopes(tokens.targets_N, self._references(), self._new(self.N), self._new(self.N))
         if theirs is not None:
-            slopes = slopes._replace(base_reference_R=self._new(N, fill=least), base_coef_R=self._new(N))
-        exp_RW = self._new(plan.rows, plan.width, dtype=self.operand) if wants_hidden else None
-        base_exp_RW = None if exp_RW is None or theirs is None else torch.empty_like(exp_RW)
-        summed_RH = self._new(plan.rows, H) if wants_hidden else None
-        base_summed_RH = None if summed_RH is None or theirs is None else torch.empty_like(summed_RH)
-        for block in plan.blocks():
-            R, of = block.stop - block.start, slopes.at(block)
-            positions = tokens.positions(block)
-            hidden_RH = ours.rows(positions)
-            rows = SoftmaxRows(self._new(R, fill=0.0), of.reference_R, self._new(R, fill=0.0), _part(summed_RH, R))
-            base_rows = None
-            if theirs is not None:
-                assert of.base_reference_R is not None
-                base_hidden_RH, part_RH = theirs.rows(positions), _part(base_summed_RH, R)
+            slopes = slopes._replace(base_reference_R=self._references(), base_coef_R=self._new(self.N))
+
+        def buffers(side: _Side | None) -> tuple[Tensor | None, Tensor | None]:
+            """For exponentials and for what they sum up."""
+            if side is None or out is None:
+                return None, None
+            return self._new(plan.rows, plan.width, dtype=self.operand), self._new(plan.rows, self.H)
+
+        (exp_RW, summed_RH), (base_exp_RW, base_summed_RH) = buffers(ours), buffers(theirs)
+        for place in plan.blocks():
+            of, positions, R = slopes.at(place), tokens.positions(place), place.stop - place.start
+            block = _Block(ours, ours.rows(positions), exp_RW)
+            rows = SoftmaxRows(self._new(R, fill=0.0), of.reference_R, self._new(R, fill=0.0), _first(summed_RH, R))
+            base_block, base_rows = None, None
+            if theirs is not None and of.base_reference_R is not None:
+                base_block = _Block(theirs, theirs.rows(positions), base_exp_RW)
+                part_RH = _first(base_summed_RH, R)
                 base_rows = BaseRows(self._new(R, fill=0.0), of.base_reference_R, self._new(R, fill=0.0), part_RH)
-            top = self._top_rows(block)
-            for tile in plan.tiles():
-                W, first = tile.stop - tile.start, tile.start == 0
-                weight_WH, base = ours.weight(tile), None
-                products = ours.products(hidden_RH, weight_WH, tile, _part(exp_RW, R, W))
-                if theirs is not None:
-                    base_WH = weight_WH if self.base is head else theirs.weight(tile)
-                    base = theirs.products(base_hidden_RH, base_WH, tile, _part(base_exp_RW, R, W))
-                self.steps.advance(products, rows, of.targets_R, tile.start, self.form, base, base_rows, top, first=first)
-                for summed, tile_of in ((rows, products), (base_rows, base)):
-                    if summed is not None and tile_of is not None and summed.summed_RH is not None and tile_of.exp_RW is not None:
-                        add_product(summed.summed_RH, tile_of.exp_RW, weight_WH, first=first)
+            top = self._top_rows(place)
+            self._through_the_vocabulary(ours, block, rows, of.targets_R, theirs, base_block, base_rows, top)
 
             # Everything below is O(R·H).
-            unit = self.form.unit
-            nll_R, one_minus_p_R = exact_nll(rows.total_R, rows.reference_R * unit, rows.target_R * unit)
-            kl_R = None if base_rows is None else _kl(base_rows, nll_R + rows.target_R * unit, unit)
-            top_Rk = None if top is None else _in_order(top) * unit
-            value = tokens.token_losses(nll_R, one_minus_p_R, top_Rk, kl_R, block, slope=wants_slopes)
-            result.loss[block], result.nll_N[block], result.factors_KN[:, block] = value.loss_R, nll_R, value.factors_KR
-            if result.kl_N is not None and kl_R is not None:
-                result.kl_N[block] = kl_R
-            if not wants_slopes:
-                continue
-            torch.mul(value.grad_coef_R, head.scale, out=of.bound_R)
-            torch.div(of.bound_R, _not_zero(rows.total_R), out=of.coef_R)  # a vocabulary of one has no others
-            torch.mul(value.target_coef_R, head.scale, out=of.target_coef_R)
-            if head.softcap is not None:
-                of.target_coef_R.mul_(1 - rows.target_R.square())
-            if base_rows is not None and tokens.anchor is not None:
-                assert of.base_coef_R is not None
-                torch.div(tokens.anchor.weight[block] * head.scale, base_rows.total_R, out=of.base_coef_R)
-            if result.gradients.hidden is not None and rows.summed_RH is not None:
+            self._pay(place, rows, base_rows, top, of, result)
+            if out is not None and rows.summed_RH is not None:
+                out_RH, at = (out, positions) if isinstance(positions, Tensor) else (out[positions], None)
                 base_RH = None if base_rows is None else base_rows.summed_RH
-                out_TH = result.gradients.hidden if isinstance(positions, Tensor) else result.gradients.hidden[positions]
-                at = positions if isinstance(positions, Tensor) else None
-                self.steps.finish(out_TH, at, rows.summed_RH, head.weight_VH, head.multiplied, of, base_RH)
+                self.steps.finish(out_RH, at, rows.summed_RH, self.head.weight_VH, self.head.multiplied, of, base_RH)
         return slopes
 
-    def _top_rows(self, block: slice) -> TopRows | None:
+    def _references(self) -> Tensor:
+        # Not −inf: a row may see nothing but its own target at first, and −inf − (−inf) is no number.
+        return self._new(self.N, fill=torch.finfo(self.summed).min)
+
+    def _top_rows(self, place: slice) -> TopRows | None:
         k = min(self.tokens.top_k, self.V)
         if not k:
             return None
-        top_RK = self._new(block.stop - block.start, 2 ** (k - 1).bit_length(), fill=math.inf)
+        top_RK = self._new(place.stop - place.start, 2 ** (k - 1).bit_length(), fill=math.inf)
         top_RK[:, :k] = -math.inf
-        return TopRows(top_RK, k, self.tokens.gated(block))
+        return TopRows(top_RK, k, self.tokens.gated(place))
 
-    def _weight_gradient(self, slopes: Slopes, gradients: Gradients) -> None:
+    def _through_the_vocabulary(
+        self,
+        ours: _Side,
+        block: _Block,
+        rows: SoftmaxRows,
+        targets_R: Tensor,
+        theirs: _Side | None,
+        base_block: _Block | None,
+        base_rows: BaseRows | None,
+        top: TopRows | None,
+    ) -> None:
+        accumulate = multiplier(self.device, self.operand, self.summed)
+        add, first = accumulate.into, True
+        for index, tile in enumerate(ours.tiles):
+            products = block.products(tile)
+            base = None if theirs is None or base_block is None else base_block.products(theirs.tiles[index])
+            self.steps.advance(products, rows, targets_R, tile.start, self.form, base, base_rows, top, first=first)
+            if rows.summed_RH is not None and products.exp_RW is not None:
+                add(rows.summed_RH, products.exp_RW, tile.weight_WH)
+                if base is not None and base.exp_RW is not None and base_rows is not None and base_rows.summed_RH is not None:
+                    add(base_rows.summed_RH, base.exp_RW, tile.weight_WH)
+            add, first = accumulate.onto, False
+
+    def _pay(
+        self, place: slice, rows: SoftmaxRows, base_rows: BaseRows | None, top: TopRows | None, of: Slopes, result: WalkResult
+    ) -> None:
+        """What the tokens of a block pay, and the coefficients of their gradient."""
+        tokens, head, unit = self.tokens, self.head, self.form.unit
+        wants_slopes = self.needs_grad.hidden or self.needs_grad.head
+        nll_R, one_minus_p_R = exact_nll(rows.total_R, rows.reference_R * unit, rows.target_R * unit)
+        kl_R = None if base_rows is None else _kl(base_rows, nll_R + rows.target_R * unit, unit)
+        top_Rk = None if top is None else _in_order(top) * unit
+        value = tokens.token_losses(nll_R, one_minus_p_R, top_Rk, kl_R, place, slope=wants_slopes)
+        result.loss[place], result.nll_N[place], result.factors_KN[:, place] = value.loss_R, nll_R, value.factors_KR
+        if result.kl_N is not None and kl_R is not None:
+            result.kl_N[place] = kl_R
+        if not wants_slopes:
+            return
+        torch.div(value.grad_coef_R * head.scale, _not_zero(rows.total_R), out=of.coef_R)  # a vocabulary of one has no others
+        torch.mul(value.target_coef_R, head.scale, out=of.target_coef_R)
+        if head.softcap is not None:
+            of.target_coef_R.mul_(1 - rows.target_R.square())
+        if base_rows is not None and tokens.anchor is not None and of.base_coef_R is not None:
+            torch.div(tokens.anchor.weight[place] * head.scale, base_rows.total_R, out=of.base_coef_R)
+        if self.operand == torch.float16 and self.needs_grad.head:
+            anchor_R = 0.0 if tokens.anchor is None else tokens.anchor.weight[place].abs()
+            bound_R = torch.maximum(value.grad_coef_R.abs(), value.target_coef_R.abs()) + anchor_R
+            self.bounds.append(bound_R.max() * abs(head.scale))
+
+    def _head_gradient(self, slopes: Slopes, gradients: Gradients) -> None:
         """∂W and ∂bias, tile by tile: the gradient in the logits of all tokens, then one product over them."""
         plan = _slopes_plan(_plan(self.N, self.V), self.operand.itemsize)
         ours, theirs = self._sides(plan)
-        hidden_NH = ours.rows(self.tokens.rows_N)
-        base_NH = None if theirs is None else theirs.rows(self.tokens.rows_N)
         grad_NW = self._new(self.N, plan.width, dtype=self.operand)
-        if self.operand == torch.float16:  # has neither room below for small weights nor above for large ones
-            bound = slopes.bound_R.abs().max().clamp(1e-20, 1e20)
-            slopes = slopes._replace(by=torch.exp2(13 - bound.log2().ceil()))
-        for tile in plan.tiles():
-            W, weight_WH = tile.stop - tile.start, ours.weight(tile)
-            for block in plan.blocks():
-                products, base = ours.products(hidden_NH[block], weight_WH, tile, grad_NW[block, :W]), None
-                if theirs is not None and base_NH is not None:
-                    base_WH = weight_WH if self.base is self.head else theirs.weight(tile)
-                    base = theirs.products(base_NH[block], base_WH, tile, None)
-                self.steps.slopes(products, slopes.at(block), tile.start, self.form, base)
-            found: list[Tensor] = []
+        if self.bounds:  # fp16 has neither room below for small weights nor above for large ones
+            largest = torch.stack(self.bounds).max().clamp(1e-20, 1e20)
+            slopes = slopes._replace(by=torch.exp2(14 - largest.log2().ceil()))
+        hidden_NH, places = ours.rows(self.tokens.rows_N), list(plan.blocks())
+        blocks = [_Block(ours, hidden_NH[place], grad_NW[place]) for place in places]
+        base_blocks: list[_Block | None] = [None] * len(places)
+        if theirs is not None:
+            base_NH = theirs.rows(self.tokens.rows_N)
+            base_blocks = [_Block(theirs, base_NH[place], None) for place in places]
+        of_blocks = [slopes.at(place) for place in places]
+        for index, tile in enumerate(ours.tiles):
+            for block, base_block, of in zip(blocks, base_blocks, of_blocks, strict=True):
+                products = block.products(tile)
+                base = None if theirs is None or base_block is None else base_block.products(theirs.tiles[index])
+                self.steps.slopes(products, of, tile.start, self.form, base)
+            found, vocabulary = list[Tensor](), slice(tile.start, tile.start + tile.width)
+            grad_WN = grad_NW[:, : tile.width].t()
             if gradients.weight_VH is not None:
-                found.append(gradients.weight_VH[tile])
-                add_transposed_product(found[-1], grad_NW[:, :W], hidden_NH, first=True)
+                found.append(gradients.weight_VH[vocabulary])
+                multiplier(self.device, self.operand, found[-1].dtype).into(found[-1], grad_WN, hidden_NH)
             if gradients.bias_V is not None:
-                found.append(gradients.bias_V[tile])
-                torch.sum(grad_NW[:, :W], 0, dtype=self.summed, out=found[-1])
+                found.append(gradients.bias_V[vocabulary])
+                torch.sum(grad_WN, 1, dtype=self.summed, out=found[-1])
             if slopes.by is not None:
                 for gradient in found:
                     gradient.div_(slopes.by)
 
 
-def _part(buffer: Tensor | None, rows: int, width: int | None = None) -> Tensor | None:
-    return None if buffer is None else buffer[:rows, :width]
+def _first(buffer_RX: Tensor | None, rows: int) -> Tensor | None:
+    return None if buffer_RX is None else buffer_RX[:rows]
 
 
 def _not_zero(tensor: Tensor) -> Tensor:

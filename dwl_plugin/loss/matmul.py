@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,17 @@ import torch.nn.functional as F
 
 from dwl_plugin.loss.heads import LinearHead
 
-__all__ = ["Operands", "Tiling", "add_product", "add_transposed_product", "operands_for", "product", "tiling_for"]
+__all__ = [
+    "Multiply",
+    "Operands",
+    "Tiling",
+    "add_product",
+    "add_transposed_product",
+    "multiplier",
+    "operands_for",
+    "product",
+    "tiling_for",
+]
 
 _WIDTH = 1280
 """Of a tile where sizes matter: torch's topk finds the 20 largest of 1,280 twice as fast as those of 1,024."""
@@ -92,17 +103,38 @@ def _add(out: torch.Tensor, result: torch.Tensor, first: bool) -> None:
 
 
 def _add_mm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
-    if first and out.dtype not in (a.dtype, torch.float32, torch.float64):  # rounded once, and not before it is summed
-        wide = torch.empty_like(out, dtype=torch.float32)
-        _add_mm(wide, a, b, first)
-        out.copy_(wide)
-        return
-    widened: dict[str, Any] = {}
-    if a.dtype == b.dtype != out.dtype and _sums_wider(out.device, a.dtype):
-        widened = {"out_dtype": out.dtype}
-    else:
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    torch.mm(a, b, out=out, **widened) if first else torch.addmm(out, a, b, out=out, **widened)
+    multiply = multiplier(out.device, a.dtype, out.dtype)
+    multiply.into(out, a, b) if first else multiply.onto(out, a, b)
+
+
+class Multiply(NamedTuple):
+    into: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
+    """out = a @ b"""
+    onto: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
+    """out += a @ b"""
+
+
+def multiplier(device: torch.device, operands: torch.dtype, out: torch.dtype) -> Multiply:
+    """torch.mm with sums in the wider of the dtypes. Chosen once for many products: on a GPU the host has little time for each."""
+    if operands == out:
+        return Multiply(lambda out, a, b: torch.mm(a, b, out=out), lambda out, a, b: torch.addmm(out, a, b, out=out))
+    if out.itemsize < 4:  # fp32 sums of half-precision operands are fp32, or rounded to the operands' dtype
+        in_fp32 = multiplier(device, operands, torch.float32)
+
+        def product_of(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            in_fp32.into(product := torch.empty_like(out, dtype=torch.float32), a, b)
+            return product
+
+        return Multiply(lambda out, a, b: out.copy_(product_of(out, a, b)), lambda out, a, b: out.add_(product_of(out, a, b)))
+    if _sums_wider(device, operands):
+        wider: dict[str, Any] = {"out_dtype": out}
+        return Multiply(
+            lambda out, a, b: torch.mm(a, b, out=out, **wider), lambda out, a, b: torch.addmm(out, a, b, out=out, **wider)
+        )
+    return Multiply(
+        lambda out, a, b: torch.mm(a.to(out.dtype), b.to(out.dtype), out=out),
+        lambda out, a, b: torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out),
+    )
 
 
 def _sums_wider(device: torch.device, dtype: torch.dtype) -> bool:

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class Seam:
     """
 
     def __init__(self, model: nn.Module, log_line: Callable[[str], None], as_base: Context | None = None) -> None:
+        _keep_out_of_graphs()
         self.model = heads.base_model(model)
         # Older PEFT calls the model inside it past its hooks, so both carry them.
         self.called = (model,) if model is self.model else (model, self.model)
@@ -283,10 +285,6 @@ class Seam:
         self, logits: Logits, targets: Tensor, class_ids: Tensor | None, ignore_index: int, copies: int = 1, *, divides: bool = True
     ) -> Tensor:
         """Σ_t Σ_{c∋t} w_c·f_c(t)·nll_t / denominator, and the tokens handed to the metrics."""
-        if torch.compiler.is_compiling():
-            disable: Callable[..., Callable[..., Tensor]] = torch.compiler.disable
-            uncompiled = disable(Seam._reduce)
-            return uncompiled(self, logits, targets, class_ids, ignore_index, copies, divides=divides)
         pending = self._armed
         pending.taken += 1
         spec, classes = pending.spec, len(pending.spec.weight)
@@ -411,6 +409,14 @@ class Seam:
         if line not in self._logged:
             self._logged.add(line)
             self._log_line(line)
+
+
+@cache
+def _keep_out_of_graphs() -> None:
+    """The graph of a compiled model ends where its loss begins, which waits for the number of targets. At first use, because it
+    imports torch's compiler."""
+    for name in ("_loss_function", "_cross_entropy"):
+        setattr(Seam, name, torch.compiler.disable(getattr(Seam, name)))  # type: ignore[no-untyped-call]
 
 
 def _matrix(linear: nn.Linear, vocab: slice) -> tuple[Tensor, Tensor | None]:

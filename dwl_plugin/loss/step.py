@@ -76,14 +76,12 @@ class TopRows(NamedTuple):
 
 class Slopes(NamedTuple):
     """What is known of each token after the pass. Its gradient in the product of token j is coef·exp(z_j − reference)·∂z_j, of the
-    target −target_coef, and with an anchor −base_coef·exp(b_j − base_reference)·∂z_j beside it; all of it times `by` (None: 1). The
-    first is no larger than `bound`."""
+    target −target_coef, and with an anchor −base_coef·exp(b_j − base_reference)·∂z_j beside it; all of it times `by` (None: 1)."""
 
     targets_R: Tensor
     reference_R: Tensor
     coef_R: Tensor
     target_coef_R: Tensor
-    bound_R: Tensor
     by: Tensor | None = None
     base_reference_R: Tensor | None = None
     base_coef_R: Tensor | None = None

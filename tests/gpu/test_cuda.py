@@ -95,7 +95,7 @@ def test_the_kernels_are_what_runs_and_nothing_is_compiled_by_torch() -> None:
 
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     run(linear_cross_entropy, on_device(random_case(2, 32, vocab=512, width=32)))
-    assert type(gpu_walk.steps_for(torch.device("cuda", 0), torch.float32)).__name__ == "TritonSteps"
+    assert type(gpu_walk.steps_for(torch.device("cuda", 0), torch.float32, torch.float32)).__name__ == "TritonSteps"
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
 
 

@@ -44,7 +44,7 @@ def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         from dwl_plugin.loss.step_kernel import TritonSteps
 
         monkeypatch.setattr(
-            gpu_walk, "steps_for", lambda device, summed: TritonSteps() if summed == torch.float32 else TorchSteps()
+            gpu_walk, "steps_for", lambda device, operand, summed: TritonSteps() if summed == torch.float32 else TorchSteps()
         )
     return str(request.param)
 

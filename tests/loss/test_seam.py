@@ -8,7 +8,8 @@ import inspect
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -639,20 +640,38 @@ def test_the_language_model_inside_a_wrapper_may_compute_the_loss() -> None:
     assert_exact(Wrapper())
 
 
+@pytest.fixture
+def compiler() -> Iterator[dict[str, Any]]:
+    """What the compiler counts; it starts with nothing, and keeps nothing."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at what it is handed
-def test_a_compiled_model_is_exact() -> None:
-    model = build("Gemma2ForCausalLM")
+@pytest.mark.parametrize("name", ["Gemma2ForCausalLM", "BloomForCausalLM"])
+def test_a_compiled_model_is_exact_and_one_graph_which_ends_where_the_loss_begins(name: str, compiler: dict[str, Any]) -> None:
+    model = build(name)
     want_loss, want_gradients = eager(model, WEIGHTED)
     compiled = torch.compile(model, backend="eager")
     ids, labels, class_ids = batch()
+    compiled(input_ids=ids, labels=labels)
+    stock = compiler["stats"]["unique_graphs"]
+    assert not compiler["graph_break"]
     seam = Seam(model, print)
-    for denominator in (None, torch.tensor(10)):
-        with seam.armed(PendingLoss(WEIGHTED, labels, class_ids, denominator=denominator)):
-            loss = compiled(input_ids=ids, labels=labels).loss
+    others = labels.clone()
+    others[:, 5:] = -100
+    moved = replace(WEIGHTED, objective=tuple(Power(0.1 * c) for c in range(len(WEIGHTED.weight))))
+    for spec, targets, denominator in ((moved, labels, 7), (WEIGHTED, others, None), (WEIGHTED, labels, torch.tensor(10))):
+        with seam.armed(PendingLoss(spec, targets, class_ids, denominator=denominator)):
+            loss = compiled(input_ids=ids, labels=targets).loss
     loss = loss * 10 / (shift_left(labels) != -100).sum()
     torch.testing.assert_close(loss.detach(), want_loss)
     assert difference(gradients(model, loss), want_gradients)[0] <= 1e-5
-    torch._dynamo.reset()
+    assert compiler["stats"]["unique_graphs"] == 2 * stock, "one for the stock loss, and one for ours whatever moves"
+    (why,) = compiler["graph_break"]
+    assert "function Seam._loss_function" in why
 
 
 def test_ours_says_nothing_where_nothing_is_computed_in_full() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from dwl_plugin.loss import chunked, cpu_walk, gpu_walk, matmul
 from dwl_plugin.loss.linear_cross_entropy import linear_cross_entropy
-from dwl_plugin.loss.step import TorchSteps
+from dwl_plugin.loss.step import Products, TorchSteps
 from tests.loss.cases import FP32, anchored_case, full_case, multiply_with_onednn, random_case, run
 from tests.loss.oracle import per_token, relative
 
@@ -111,10 +111,28 @@ def test_kernels_that_do_not_run_are_reported_and_replaced(monkeypatch: pytest.M
     gpu_walk._kernels.cache_clear()
     try:
         with pytest.warns(UserWarning, match=r"without its Triton kernels, slower: \w+: .*step_kernel"):
-            assert isinstance(gpu_walk._kernels(torch.device("cpu")), TorchSteps)
+            assert isinstance(gpu_walk._kernels(torch.device("cpu"), torch.bfloat16), TorchSteps)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            gpu_walk._kernels(torch.device("cpu"))  # said once
+            gpu_walk._kernels(torch.device("cpu"), torch.bfloat16)  # said once
+    finally:
+        gpu_walk._kernels.cache_clear()
+
+
+def test_kernels_are_tried_in_the_dtype_of_the_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton of torch 2.6 compiles no bf16 for a card before Ampere."""
+    step_kernel = pytest.importorskip("dwl_plugin.loss.step_kernel")
+
+    def advance(self: Any, ours: Products, *args: Any, **kwargs: Any) -> None:
+        if ours.exp_RW is not None and ours.exp_RW.dtype == torch.bfloat16:
+            raise RuntimeError("Feature '.bf16' requires .target sm_80 or higher")
+
+    monkeypatch.setattr(step_kernel.TritonSteps, "advance", advance)
+    gpu_walk._kernels.cache_clear()
+    try:
+        assert isinstance(gpu_walk._kernels(torch.device("cpu"), torch.float16), step_kernel.TritonSteps)
+        with pytest.warns(UserWarning, match="requires .target sm_80"):
+            assert isinstance(gpu_walk._kernels(torch.device("cpu"), torch.bfloat16), TorchSteps)
     finally:
         gpu_walk._kernels.cache_clear()
 

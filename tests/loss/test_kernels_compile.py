@@ -1,0 +1,31 @@
+"""The loss's kernels compile for cards that are not here, and keep what they hold in registers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.loss.conftest import INTERPRETED
+
+pytest.importorskip("triton")
+if INTERPRETED:
+    pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
+
+from bench.gpu.registers import OPERANDS, used
+from dwl_plugin.loss import step_kernel
+
+KERNELS = {"advance", "advance_base", "advance_top", "slopes", "finish"}
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "every option"])
+@pytest.mark.parametrize("operand", OPERANDS.values(), ids=OPERANDS)
+@pytest.mark.parametrize("capability", [86, 90], ids="sm_{}".format)
+def test_no_kernel_spills(capability: int, operand: torch.dtype, full: bool) -> None:
+    found = used(capability, operand, full=full)
+    assert set(found) == KERNELS
+    assert {name: (one.stack, one.local) for name, one in found.items()} == dict.fromkeys(KERNELS, (0, 0))
+
+
+def test_a_kernel_that_spills_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_kernel, "WARPS", 1)
+    assert used(90, torch.bfloat16, full=False)["advance_top"].stack > 0
