@@ -33,6 +33,8 @@ from dwl_plugin.loss.walk import Gradients, NeedsGrad, WalkResult
 __all__ = ["forward_backward", "steps_for"]
 
 _ROWS = 2048
+_ROW_MULTIPLE = 16
+"""Whatever the batch, a block then begins at whole 16 bytes: Triton compiles for addresses that do, and once more for others."""
 _TILE_BYTES = 31 * 2**20
 """Of a tile's products in fp32: a large matmul, and with its exponentials what a cache holds."""
 _SLOPE_BYTES = 64 * 2**20
@@ -40,8 +42,6 @@ _SLOPE_BYTES = 64 * 2**20
 _LEAST_WIDTH = 256
 _WIDTH_MULTIPLE = 64
 """An odd stride keeps the matrix units from loading 16 bytes at a time: the same product takes six times as long."""
-_ROWS_MULTIPLE = 16
-"""Where a block begins divides by it: Triton compiles another kernel for each way in which its pointers do not."""
 
 
 def forward_backward(
@@ -97,7 +97,7 @@ class _Plan:
 
 def _plan(N: int, V: int) -> _Plan:
     rows = math.ceil(N / math.ceil(N / _ROWS))
-    rows += -rows % _ROWS_MULTIPLE
+    rows = min(N, rows + -rows % _ROW_MULTIPLE)
     return _Plan(N, V, rows, _even_width(V, _TILE_BYTES // (4 * rows)))
 
 
@@ -108,7 +108,7 @@ def _slopes_plan(plan: _Plan, itemsize: int) -> _Plan:
         return plan
     width = _even_width(plan.V, most)
     rows = _TILE_BYTES // (4 * width)
-    return _Plan(plan.N, plan.V, max(_ROWS_MULTIPLE, rows - rows % _ROWS_MULTIPLE), width)
+    return _Plan(plan.N, plan.V, min(plan.N, max(1, rows - rows % _ROW_MULTIPLE)), width)
 
 
 def _even_width(V: int, most: int) -> int:

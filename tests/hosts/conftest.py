@@ -133,6 +133,24 @@ def sft_of(model: Any, tokenizer: Any, samples: list[dict[str, Any]], tmp_path: 
     return make
 
 
+@pytest.fixture
+def coming_back(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The gradients that come back into the fused loss, one of each micro-batch."""
+    from dwl_plugin.loss import seam
+
+    seen: list[float] = []
+    original = seam.fused_cross_entropy
+
+    def fused(*args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        if out.loss.requires_grad:
+            out.loss.register_hook(lambda gradient: seen.append(float(gradient)))
+        return out
+
+    monkeypatch.setattr(seam, "fused_cross_entropy", fused)
+    return seen
+
+
 @pytest.fixture(autouse=True)
 def _environment() -> Iterator[None]:
     """`torch_compile`, for one, stays switched on in the environment for every later run of the process."""

@@ -108,6 +108,16 @@ def test_one_class_at_weight_one_is_the_hosts_own_loss(
     assert bool(metrics[0]["entropy"]) == (host == "sft_of")
 
 
+@pytest.mark.parametrize("host", ["trainer_of", "sft_of"])
+def test_gradients_of_the_fused_loss_are_scaled_by_nothing_afterwards(
+    host: str, request: pytest.FixtureRequest, coming_back: list[float]
+) -> None:
+    trainer = request.getfixturevalue(host)({"max_steps": 2, "gradient_accumulation_steps": 3})
+    dwl_plugin.apply(trainer, CONFIG)
+    trainer.train()
+    assert coming_back == [1.0] * 6
+
+
 @pytest.mark.parametrize("loss_type", ["nll", "chunked_nll"])
 def test_trls_token_metrics_need_no_full_logits(sft_of: Build, capsys: pytest.CaptureFixture[str], loss_type: str) -> None:
     trainer = sft_of({"max_steps": 1, "loss_type": loss_type})

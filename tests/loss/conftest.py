@@ -26,7 +26,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(walk, "_LEAST_WIDTH", 16)
     monkeypatch.setattr(gpu_walk, "_SLOPE_BYTES", 600)
     monkeypatch.setattr(gpu_walk, "_WIDTH_MULTIPLE", 1)
-    monkeypatch.setattr(gpu_walk, "_ROWS_MULTIPLE", 1)
+    monkeypatch.setattr(gpu_walk, "_ROW_MULTIPLE", 1)
     if INTERPRETED:
         from dwl_plugin.loss import step_kernel
 
