@@ -96,7 +96,7 @@ def launch(operand: torch.dtype, *, full: bool) -> None:
     targets_R = new(R, dtype=torch.int64)
     rows = SoftmaxRows(new(R), new(R), new(R), new(R, H))
     top = TopRows(new(R, K), 20, if_full(new(R, dtype=torch.bool)))
-    of = Slopes(targets_R, new(R), new(R), new(R), new(R), if_full(new(1)), if_full(new(R)), if_full(new(R)))
+    of = Slopes(targets_R, new(R), new(R), new(R), if_full(new(1)), if_full(new(R)), if_full(new(R)))
     weight_VH, positions_R = new(2 * W, H, dtype=operand), if_full(new(R, dtype=torch.int64))
     steps.advance(ours, rows, targets_R, W, form, base, base_rows, top, first=False)
     steps.slopes(ours, of, W, form, base if full else None)
