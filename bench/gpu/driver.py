@@ -45,15 +45,16 @@ class Stage:
 
 
 STAGES = (
-    Stage("versions", 40, 7),
-    Stage("tests", 80, 8, "pytest", ("-n", "0", "-q", "-p", "no:cacheprovider", "tests/gpu")),
-    Stage("fake", 25, 14, "bench.gpu.fake_cuda"),
+    Stage("versions", 30, 7),
+    Stage("tests", 75, 8, "pytest", ("-n", "0", "-q", "-p", "no:cacheprovider", "tests/gpu")),
+    Stage("fake", 30, 18, "bench.gpu.fake_cuda"),
     Stage("errors", 50, 12),
-    Stage("waits", 75, 19),
-    Stage("kernels", 45, 16),
-    Stage("plans", 45, 26),
+    Stage("waits", 50, 19),
+    Stage("kernels", 40, 20),
+    Stage("cards", 25, 8),
+    Stage("plans", 45, 27),
     Stage("peers", 110, 60),
-    Stage("profile", 40, 21, "bench.gpu.profile_call"),
+    Stage("profile", 30, 21, "bench.gpu.profile_call"),
     Stage("train", 0, 30),  # what is left of the time
 )
 

@@ -1,17 +1,21 @@
 """Waits and peak memory of the CUDA path on fake tensors: every operation is met with its shape and dtype, none is computed.
 
-What waits: reading a value, the number of targets, a copy between devices. Memory is the sum of the storages that are alive. This
-needs no GPU. It follows the code's own CUDA branches, but not the kernels that torch.compile would fuse.
+What waits: reading a value, the number of targets, a copy between devices. Memory is the sum of the storages that are alive, the
+gradients that are handed out among them. The launchers of the kernels run, and what they would launch is checked and counted. This
+needs no GPU; `tests/loss/test_cuda_on_fakes.py` asks the same functions.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import traceback
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -21,27 +25,61 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu.common import MIB, Table
-from dwl_plugin.loss import fused_walk, linear_cross_entropy as module
+from dwl_plugin import LinearCrossEntropyOutput
+from dwl_plugin.loss import gpu_walk, linear_cross_entropy as module, step_kernel
 from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.token_losses import EntropyGate, Focal, Power, Term
 
 SHAPES = [(8192, 4096, 151936, None), (2048, 2304, 256000, 30.0)]
 if os.environ.get("TOY"):  # only then: real sizes cost nothing without a GPU but the time of this process
     SHAPES = [(1024, 512, 32003, None)]
+OBJECTIVES = ("plain", "dft", "weights", "four token losses", "eaft")
+
+
+@dataclass(frozen=True)
+class Call:
+    """N positions of which `targets` count (None: all), hidden size H, vocabulary V, and the options of the loss."""
+
+    N: int
+    H: int
+    V: int
+    hidden: torch.dtype = torch.bfloat16
+    weight: torch.dtype = torch.bfloat16
+    autocast: torch.dtype | None = None
+    learns_hidden: bool = True
+    learns_head: bool = False
+    softcap: float | None = None
+    has_bias: bool = False
+    scale: float | None = None
+    objective: str = "plain"
+    anchor: str | None = None
+    """None, or whose head its base model has: "ours" or "its own"."""
+    targets: int | None = None
+
+
+@dataclass
+class Seen:
+    """What a call did. Peaks are bytes above the inputs."""
+
+    output: LinearCrossEntropyOutput
+    gradients: tuple[torch.Tensor | None, ...]
+    """Of hidden, weight, bias."""
+    waits: Counter[str]
+    forward_peak: int
+    peak: int
+    kernels: Counter[tuple[Any, ...]]
+    """Launches of each kernel that Triton would have to compile."""
 
 
 class Watch(TorchDispatchMode):
     """What goes through torch while it is entered."""
 
-    def __init__(self, targets: int) -> None:
+    def __init__(self, targets: int, inputs: list[torch.Tensor]) -> None:
         super().__init__()
         self.targets, self.waits = targets, Counter[str]()
         self.alive = self.peak = 0
-        self._known: set[int] = set()
-
-    def know(self, tensor: torch.Tensor) -> None:
-        """An input: it is there before the call and is not counted."""
-        self._known.add(tensor.untyped_storage()._cdata)
+        self._inputs = inputs  # alive, so that no other storage is taken for one of theirs
+        self._known = {tensor.untyped_storage()._cdata for tensor in inputs}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs, name = kwargs or {}, str(func)
@@ -54,6 +92,8 @@ class Watch(TorchDispatchMode):
             self._waits("a value")
             return 0
         if "_to_copy" in name and torch.device(kwargs.get("device") or args[0].device).type != args[0].device.type:
+            self._waits("a copy")
+        if name.startswith("aten.copy_.") and args[0].device.type != args[1].device.type:
             self._waits("a copy")
         result = func(*args, **kwargs)
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
@@ -81,11 +121,47 @@ class Watch(TorchDispatchMode):
         self._known.discard(key)
 
 
+@dataclass
+class Kernel:
+    """In the place of a Triton kernel: checks what it is launched with, and computes nothing."""
+
+    kernel: Any
+    launches: Counter[tuple[Any, ...]] = field(default_factory=Counter)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        assert all(type(size) is int and size > 0 for size in grid), grid
+        return self._launch
+
+    def _launch(self, *arguments: Any, **options: Any) -> None:
+        signature = inspect.signature(self.kernel.fn)
+        named = {name: value for name, value in options.items() if name in signature.parameters}
+        given = signature.bind(*arguments, **named).arguments
+        assert len(given) == len(signature.parameters), set(signature.parameters) - set(given)
+        parts = [_variant(given[parameter.name], parameter) for parameter in self.kernel.params]
+        self.launches[(self.kernel.__name__, *parts, *sorted(options.items()))] += 1
+
+
+def _variant(value: Any, parameter: Any) -> Any:
+    """What Triton compiles a kernel anew for: constants, types, and whether pointers and integers divide by 16, or are 1."""
+    if parameter.is_constexpr or value is None:
+        return str(value)
+    if isinstance(value, torch.Tensor):
+        assert value.device.type == "cuda", (parameter.name, value.device)
+        assert value.ndim == 0 or value.stride(-1) == 1 or value.shape[-1] == 1, (parameter.name, value.stride())
+        return value.dtype, parameter.do_not_specialize_on_alignment or value.storage_offset() * value.itemsize % 16 == 0
+    assert isinstance(value, int | float), (parameter.name, value)
+    if parameter.do_not_specialize or not isinstance(value, int):
+        return type(value)
+    return value == 1 or (value % 16 == 0, value >= 2**31)
+
+
 class _Context:
     """In the place of autograd's."""
 
-    needs_input_grad = (True, True, True, True)
     saved_tensors: tuple[Any, ...] = ()
+
+    def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
+        self.needs_input_grad = needs_input_grad
 
     def save_for_backward(self, *tensors: Any) -> None:
         self.saved_tensors = tensors
@@ -94,70 +170,115 @@ class _Context:
         pass
 
 
-@contextmanager
-def without_autograd() -> Iterator[list[_Context]]:
-    """The autograd function of the loss as plain calls, and its slopes not computed: autograd's engine wants a device.
+_ORIGINAL = module._LinearCrossEntropy
 
-    The context of the last call is left in the list.
+
+@contextmanager
+def without_a_device() -> Iterator[tuple[list[_Context], Counter[tuple[Any, ...]]]]:
+    """The autograd function of the loss as plain calls, its slopes not computed, its kernels not launched: they want a device.
+
+    The contexts of the calls are left in the list, the launches in the counter.
     """
-    original, contexts = module._LinearCrossEntropy, list[_Context]()
+    contexts, launches = list[_Context](), Counter[tuple[Any, ...]]()
 
     def apply(*arguments: Any) -> Any:
-        contexts.append(_Context())
+        contexts.append(_Context(tuple(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)))
         with torch.no_grad():
-            return original.forward(contexts[-1], *arguments)
+            return _ORIGINAL.forward(contexts[-1], *arguments)
 
+    plain = type("Plain", (), {"apply": staticmethod(apply)})
+    replaced: list[tuple[Any, str, Any]] = [
+        (module, "_LinearCrossEntropy", plain),
+        (gpu_walk, "_kernels", lambda *arguments: step_kernel.TritonSteps()),
+        (torch.autograd, "grad", lambda _, leaf: (torch.empty_like(leaf),)),
+        (torch.cuda, "device", lambda device: nullcontext()),
+        (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+    ]
+    for name, kernel in vars(step_kernel).items():
+        if name.endswith("_kernel"):
+            replaced.append((step_kernel, name, Kernel(kernel, launches)))
     with ExitStack() as stack:
-        stack.enter_context(patch.object(module, "_LinearCrossEntropy", type("Plain", (), {"apply": staticmethod(apply)})))
-        stack.enter_context(patch.object(fused_walk, "_fused_step", lambda: fused_walk._step_fused))
-        stack.enter_context(patch.object(torch.autograd, "grad", lambda _, leaf: (torch.empty_like(leaf),)))
-        yield contexts
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "User provided device_type of 'cuda'")
+        for target, name, value in replaced:
+            stack.enter_context(patch.object(target, name, value))
+        yield contexts, launches
 
 
-def options(name: str, N: int, H: int) -> dict[str, Any]:
+@contextmanager
+def autocast(dtype: torch.dtype | None) -> Iterator[None]:
+    """torch.autocast, which does nothing where there is no device."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", dtype is not None)
+    torch.set_autocast_dtype("cuda", dtype or before[1])
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+
+def _options(call: Call, bias: torch.Tensor | None) -> dict[str, Any]:
     def numbers() -> torch.Tensor:
-        return torch.empty(N, device="cuda")
+        return torch.empty(call.N, device="cuda")
 
-    if name == "four token losses":
+    found: dict[str, Any] = {"bias": bias, "softcap": call.softcap, "logit_scale": call.scale}
+    if call.objective == "dft":
+        found["exponent"] = 1.0
+    elif call.objective == "weights":
+        found |= {"token_weight": numbers(), "exponent": numbers(), "min_weight": 0.01}
+    elif call.objective == "four token losses":
         losses = (Power(), Power(1.0, 0.0, 0.7), Focal(2.0), EntropyGate(1.0, 20))
-        return {"terms": [Term(loss, numbers()) for loss in losses]}
-    if name == "weights":
-        return {"token_weight": numbers(), "exponent": numbers(), "min_weight": 0.01}
-    if name == "anchor":
-        return {"anchor": Anchor(numbers(), torch.empty(N, H, device="cuda", dtype=torch.bfloat16))}
-    return {}
+        found["terms"] = [Term(loss, numbers()) for loss in losses]
+    elif call.objective == "eaft":
+        found["terms"] = [Term(EntropyGate(1.0, 20), numbers())]
+    if call.anchor:
+        own = torch.empty(call.V, call.H, device="cuda", dtype=call.weight)
+        base = torch.empty(call.N, call.H, device="cuda", dtype=call.hidden)
+        found["anchor"] = Anchor(numbers(), base, (own, None) if call.anchor == "its own" else None)
+    return found
 
 
-def measured(name: str, N: int, H: int, V: int, softcap: float | None, trained: bool) -> tuple[int, str, float, float]:
-    """Waits and where, and MiB at the peak of forward and of forward and backward, above the inputs."""
-    with FakeTensorMode(), without_autograd() as contexts:
-        hidden = torch.empty(N, H, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        weight = torch.empty(V, H, device="cuda", dtype=torch.bfloat16).requires_grad_(trained)
-        targets = torch.empty(N, device="cuda", dtype=torch.int64)
-        more = options(name, N, H)
-        watch = Watch(targets=N)
-        for tensor in (hidden, weight, targets):
-            watch.know(tensor)
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if not isinstance(value, dict | list | tuple):
+        value = getattr(value, "__dict__", {})
+    return [tensor for part in (value.values() if isinstance(value, dict) else value) for tensor in _tensors_in(part)]
+
+
+def on_fakes(call: Call) -> Seen:
+    """Forward and backward of a call on fake CUDA tensors."""
+    with FakeTensorMode(), without_a_device() as (contexts, launches), autocast(call.autocast):
+        hidden = torch.empty(call.N, call.H, device="cuda", dtype=call.hidden, requires_grad=call.learns_hidden)
+        weight = torch.empty(call.V, call.H, device="cuda", dtype=call.weight, requires_grad=call.learns_head)
+        bias = torch.empty(call.V, device="cuda", dtype=call.weight, requires_grad=call.learns_head) if call.has_bias else None
+        targets, options = torch.empty(call.N, device="cuda", dtype=torch.int64), _options(call, bias)
+        watch = Watch(call.N if call.targets is None else call.targets, _tensors_in([hidden, weight, targets, options]))
         with watch:
-            result = module.linear_cross_entropy(hidden, weight, targets, softcap=softcap, **more)
-            forward = watch.peak
-            with torch.no_grad():
-                _ORIGINAL.backward(contexts[-1], torch.ones_like(result.loss))
-        places = ", ".join(f"{place} x{count}" for place, count in watch.waits.items())
-        return sum(watch.waits.values()), places, forward / MIB, watch.peak / MIB
+            output = module.linear_cross_entropy(hidden, weight, targets, **options)
+            forward_peak, gradients = watch.peak, tuple[torch.Tensor | None, ...]()
+            if contexts:
+                with torch.no_grad():
+                    gradients = _ORIGINAL.backward(contexts[-1], torch.ones_like(output.loss))
+    return Seen(output, gradients[:3], watch.waits, forward_peak, watch.peak, launches)
 
 
-_ORIGINAL = module._LinearCrossEntropy
+def measured(call: Call) -> tuple[int, str, float, float, int]:
+    seen = on_fakes(call)
+    places = ", ".join(f"{place} x{count}" for place, count in seen.waits.items())
+    return sum(seen.waits.values()), places, seen.forward_peak / MIB, seen.peak / MIB, sum(seen.kernels.values())
 
 
 def main() -> None:
     for N, H, V, softcap in SHAPES:
         title = f"fake CUDA tensors, {N}x{H}x{V}{', softcap' if softcap else ''}, bf16"
-        table = Table(title, "options", "waits", "where", "MiB, forward", "MiB, with backward")
+        table = Table(title, "options", "waits", "where", "MiB, forward", "MiB, with backward", "launches")
         for trained in (False, True):
-            for name in ("plain", "weights", "four token losses", "anchor"):
-                row = partial(measured, name, N, H, V, softcap, trained)
-                table.measure(f"{name}, {'trained' if trained else 'frozen'}", row)
+            for objective, anchor in (("plain", None), ("weights", None), ("four token losses", None), ("plain", "ours")):
+                call = Call(N, H, V, learns_head=trained, softcap=softcap, objective=objective, anchor=anchor)
+                name = f"{'anchor' if anchor else objective}, {'trained' if trained else 'frozen'}"
+                table.measure(name, partial(measured, call))
 
 
 if __name__ == "__main__":

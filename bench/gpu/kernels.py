@@ -1,17 +1,21 @@
-"""The parts of one tile alone: what the alignment of its width is worth, and what the step between the matmuls costs."""
+"""The parts of one tile alone: what the alignment of its width is worth, and what the steps between the matmuls cost."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
-from bench.gpu.common import CUDA, DEVICE, TOY, Table, Work, milliseconds
-from dwl_plugin.loss import fused_walk
+from bench.gpu.common import DEVICE, MIB, TOY, Table, Work, milliseconds
+from dwl_plugin.loss import gpu_walk
 from dwl_plugin.loss.matmul import add_product, add_transposed_product, product
+from dwl_plugin.loss.step import BaseRows, Form, Products, Slopes, SoftmaxRows, TopRows
 
-R, H = (64, 64) if TOY else (8192, 4096)
+R, H = (64, 64) if TOY else (2048, 4096)
 WIDTHS = (96, 97) if TOY else (4096, 3999, 4000, 3968, 8192, 16384)
+W = 96 if TOY else gpu_walk._TILE_BYTES // (4 * R)
 
 
 def matmuls(width: int) -> tuple[float, ...]:
@@ -20,7 +24,7 @@ def matmuls(width: int) -> tuple[float, ...]:
     weight = (torch.randn(width, H, device=DEVICE) * 0.05).bfloat16()
     exp = torch.rand(R, width, device=DEVICE).bfloat16()
     logits, grad_hidden = torch.empty(R, width, device=DEVICE), torch.zeros(R, H, device=DEVICE)
-    grad_weight = torch.empty(width, H, device=DEVICE)
+    grad_weight = torch.empty(width, H, device=DEVICE, dtype=torch.bfloat16)
     works: list[Work] = [
         lambda: product(hidden, weight.t(), torch.float32, out=logits),
         lambda: torch.mm(hidden, weight.t()),
@@ -36,24 +40,44 @@ def cost(work: Work, moved: int) -> tuple[float, float]:
     return taken, moved / taken / 1e9
 
 
+def steps(softcap: float | None) -> dict[str, tuple[Work, int]]:
+    """The steps of a tile as they are on this machine, and the bytes that each has to move: of logits that no row's reference lags
+    behind, which is how nearly all tiles are."""
+    does = gpu_walk.steps_for(torch.device(DEVICE), torch.bfloat16, torch.float32)
+    form = Form(1.0 / (softcap or 1.0), softcap, lag=8.0, lift=0.0)
+
+    def numbers(*shape: int, value: float | None = None) -> torch.Tensor:
+        return torch.rand(*shape, device=DEVICE) if value is None else torch.full(shape, value, device=DEVICE)
+
+    def products() -> Products:
+        return Products(torch.randn(R, W, device=DEVICE), None, torch.empty(R, W, device=DEVICE, dtype=torch.bfloat16))
+
+    ours, theirs, targets = products(), products(), torch.randint(0, W, (R,), device=DEVICE)
+    rows = SoftmaxRows(numbers(R), numbers(R, value=4.0), numbers(R), numbers(R, H))
+    base_rows = BaseRows(numbers(R), numbers(R, value=4.0), numbers(R), numbers(R, H))
+    of = Slopes(targets, numbers(R, value=4.0), numbers(R), numbers(R))
+    weight, out = numbers(W, H).bfloat16(), numbers(R, H).bfloat16()
+    top = TopRows(torch.full((R, 32), torch.inf, device=DEVICE), 20, None)
+    top.top_RK[:, :20] = 5.0
+    advance: Callable[..., Any] = partial(does.advance, ours, rows, targets, 0, form, first=False)
+    return {
+        "advance": (lambda: advance(None, None, None), 6 * R * W),
+        "advance, k = 20": (lambda: advance(None, None, top), 10 * R * W),
+        "advance with an anchor": (lambda: advance(theirs, base_rows, None), 16 * R * W),
+        "slopes": (lambda: does.slopes(ours, of, 0, form, None), 6 * R * W),
+        "finish": (lambda: does.finish(out, None, rows.summed_RH, weight, torch.bfloat16, of, None), 8 * R * H),
+    }
+
+
 def main() -> None:
     table = Table("TFLOP/s of the matmuls of a tile", "tile", "logits, fp32", "logits, bf16", "∂hidden +=", "∂W")
     for width in WIDTHS:
         table.measure(f"{R}x{H}x{width}", partial(matmuls, width))
-    width = WIDTHS[0]
-    logits = torch.randn(R, width, device=DEVICE)
-    targets = torch.randint(0, width, (R,), device=DEVICE)
-    grad_hidden, rescale = torch.rand(R, H, device=DEVICE), torch.rand(R, device=DEVICE)
-    state = fused_walk._Softmax.start(R, logits.device, torch.float32)
-    before = (state.sum_exp_others_R, state.running_max_R, state.target_logit_R)
-    # Compiling for a CPU takes longer than all the rest of this stage, and is not what runs there.
-    step = fused_walk._fused_step() if CUDA else fused_walk._step_fused
-    table = Table(f"beside the matmuls, {R}x{width}", "what", "ms", "TB/s")
+    name = type(gpu_walk.steps_for(torch.device(DEVICE), torch.bfloat16, torch.float32)).__name__
+    table = Table(f"{name} of a tile, {R}x{W} ({R * W * 4 / MIB:.3g} MiB)", "what", "ms", "TB/s")
     for softcap in (None, 30.0):
-        once = partial(step, logits, targets, None, 1.0 / (softcap or 1.0), softcap, torch.bfloat16, *before)
-        table.measure(f"the step, softcap {softcap}", partial(cost, once, 6 * R * width))
-    table.measure("rescaling ∂hidden", partial(cost, partial(grad_hidden.mul_, rescale[:, None]), 8 * R * H))
-    table.measure("topk 20 of a tile", partial(cost, partial(logits.topk, 20, 1), 4 * R * width))
+        for step, (work, moved) in steps(softcap).items():
+            table.measure(f"{step}{', softcap' if softcap else ''}", partial(cost, work, moved))
 
 
 if __name__ == "__main__":

@@ -1,61 +1,53 @@
-"""Time and memory of a call under other plans: rows of a block, bytes of a tile, widths that suit the matrix units."""
+"""Time and memory of a call under other plans: rows of a block, bytes of a tile, bytes of a trained head's second pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from unittest.mock import patch
 
-from bench.gpu.common import DEVICE, MIB, TOY, Table, inputs, milliseconds, peak_mib
+from bench.gpu.common import MIB, TOY, Table, inputs, milliseconds, peak_mib
 from dwl_plugin import linear_cross_entropy
-from dwl_plugin.loss import fused_walk
+from dwl_plugin.loss import gpu_walk
 
 N, H, V = (256, 32, 1009) if TOY else (8192, 4096, 151936)
-Plan = tuple[int, int, int]
-"""Rows of a block, MiB of a tile's logits, what a tile's width is a multiple of."""
-FROZEN: list[Plan] = [(rows, tile, 128) for rows in (1024, 2048, 4096, 8192) for tile in (16, 32, 64, 128, 256)] + [(8192, 128, 1)]
-TRAINED: list[Plan] = [(2048, 128, 128), (8192, 128, 128)]
+Plan = dict[str, int]
+"""Constants of `gpu_walk`, and what they are instead."""
+FROZEN: list[Plan] = [
+    *({"_ROWS": rows, "_TILE_BYTES": tile * MIB} for rows in (1024, 2048, 4096, 8192) for tile in (16, 32, 64, 128)),
+    *({"_WIDTH_MULTIPLE": multiple} for multiple in (1, 128, 256)),
+]
+TRAINED: list[Plan] = [{"_SLOPE_BYTES": slope * MIB} for slope in (32, 64, 128, 256)]
 
 
-@contextmanager
-def planned(plan: Plan | None) -> Iterator[None]:
-    """The pass over the vocabulary with other sizes; None: as it is."""
-    if plan is None:
-        yield
-        return
-    rows, tile, multiple = plan
-    was = fused_walk._ROWS, fused_walk._TILE_BYTES, fused_walk._plan
-
-    def aligned(*arguments: Any, **options: Any) -> Any:
-        found = was[2](*arguments, **options)
-        return replace(found, width=max(multiple, found.width - found.width % multiple))
-
-    fused_walk._ROWS, fused_walk._TILE_BYTES, fused_walk._plan = {DEVICE: rows}, {DEVICE: tile * MIB}, aligned
-    try:
-        yield
-    finally:
-        fused_walk._ROWS, fused_walk._TILE_BYTES, fused_walk._plan = was
-
-
-def measured(plan: Plan | None, trained: bool) -> tuple[float, float]:
+def measured(plan: Plan, trained: bool) -> tuple[float, float]:
     hidden, weight, targets = inputs(N, H, V, trained=trained)
 
     def call() -> None:
         hidden.grad = weight.grad = None
         linear_cross_entropy(hidden, weight, targets).loss.backward()
 
-    with planned(plan):
-        return milliseconds(call, 50), peak_mib(call)
+    with ExitStack() as stack:
+        for name, value in plan.items():
+            stack.enter_context(patch.object(gpu_walk, name, value))
+        taken = milliseconds(call, 50)
+        hidden.grad = weight.grad = None
+        return taken, peak_mib(call)
+
+
+def shown(plan: Plan) -> str:
+    parts = [
+        f"{name[1:].lower()} {value // MIB} MiB" if "BYTES" in name else f"{name[1:].lower()} {value}"
+        for name, value in plan.items()
+    ]
+    return ", ".join(parts) or "as it is"
 
 
 def main() -> None:
-    table = Table(f"plans at {N}x{H}x{V}, bf16", "plan", "ms", "MiB more at the peak")
+    table = Table(f"plans at {N}x{H}x{V}, bf16", "plan", "ms", "MiB at the peak")
     for trained, plans in ((False, FROZEN), (True, TRAINED)):
-        for plan in [None, *plans]:
-            name = "as it is" if plan is None else "{} rows, {} MiB, multiples of {}".format(*plan)
-            table.measure(f"{'trained' if trained else 'frozen'}: {name}", partial(measured, plan, trained))
+        for plan in [Plan(), *plans]:
+            table.measure(f"{'trained' if trained else 'frozen'}: {shown(plan)}", partial(measured, plan, trained))
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def slopes_kernel(
 @triton.jit
 def finish_kernel(
     out, positions, summed, weight, targets, coefs, target_coefs, base_summed, base_coefs,
-    H, out_stride, summed_stride, weight_stride,
+    H, out_stride, summed_stride, weight_stride, weight_column_stride,
     MULTIPLIED: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -216,7 +216,7 @@ def finish_kernel(
     for begin in range(0, H, BLOCK_H):
         at = begin + columns
         inside = at < H
-        target = tl.load(weight_row + at, mask=inside, other=0.0).to(MULTIPLIED).to(tl.float32)
+        target = tl.load(weight_row + at * weight_column_stride, mask=inside, other=0.0).to(MULTIPLIED).to(tl.float32)
         grad = tl.load(summed + row * summed_stride + at, mask=inside, other=0.0) * coef - target * target_coef
         if base_summed is not None:
             grad -= tl.load(base_summed + row * summed_stride + at, mask=inside, other=0.0) * tl.load(base_coefs + row)
@@ -285,7 +285,7 @@ class TritonSteps:
         R, H = summed_RH.shape
         finish_kernel[(R,)](
             out_TH, positions, summed_RH, weight_VH, of.targets_R, of.coef_R, of.target_coef_R, base_summed_RH, of.base_coef_R,
-            H, out_TH.stride(0), summed_RH.stride(0), weight_VH.stride(0),
+            H, out_TH.stride(0), summed_RH.stride(0), *weight_VH.stride(),
             MULTIPLIED=_LANGUAGE[multiplied], BLOCK_H=BLOCK_H, num_warps=4,
         )  # fmt: skip
 

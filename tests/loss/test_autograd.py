@@ -103,11 +103,27 @@ def test_one_leaf_as_hidden_and_weight_adds_its_gradients() -> None:
     assert relative(tied.grad, truth.hidden + truth.weight) <= FP32
 
 
-def test_a_transposed_or_sliced_input_is_fine() -> None:
+def test_a_transposed_or_sliced_input_is_fine(body: str) -> None:
     case = full_case(3, 7)
     strided = replace(case, hidden=case.hidden.transpose(0, 1).contiguous().transpose(0, 1))
-    strided.weight = torch.stack([case.weight, case.weight], 2)[:, :, 0]
+    strided.weight = case.weight.t().contiguous().t()
+    strided.targets = torch.stack([case.targets, case.targets.clamp(max=0)], -1)[..., 0]
     assert max(errors(linear_cross_entropy, strided).values()) <= FP32
+
+
+def test_targets_and_biases_that_lie_apart_are_fine(body: str) -> None:
+    case = full_case(21, ignored=0.0)
+    assert case.bias is not None
+    apart = torch.stack([case.bias, torch.zeros_like(case.bias)], 1)[:, 0].requires_grad_()
+    hidden, weight = case.hidden.clone().requires_grad_(), case.weight.clone().requires_grad_()
+    targets = torch.stack([case.targets, torch.zeros_like(case.targets)], 1)[:, 0]
+    assert apart.stride() == targets.stride() == (2,)
+    out = linear_cross_entropy(hidden, weight, targets, bias=apart, **options_of(case))
+    found = torch.autograd.grad(out.loss, [hidden, weight, apart])
+    truth = per_token(case)
+    for got, want in zip(found, (truth.hidden, truth.weight, truth.bias), strict=True):
+        assert want is not None
+        assert relative(got, want) <= FP32
 
 
 def test_module_path_reaches_parameters_with_one_chunk_of_logits_at_a_time() -> None:

@@ -1,0 +1,104 @@
+"""The loss on a GPU, without one: fake CUDA tensors have shapes, dtypes and storages, and no values."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="it is its launches that are looked at")
+
+from bench.gpu.fake_cuda import Call, on_fakes
+
+MIB = 2**20
+N, H, V = 3000, 40, 9001
+"""Two blocks of rows, and an odd tile at the end."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "hidden": DTYPES,
+    "weight": DTYPES,
+    "autocast": (None, torch.bfloat16, torch.float16),
+    "learns": ("hidden", "head", "both"),
+    "has_bias": (False, True),
+    "softcap": (None, 30.0),
+    "objective": ("plain", "four token losses"),
+    "anchor": (None, "ours", "its own"),
+    "targets": (None, 1700),
+}
+EVERY = [dict(zip(OPTIONS, values, strict=True)) for values in itertools.product(*OPTIONS.values())]
+SHUFFLED = random.Random(0).sample(EVERY, len(EVERY))
+
+
+def problems_of(*, learns: str, **options: Any) -> list[str]:
+    """What is wrong with a call: a gradient that is not as its tensor, a loss that is not in fp32, a wait too many or too few."""
+    call = Call(N, H, V, learns_hidden=learns != "head", learns_head=learns != "hidden", **options)
+    try:
+        seen = on_fakes(call)
+    except Exception as error:
+        return [f"{type(error).__name__}: {error}"]
+    found = []
+    shapes = {"hidden": (N, H), "weight": (V, H), "bias": (V,)}
+    learning = {"hidden": call.learns_hidden, "weight": call.learns_head, "bias": call.learns_head and call.has_bias}
+    for (name, shape), gradient in zip(shapes.items(), seen.gradients, strict=True):
+        expected = (shape, call.hidden if name == "hidden" else call.weight) if learning[name] else None
+        got = None if gradient is None else (tuple(gradient.shape), gradient.dtype)
+        if got != expected:
+            found.append(f"∂{name} is {got}, not {expected}")
+    output = seen.output
+    if any(tensor.dtype != torch.float32 for tensor in (output.loss, output.nll, *output.factors, output.kl) if tensor is not None):
+        found.append("a loss that is not in fp32")
+    if sum(seen.waits.values()) != 1:
+        found.append(f"waits: {dict(seen.waits)}")
+    if not seen.kernels:
+        found.append("no kernel was launched")
+    return found
+
+
+def failures(cases: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[str]]]:
+    return [(options, problems) for options in cases if (problems := problems_of(**options))]
+
+
+def test_gradients_are_as_their_tensors_and_a_call_waits_once() -> None:
+    assert not failures(SHUFFLED[:60])
+
+
+@pytest.mark.slow
+def test_gradients_are_as_their_tensors_and_a_call_waits_once_in_more_combinations() -> None:
+    assert not failures(SHUFFLED[60:600])
+
+
+@pytest.mark.weekly
+def test_gradients_are_as_their_tensors_and_a_call_waits_once_in_all_combinations() -> None:
+    assert not failures(SHUFFLED[600:])
+
+
+def test_a_call_in_which_nothing_learns_waits_once() -> None:
+    seen = on_fakes(Call(N, H, V, learns_hidden=False))
+    assert sum(seen.waits.values()) == 1
+
+
+@pytest.mark.parametrize(("tokens", "width", "most"), [(8192, 4096, 160), (4096, 2048, 80)])
+def test_peak_memory_with_a_frozen_head(tokens: int, width: int, most: int) -> None:
+    """MiB that a call allocates, ∂hidden among them."""
+    assert on_fakes(Call(tokens, width, 151_936)).peak <= most * MIB
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(8192, 4096), (4096, 2048)])
+def test_peak_memory_with_a_trained_head(tokens: int, width: int) -> None:
+    """That of ∂W in bf16, and little more."""
+    seen = on_fakes(Call(tokens, width, 151_936, learns_head=True))
+    assert 151_936 * width * 2 < seen.peak <= 151_936 * width * 2 + 200 * MIB
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_few_kernels_serve_any_number_of_tokens(trained: bool) -> None:
+    """Triton compiles one for each kind of arguments: dtypes, constants, what divides by 16."""
+    rng, kernels = random.Random(0), set[Any]()
+    for _ in range(50):
+        tokens = rng.randint(1, 9000)
+        call = Call(tokens, H, V, learns_head=trained, targets=rng.randint(1, tokens))
+        kernels |= set(on_fakes(call).kernels)
+    assert 0 < len(kernels) <= 8
