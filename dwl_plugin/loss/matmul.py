@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from dwl_plugin.errors import PREFIX, first_line
 from dwl_plugin.loss.heads import LinearHead
 
 __all__ = [
@@ -138,12 +140,28 @@ def multiplier(device: torch.device, operands: torch.dtype, out: torch.dtype) ->
 
 
 def _sums_wider(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether their product can be had in fp32: since torch 2.8, of bf16 since Ampere, of fp16 unless torch may sum in it."""
-    if device.type != "cuda" or not hasattr(torch.ops.aten.addmm, "dtype_out"):
+    """Whether a product of such operands can be had in fp32."""
+    if device.type == "cpu" or (dtype == torch.float16 and getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)):
         return False
-    if dtype == torch.float16:
-        return not getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
-    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+    return _has_out_dtype(device, dtype)
+
+
+@functools.cache
+def _has_out_dtype(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tried, because it depends on the version, the maker and the age of the GPU."""
+    one = torch.zeros(16, 16, dtype=dtype, device=device)
+    try:
+        torch.addmm(torch.mm(one, one, out_dtype=torch.float32), one, one, out_dtype=torch.float32)
+    except torch.OutOfMemoryError:
+        raise
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        kind, reason = str(dtype).removeprefix("torch."), f"{type(error).__name__}: {first_line(error)[:100]}"
+        warnings.warn(
+            f"{PREFIX} the loss multiplies {kind} as fp32, slower: this torch and GPU have no sums in fp32 for it ({reason})",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

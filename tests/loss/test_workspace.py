@@ -139,3 +139,29 @@ def test_kernels_are_tried_in_the_dtype_of_the_matmuls(monkeypatch: pytest.Monke
 
 def test_the_module_path_has_a_budget() -> None:
     assert set(chunked._CHUNK_BYTES) == {"cpu", "cuda"}
+
+
+def test_a_gpu_that_cannot_sum_wider_multiplies_in_fp32_and_says_so() -> None:
+    """This CPU is one: a torch before 2.8, most of ROCm's, and bf16 before Ampere raise likewise, each in its own way."""
+    matmul._has_out_dtype.cache_clear()
+    device = torch.device("cpu")
+    with pytest.warns(UserWarning, match="multiplies bfloat16 as fp32, slower"):
+        assert not matmul._has_out_dtype(device, torch.bfloat16)
+    multiply = matmul.multiplier(device, torch.bfloat16, torch.float32)
+    a, b = torch.randn(5, 7).bfloat16(), torch.randn(7, 3).bfloat16()
+    out = torch.empty(5, 3)
+    multiply.into(out, a, b)
+    multiply.onto(out, a, b)
+    assert relative(out, 2 * a.double() @ b.double()) <= FP32
+
+
+def test_fp16_that_torch_may_sum_in_fp16_is_not_asked_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_has_out_dtype", lambda device, dtype: True)
+    assert matmul._sums_wider(torch.device("cuda", 0), torch.float16)
+    before = torch.backends.cuda.matmul.allow_fp16_accumulation
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    try:
+        assert not matmul._sums_wider(torch.device("cuda", 0), torch.float16)
+        assert matmul._sums_wider(torch.device("cuda", 0), torch.bfloat16)
+    finally:
+        torch.backends.cuda.matmul.allow_fp16_accumulation = before
