@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu.common import MIB, Table
 from dwl_plugin import LinearCrossEntropyOutput
-from dwl_plugin.loss import gpu_walk, linear_cross_entropy as module, step_kernel
+from dwl_plugin.loss import gpu_walk, linear_cross_entropy as module, matmul, step_kernel
 from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.step import Steps
 from dwl_plugin.loss.token_losses import EntropyGate, Focal, Power, Term
@@ -193,7 +193,7 @@ def without_a_device(steps: Steps) -> Iterator[tuple[list[_Context], Counter[tup
         (gpu_walk, "_kernels", lambda *arguments: steps),
         (torch.autograd, "grad", lambda _, leaf: (torch.empty_like(leaf),)),
         (torch.cuda, "device", lambda device: nullcontext()),
-        (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+        (matmul, "_has_out_dtype", lambda device, dtype: True),
     ]
     for name, kernel in vars(step_kernel).items():
         if name.endswith("_kernel"):
