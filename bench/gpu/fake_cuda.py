@@ -26,8 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.gpu.common import MIB, Table
 from dwl_plugin import LinearCrossEntropyOutput
-from dwl_plugin.loss import gpu_walk, linear_cross_entropy as module, step_kernel
+from dwl_plugin.loss import gpu_walk, linear_cross_entropy as module, matmul, step_kernel
 from dwl_plugin.loss.anchor import Anchor
+from dwl_plugin.loss.step import Steps
 from dwl_plugin.loss.token_losses import EntropyGate, Focal, Power, Term
 
 SHAPES = [(8192, 4096, 151936, None), (2048, 2304, 256000, 30.0)]
@@ -174,7 +175,7 @@ _ORIGINAL = module._LinearCrossEntropy
 
 
 @contextmanager
-def without_a_device() -> Iterator[tuple[list[_Context], Counter[tuple[Any, ...]]]]:
+def without_a_device(steps: Steps) -> Iterator[tuple[list[_Context], Counter[tuple[Any, ...]]]]:
     """The autograd function of the loss as plain calls, its slopes not computed, its kernels not launched: they want a device.
 
     The contexts of the calls are left in the list, the launches in the counter.
@@ -189,10 +190,10 @@ def without_a_device() -> Iterator[tuple[list[_Context], Counter[tuple[Any, ...]
     plain = type("Plain", (), {"apply": staticmethod(apply)})
     replaced: list[tuple[Any, str, Any]] = [
         (module, "_LinearCrossEntropy", plain),
-        (gpu_walk, "_kernels", lambda *arguments: step_kernel.TritonSteps()),
+        (gpu_walk, "_kernels", lambda *arguments: steps),
         (torch.autograd, "grad", lambda _, leaf: (torch.empty_like(leaf),)),
         (torch.cuda, "device", lambda device: nullcontext()),
-        (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
+        (matmul, "_has_out_dtype", lambda device, dtype: True),
     ]
     for name, kernel in vars(step_kernel).items():
         if name.endswith("_kernel"):
@@ -247,9 +248,9 @@ def _tensors_in(value: Any) -> list[torch.Tensor]:
     return [tensor for part in (value.values() if isinstance(value, dict) else value) for tensor in _tensors_in(part)]
 
 
-def on_fakes(call: Call) -> Seen:
-    """Forward and backward of a call on fake CUDA tensors."""
-    with FakeTensorMode(), without_a_device() as (contexts, launches), autocast(call.autocast):
+def on_fakes(call: Call, steps: Steps | None = None) -> Seen:
+    """Forward and backward of a call on fake CUDA tensors; by the kernels, if no other `steps` are given."""
+    with FakeTensorMode(), without_a_device(steps or step_kernel.TritonSteps()) as (contexts, launches), autocast(call.autocast):
         hidden = torch.empty(call.N, call.H, device="cuda", dtype=call.hidden, requires_grad=call.learns_hidden)
         weight = torch.empty(call.V, call.H, device="cuda", dtype=call.weight, requires_grad=call.learns_head)
         bias = torch.empty(call.V, device="cuda", dtype=call.weight, requires_grad=call.learns_head) if call.has_bias else None

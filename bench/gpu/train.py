@@ -251,7 +251,8 @@ def train(group: Group, trainees: list[Trainee], until: float) -> None:
         more = Counter(trainee.said.get("waits", {})) - (Counter() if trainee is trainees[0] else first)
         if more:
             print(f"{trainee.loss} waits {'' if trainee is trainees[0] else f'more than {trainees[0].loss} '}at {dict(more)}")
-        trainee.process.kill() if trainee.ended else trainee.process.wait()  # its memory is free for the next group
+        trainee.process.kill()  # it has said all, and its memory is free for the next group
+        trainee.process.wait()
 
 
 def main() -> int:

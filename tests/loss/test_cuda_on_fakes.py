@@ -11,7 +11,10 @@ import torch
 
 pytest.importorskip("triton", reason="it is its launches that are looked at")
 
+from bench.gpu.cards import by_formula
 from bench.gpu.fake_cuda import Call, on_fakes
+from dwl_plugin.loss import gpu_walk
+from dwl_plugin.loss.step import TorchSteps
 
 MIB = 2**20
 N, H, V = 3000, 40, 9001
@@ -86,11 +89,27 @@ def test_peak_memory_with_a_frozen_head(tokens: int, width: int, most: int) -> N
     assert on_fakes(Call(tokens, width, 151_936)).peak <= most * MIB
 
 
+@pytest.mark.parametrize("targets", [4096, 4095, 2048, 100])
+@pytest.mark.parametrize(("width", "vocab"), [(2048, 151_936), (2304, 262_144)])
+def test_the_formula_for_small_cards(width: int, vocab: int, targets: int) -> None:
+    """What `bench/RESULTS.md` says of them."""
+    seen = on_fakes(Call(4096, width, vocab, targets=targets))
+    assert seen.peak == pytest.approx(by_formula(4096, targets, width, vocab), rel=0.02)
+
+
 @pytest.mark.parametrize(("tokens", "width"), [(8192, 4096), (4096, 2048)])
 def test_peak_memory_with_a_trained_head(tokens: int, width: int) -> None:
     """That of ∂W in bf16, and little more."""
     seen = on_fakes(Call(tokens, width, 151_936, learns_head=True))
     assert 151_936 * width * 2 < seen.peak <= 151_936 * width * 2 + 200 * MIB
+
+
+def test_without_kernels_a_step_holds_no_more_than_two_copies_of_a_tile() -> None:
+    call = Call(4096, 2048, 151_936, softcap=30.0)
+    seen = on_fakes(call, TorchSteps())
+    assert not seen.kernels
+    assert sum(seen.waits.values()) == 1
+    assert seen.peak <= on_fakes(call).peak + 2 * gpu_walk._TILE_BYTES
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])

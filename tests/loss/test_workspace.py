@@ -63,7 +63,7 @@ def test_tiles_on_a_gpu_suit_its_matrix_units_and_stay_within_their_budgets(toke
     plan = gpu_walk._plan(tokens, 151_936)
     again = gpu_walk._slopes_plan(plan, 2)
     for one in (plan, again):
-        assert one.width % 64 == 0
+        assert one.width % 128 == 0
         assert [i for part in one.blocks() for i in range(part.start, part.stop)] == list(range(tokens))
         assert sum(tile.stop - tile.start for tile in one.tiles()) == 151_936
         assert 4 * one.rows * one.width <= gpu_walk._TILE_BYTES
