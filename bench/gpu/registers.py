@@ -103,11 +103,16 @@ def launch(operand: torch.dtype, *, full: bool) -> None:
     steps.finish(new(R, H, dtype=operand), positions_R, rows.summed_RH, weight_VH, operand, of, if_full(new(R, H)))
 
 
-def used(capability: int, operand: torch.dtype, *, full: bool) -> dict[str, Used]:
-    """Kernel -> what it takes."""
+def compiled(capability: int, operand: torch.dtype, *, full: bool) -> dict[str, Any]:
+    """Kernel -> its `asm`, of every stage."""
     with compiling(capability) as found:
         launch(operand, full=full)
-    return {name: _used(kernel.asm["cubin"]) for name, kernel in found.items()}
+    return {name: kernel.asm for name, kernel in found.items()}
+
+
+def used(capability: int, operand: torch.dtype, *, full: bool) -> dict[str, Used]:
+    """Kernel -> what it takes."""
+    return {name: _used(asm["cubin"]) for name, asm in compiled(capability, operand, full=full).items()}
 
 
 def _used(cubin: bytes) -> Used:

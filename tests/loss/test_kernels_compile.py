@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ pytest.importorskip("triton")
 if INTERPRETED:
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
-from bench.gpu.registers import OPERANDS, used
+from bench.gpu.registers import OPERANDS, compiled, used
 from dwl_plugin.loss import step_kernel
 
 KERNELS = {"advance", "advance_base", "advance_top", "slopes", "finish"}
@@ -29,3 +31,25 @@ def test_no_kernel_spills(capability: int, operand: torch.dtype, full: bool) -> 
 def test_a_kernel_that_spills_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_kernel, "WARPS", 1)
     assert used(90, torch.bfloat16, full=False)["advance_top"].stack > 0
+
+
+SCALAR = re.compile(r"^(ld|st)\.global\S* (?:\{[^}]*\}, )?\[ (\S+) \+ \d+ \]")
+
+
+def stored_before_all_have_read(ptx: str) -> list[str]:
+    """Addresses that every thread reads and one thread writes, with no barrier between: a slow warp may read what was written."""
+    found, read = [], set[str]()
+    for line in map(str.strip, ptx.splitlines()):
+        if line.startswith("bar"):
+            read.clear()
+        elif (access := SCALAR.match(line)) is not None:  # by all threads: without a predicate
+            read.add(access[2])
+        elif (access := SCALAR.match(line.partition(" ")[2])) is not None and access[1] == "st" and access[2] in read:
+            found.append(access[2])
+    return found
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "every option"])
+def test_no_thread_stores_what_others_have_yet_to_read(full: bool) -> None:
+    for name, asm in compiled(90, torch.bfloat16, full=full).items():
+        assert not stored_before_all_have_read(asm["ptx"]), name
