@@ -216,7 +216,7 @@ def finish_kernel(
     for begin in range(0, H, BLOCK_H):
         at = begin + columns
         inside = at < H
-        target = tl.load(weight_row + at * weight_column_stride, mask=inside, other=0.0).to(MULTIPLIED).to(tl.float32)
+        target = tl.load(weight_row + at.to(tl.int64) * weight_column_stride, mask=inside, other=0.0).to(MULTIPLIED).to(tl.float32)
         grad = tl.load(summed + row * summed_stride + at, mask=inside, other=0.0) * coef - target * target_coef
         if base_summed is not None:
             grad -= tl.load(base_summed + row * summed_stride + at, mask=inside, other=0.0) * tl.load(base_coefs + row)

@@ -30,8 +30,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         from dwl_plugin.loss import step_kernel
 
-        for name in ("BLOCK", "BLOCK_TOP", "BLOCK_H"):
-            monkeypatch.setattr(step_kernel, name, 8)
+        monkeypatch.setattr(gpu_walk, "_TILE_BYTES", 11 * 4 * 53)  # a tile of a row takes Python milliseconds
+        for name, size in {"BLOCK": 32, "BLOCK_TOP": 32, "BLOCK_H": 16}.items():
+            monkeypatch.setattr(step_kernel, name, size)
 
 
 @pytest.fixture(params=["gpu, Triton"] if INTERPRETED else ["cpu", "cpu, oneDNN", "gpu"])
