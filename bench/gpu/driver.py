@@ -45,7 +45,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("versions", 30, 7),
+    Stage("versions", 45, 7),
     Stage("tests", 75, 8, "pytest", ("-n", "0", "-q", "-p", "no:cacheprovider", "tests/gpu")),
     Stage("fake", 30, 18, "bench.gpu.fake_cuda"),
     Stage("errors", 50, 12),

@@ -74,6 +74,8 @@ SHAPE = {
 TOKENS = 1024 if TOY else 8192
 UNCOUNTED = 3
 """Steps at the beginning, in which kernels are compiled and buffers are made. The last of them is watched for waits."""
+IMPORTING = 40.0
+"""Seconds that a group has the disk for itself, while other stages run."""
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -255,6 +257,13 @@ def train(group: Group, trainees: list[Trainee], until: float) -> None:
         trainee.process.wait()
 
 
+def pause_for(seconds: float, go: Path) -> None:
+    """No longer than until the device is free."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not go.exists():
+        time.sleep(0.2)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--go", type=Path, required=True, help="the device is free once this file exists")
@@ -276,6 +285,8 @@ def main() -> int:
         for group in groups:
             # The first group begins when the other stages are done, each other when the one before it is.
             go = options.go if group is groups[0] else folder / f"go-{group.name}"
+            if group is not groups[0]:
+                pause_for(IMPORTING, options.go)
             names = {loss: f"{group.name}-{number}" for number, loss in enumerate(group.losses) if loss in options.losses}
             trainees[group.name] = [
                 Trainee(loss, settings(folder, name, loss, group), go, OUT / f"train-{name}.log") for loss, name in names.items()

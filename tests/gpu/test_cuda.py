@@ -112,7 +112,7 @@ def test_many_rows_whose_maximum_moves_on_every_tile(dtype: torch.dtype) -> None
     hidden, weight = hidden.to(dtype), weight.to(dtype)
 
     def gradients(loss: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [tensor.to(dtype).requires_grad_() for tensor in (hidden, weight)]
+        leaves = [tensor.detach().to(dtype, copy=True).requires_grad_() for tensor in (hidden, weight)]
         value = loss(*leaves)
         value.backward()
         return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]

@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.loss.conftest import INTERPRETED
+
 pytest.importorskip("triton", reason="it is its launches that are looked at")
+if INTERPRETED:
+    pytest.skip("no tensor here has values", allow_module_level=True)
 
 from bench.gpu.cards import by_formula
 from bench.gpu.fake_cuda import Call, on_fakes
