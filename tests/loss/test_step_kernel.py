@@ -74,6 +74,8 @@ class Job:
     asks_all: bool = True
     ties: bool = False
     compacted: bool = False
+    transposed: bool = False
+    """How the head lies in memory."""
     by: bool = False
     gradients: bool = True
 
@@ -103,7 +105,7 @@ JOBS = {
     "top": Job(tiles=(5000, 4999), top=20, asks_all=False),
     "top under a softcap": Job(tiles=(700, 900), top=3, softcap=10.0, scale=3.0, bias=True),
     "top of as many as there are": Job(tiles=(2, 1), top=3),
-    "compacted": Job(tiles=(2100,), compacted=True, anchor=True, hidden=1030),
+    "compacted": Job(tiles=(2100,), compacted=True, transposed=True, anchor=True, hidden=1030),
     "bf16": Job(tiles=(2500, 2500), operand=BF16, rise=10.0, anchor=True, softcap=30.0, scale=3.0),
     "a rounded head": Job(tiles=(40,), multiplied=FP16),
     "no gradients": Job(tiles=(2500, 2500), gradients=False, anchor=True, rise=10.0),
@@ -206,7 +208,8 @@ def outcome(steps: Steps, job: Job, dtype: torch.dtype = FP32) -> dict[str, torc
         found["base summed"] = base_rows.summed_RH.clone()
     out_TH, positions = new(9, H, fill=5.0, dtype=operand), given["positions"] if job.compacted else None
     base_RH = base_rows.summed_RH if job.anchor else None
-    steps.finish(out_TH, positions, rows.summed_RH, given["weight"], job.multiplied, of, base_RH)
+    weight_VH = given["weight"].t().contiguous().t() if job.transposed else given["weight"]
+    steps.finish(out_TH, positions, rows.summed_RH, weight_VH, job.multiplied, of, base_RH)
     return found | {"out": out_TH}
 
 
@@ -284,6 +287,7 @@ MUTANTS = {  # by the job that sees it: the function, what it says, and what it 
     "finish: sign of the target": ("a rounded head", "finish_kernel", "- target * target_coef", "+ target * target_coef"),
     "finish: coefficient dropped": ("a rounded head", "finish_kernel", "other=0.0) * coef", "other=0.0)"),
     "finish: base dropped": ("compacted", "finish_kernel", "* tl.load(base_coefs + row)", "* 0.0"),
+    "finish: columns of the head": ("compacted", "finish_kernel", "at.to(tl.int64) * weight_column_stride", "at"),
     "finish: head not rounded": ("a rounded head", "finish_kernel", ".to(MULTIPLIED)", ""),
 }  # fmt: skip
 
@@ -403,7 +407,7 @@ def test_autocast_rounds_a_head_in_fp32_as_it_rounds_the_operands() -> None:
 def test_what_is_no_number_stays_in_its_row_and_is_seen(value: float) -> None:
     """A NaN among the logits of a token, its own or the base's; an infinite one among them, which is no better."""
     for case in (terms_case(5, vocab=101, **GATED), anchored_case(5, vocab=101, ignored=0.0)):  # type: ignore[arg-type]
-        case = replace(case, hidden=case.hidden.clone(), softcap=None, terms=None)
+        case = replace(case, hidden=case.hidden.clone(), softcap=None)
         (case.hidden if case.anchor is None else case.anchor.hidden)[2] = value
         out, grads = run(linear_cross_entropy, case)
         seen = out.nll if out.kl is None else out.kl
