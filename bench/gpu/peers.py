@@ -1,20 +1,22 @@
-"""Forward and backward of the head and its loss: ours, Liger, Apple's CCE, full logits. Time, memory, error of ∂hidden.
+"""Forward and backward of the head and its loss, beside the matmuls alone: ours, Liger, Apple's CCE, full logits. Time, memory, and
+the errors of the gradients.
 
 `random` logits are flat: CCE's filter finds nothing to leave out. `peaked` ones are like a trained model's, most of the mass on a
-few tokens: there CCE may leave out blocks, and its gradients are approximate; the last column says by how much.
+few tokens: there CCE may leave out blocks, and its gradients are approximate; the last columns say by how much.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from bench.gpu.common import CUDA, DEVICE, TOY, Table, milliseconds, peak_mib
 from dwl_plugin import linear_cross_entropy
+from dwl_plugin.loss.matmul import multiplier
 
 Shape = tuple[int, int, int, float | None]
 SHAPES: list[Shape] = (
@@ -78,7 +80,31 @@ def losses(N: int, softcap: float | None) -> dict[str, Loss]:
     return found
 
 
-def measured(loss: Loss, h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, exact: torch.Tensor | None) -> tuple[float, float, str]:
+class Exact(NamedTuple):
+    """∂hidden of the first rows and ∂W of the tokens that are their targets, in fp32."""
+
+    tokens: torch.Tensor
+    hidden: torch.Tensor
+    weight: torch.Tensor
+
+
+def exact_gradients(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, softcap: float | None) -> Exact:
+    with torch.no_grad():
+        tokens = t[:CHECKED].unique()
+        wide, hidden = w.float(), torch.empty(0)
+        weight = torch.zeros(len(tokens), h.shape[1], device=DEVICE)
+        for start in range(0, len(t), CHECKED):
+            rows, targets = h[start : start + CHECKED].float(), t[start : start + CHECKED]
+            logits = capped(F.linear(rows, wide), softcap)
+            slope = 1 if softcap is None else 1 - (logits / softcap).square()
+            grad = (logits.softmax(1) - F.one_hot(targets, len(w))) * slope
+            if start == 0:
+                hidden = grad @ wide
+            weight += grad[:, tokens].t() @ rows
+        return Exact(tokens, hidden, weight)
+
+
+def measured(loss: Loss, h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, exact: Exact | None) -> tuple[float, float, str, str]:
     def call() -> None:
         h.grad = w.grad = None
         loss(h, w, t).backward()
@@ -87,19 +113,38 @@ def measured(loss: Loss, h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, exac
     h.grad = w.grad = None
     memory = peak_mib(call)
     assert h.grad is not None
-    error = "" if exact is None else f"{float((h.grad[: len(exact)].float() - exact).norm() / exact.norm()):.1e}"
-    return taken, memory, error
+    if exact is None:
+        return taken, memory, "", ""
+    of_weight = "" if w.grad is None else error(w.grad[exact.tokens], exact.weight)
+    return taken, memory, error(h.grad[: len(exact.hidden)], exact.hidden), of_weight
 
 
-def exact_gradient(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    wide = h.detach()[:CHECKED].float().requires_grad_()
-    F.cross_entropy(capped(F.linear(wide, w.detach().float()), softcap), t[:CHECKED], reduction="sum").backward()
-    assert wide.grad is not None
-    return wide.grad
+def error(got: torch.Tensor, want: torch.Tensor) -> str:
+    return f"{float((got.float() - want).norm() / want.norm()):.1e}"
+
+
+def matmuls_alone(h: torch.Tensor, w: torch.Tensor, *, trained: bool, width: int = 4096) -> float:
+    """Milliseconds of two or three products of these operands with sums in fp32, in tiles, and of nothing else."""
+    (N, H), V = h.shape, len(w)
+    width = min(width, V)
+    hidden, weight = h.detach(), w.detach()
+    logits, summed = torch.empty(N, width, device=DEVICE), torch.zeros(N, H, device=DEVICE)
+    exps, grad = torch.rand(N, width, device=DEVICE).to(h.dtype), torch.empty(width, H, dtype=w.dtype, device=DEVICE)
+    multiply = multiplier(h.device, h.dtype, torch.float32)
+
+    def call() -> None:
+        for start in range(0, V, width):
+            part = weight[start : start + width]
+            multiply.into(logits[:, : len(part)], hidden, part.t())
+            multiply.onto(summed, exps[:, : len(part)], part)
+            if trained:
+                torch.mm(exps[:, : len(part)].t(), hidden, out=grad[: len(part)])
+
+    return milliseconds(call, 120)
 
 
 def main() -> None:
-    table = Table("forward and backward", "loss", "ms", "MiB more at the peak", "error of ∂hidden")
+    table = Table("forward and backward", "loss", "ms", "MiB more at the peak", "error of ∂hidden", "error of ∂W")
     for index, (N, H, V, softcap) in enumerate(SHAPES):
         for trained in (False, True):
             for kind in ("random", "peaked") if index < 2 else ("peaked",):
@@ -107,8 +152,9 @@ def main() -> None:
                 w.requires_grad_(trained)
                 matmuls = 3 if trained else 2
                 case = f"{N}x{H}x{V}{', softcap' if softcap else ''}, {'trained' if trained else 'frozen'}, {kind}"
-                table.add(f"{case}: {matmuls} matmuls are {matmuls * 2 * N * H * V / 1e12:.1f} TFLOP", "", "", "")
-                exact = exact_gradient(h, w, t, softcap)
+                table.add(f"{case}: {matmuls} matmuls are {matmuls * 2 * N * H * V / 1e12:.1f} TFLOP", "", "", "", "")
+                exact = exact_gradients(h, w, t, softcap)
+                table.add("  the matmuls alone", matmuls_alone(h, w, trained=trained), "", "", "")
                 for name, loss in losses(N, softcap).items():
                     if "compiled" in name and (index != 1 or kind == "random"):
                         continue
