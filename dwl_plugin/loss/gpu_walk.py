@@ -15,9 +15,9 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from dwl_plugin.loss.step import BaseRows, Form, Products, Slopes, SoftmaxRows, 
 from dwl_plugin.loss.tokens import Tokens
 from dwl_plugin.loss.walk import Gradients, NeedsGrad, WalkResult
 
+if TYPE_CHECKING:
+    from dwl_plugin.loss.hopper import HopperSteps
+
 __all__ = ["forward_backward", "steps_for"]
 
 _ROWS = 2048
@@ -37,6 +40,9 @@ _ROW_MULTIPLE = 16
 """Whatever the batch, a block then begins at whole 16 bytes: Triton compiles for addresses that do, and once more for others."""
 _TILE_BYTES = 31 * 2**20
 """Of a tile's products in fp32: a large matmul, and with its exponentials what a cache holds."""
+_EXP_BYTES = 33 * 2**20
+"""Of a tile's exponentials on Hopper: of 2,048 rows its programs then fill 132 multiprocessors four times."""
+_HOPPER_DTYPES = (torch.bfloat16, torch.float16)
 _SLOPE_BYTES = 64 * 2**20
 """Of the gradient in the logits of a tile, all tokens of the batch."""
 _LEAST_WIDTH = 256
@@ -51,6 +57,9 @@ def forward_backward(
     device = hidden.device
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with torch.no_grad(), torch.autocast(device.type, enabled=False), on_device:
+        hopper = _hopper(device)
+        if hopper is not None and _HopperWalk.takes(hidden, tokens, head, base):
+            return _HopperWalk(hidden, tokens, head, needs_grad, hopper).run()
         return _Walk(hidden, tokens, head, base, needs_grad).run()
 
 
@@ -79,6 +88,18 @@ def _kernels(device: torch.device, operand: torch.dtype) -> Steps:
     return steps
 
 
+@functools.cache
+def _hopper(device: torch.device) -> HopperSteps | None:
+    """Where they were measured to be worth it, and this Triton has what they need."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    try:
+        from dwl_plugin.loss.hopper import HopperSteps
+    except ImportError:  # tensor descriptors came with Triton 3.4
+        return None
+    return HopperSteps()
+
+
 @dataclass(frozen=True)
 class _Plan:
     """Even blocks of rows and even tiles of the vocabulary whose buffers fit their budgets, whatever N and V."""
@@ -99,6 +120,10 @@ def _plan(N: int, V: int) -> _Plan:
     rows = math.ceil(N / math.ceil(N / _ROWS))
     rows = min(N, rows + -rows % _ROW_MULTIPLE)
     return _Plan(N, V, rows, _even_width(V, _TILE_BYTES // (4 * rows)))
+
+
+def _hopper_plan(plan: _Plan, itemsize: int) -> _Plan:
+    return _Plan(plan.N, plan.V, plan.rows, _even_width(plan.V, _EXP_BYTES // (itemsize * plan.rows)))
 
 
 def _slopes_plan(plan: _Plan, itemsize: int) -> _Plan:
@@ -137,10 +162,20 @@ class _Tile(NamedTuple):
 class _Side:
     """One of the models: its hidden states, its head in tiles, and a buffer for the products."""
 
-    def __init__(self, head: LinearHead, hidden_TH: Tensor, operand: torch.dtype, plan: _Plan, ours: _Side | None = None) -> None:
+    def __init__(
+        self,
+        head: LinearHead,
+        hidden_TH: Tensor,
+        operand: torch.dtype,
+        plan: _Plan,
+        ours: _Side | None = None,
+        *,
+        stores_products: bool = True,
+    ) -> None:
         self.head, self.hidden_TH, self.operand = head, hidden_TH, operand
         self.multiply = multiplier(hidden_TH.device, operand, head.summed)
-        self.logits_RW = torch.empty(plan.rows, plan.width, dtype=head.summed, device=hidden_TH.device)
+        size = (plan.rows, plan.width) if stores_products else (0, 0)
+        self.logits_RW = torch.empty(size, dtype=head.summed, device=hidden_TH.device)
         self.tiles: list[_Tile] = []
         if ours is not None and ours.head is head:
             self.tiles.extend(tile._replace(source_WH=None) for tile in ours.tiles)
@@ -160,24 +195,28 @@ class _Side:
         hidden_RH = self.hidden_TH if positions is None else self.hidden_TH[positions]
         return hidden_RH.to(self.head.multiplied).to(self.operand)
 
+    def prepare(self, tile: _Tile) -> None:
+        """Make the operands of a tile what they are to be."""
+        if tile.source_WH is not None:
+            is_exact = self.head.multiplied == self.operand
+            tile.weight_WH.copy_(tile.source_WH if is_exact else tile.source_WH.to(self.head.multiplied))
+
 
 class _Block:
     """Some rows of a side. What is alike for all tiles is made once: the host has a tenth of a millisecond for each."""
 
     def __init__(self, side: _Side, hidden_RH: Tensor, exp_RW: Tensor | None) -> None:
-        self.hidden_RH, self._into, self._head = hidden_RH, side.multiply.into, side.head
-        self._logits, self._exps = {}, {}
+        self.hidden_RH, self._side = hidden_RH, side
+        self._logits, self.exps = {}, {}
         for width in {tile.width for tile in side.tiles}:
             self._logits[width] = side.logits_RW[: len(hidden_RH), :width]
-            self._exps[width] = None if exp_RW is None else exp_RW[: len(hidden_RH), :width]
+            self.exps[width] = None if exp_RW is None else exp_RW[: len(hidden_RH), :width]
 
     def products(self, tile: _Tile) -> Products:
-        if tile.source_WH is not None:
-            is_exact = self._head.multiplied == tile.weight_WH.dtype
-            tile.weight_WH.copy_(tile.source_WH if is_exact else tile.source_WH.to(self._head.multiplied))
+        self._side.prepare(tile)
         logits_RW = self._logits[tile.width]
-        self._into(logits_RW, self.hidden_RH, tile.weight_HW)
-        return Products(logits_RW, tile.bias_W, self._exps[tile.width])
+        self._side.multiply.into(logits_RW, self.hidden_RH, tile.weight_HW)
+        return Products(logits_RW, tile.bias_W, self.exps[tile.width])
 
 
 class _Walk:
@@ -215,6 +254,12 @@ class _Walk:
         empty = torch.empty(shape, dtype=dtype or self.summed, device=self.device)
         return empty if fill is None else empty.fill_(fill)
 
+    def _plan(self) -> _Plan:
+        return _plan(self.N, self.V)
+
+    def _slopes_plan(self) -> _Plan:
+        return _slopes_plan(self._plan(), self.operand.itemsize)
+
     def _sides(self, plan: _Plan) -> tuple[_Side, _Side | None]:
         ours = _Side(self.head, self.hidden_TH, self.operand, plan)
         if self.base is None or self.tokens.anchor is None:
@@ -223,7 +268,7 @@ class _Walk:
 
     def _forward(self, result: WalkResult) -> Slopes:
         """Every loss and ∂hidden, and what the gradient in the logits of each token is made of."""
-        plan, tokens, out = _plan(self.N, self.V), self.tokens, result.gradients.hidden
+        plan, tokens, out = self._plan(), self.tokens, result.gradients.hidden
         ours, theirs = self._sides(plan)
         slopes = Slopes(tokens.targets_N.contiguous(), self._references(), self._new(self.N), self._new(self.N))
         if theirs is not None:
@@ -320,24 +365,16 @@ class _Walk:
 
     def _head_gradient(self, slopes: Slopes, gradients: Gradients) -> None:
         """∂W and ∂bias, tile by tile: the gradient in the logits of all tokens, then one product over them."""
-        plan = _slopes_plan(_plan(self.N, self.V), self.operand.itemsize)
+        plan = self._slopes_plan()
         ours, theirs = self._sides(plan)
         grad_NW = self._new(self.N, plan.width, dtype=self.operand)
         if self.bounds:  # fp16 has neither room below for small weights nor above for large ones
             largest = torch.stack(self.bounds).max().clamp(1e-20, 1e20)
             slopes = slopes._replace(by=torch.exp2(14 - largest.log2().ceil()))
-        hidden_NH, places = ours.rows(self.tokens.rows_N), list(plan.blocks())
-        blocks = [_Block(ours, hidden_NH[place], grad_NW[place]) for place in places]
-        base_blocks: list[_Block | None] = [None] * len(places)
-        if theirs is not None:
-            base_NH = theirs.rows(self.tokens.rows_N)
-            base_blocks = [_Block(theirs, base_NH[place], None) for place in places]
-        of_blocks = [slopes.at(place) for place in places]
+        hidden_NH = ours.rows(self.tokens.rows_N)
+        fill = self._slopes_of_tiles(ours, theirs, hidden_NH, plan, slopes, grad_NW)
         for index, tile in enumerate(ours.tiles):
-            for block, base_block, of in zip(blocks, base_blocks, of_blocks, strict=True):
-                products = block.products(tile)
-                base = None if theirs is None or base_block is None else base_block.products(theirs.tiles[index])
-                self.steps.slopes(products, of, tile.start, self.form, base)
+            fill(index, tile)
             found, vocabulary = list[Tensor](), slice(tile.start, tile.start + tile.width)
             grad_WN = grad_NW[:, : tile.width].t()
             if gradients.weight_VH is not None:
@@ -349,6 +386,75 @@ class _Walk:
             if slopes.by is not None:
                 for gradient in found:
                     gradient.div_(slopes.by)
+
+    def _slopes_of_tiles(
+        self, ours: _Side, theirs: _Side | None, hidden_NH: Tensor, plan: _Plan, slopes: Slopes, grad_NW: Tensor
+    ) -> Callable[[int, _Tile], None]:
+        """What writes the gradient in the logits of a tile to the first columns of `grad_NW`."""
+        places = list(plan.blocks())
+        blocks = [_Block(ours, hidden_NH[place], grad_NW[place]) for place in places]
+        base_blocks: list[_Block | None] = [None] * len(places)
+        if theirs is not None:
+            base_NH = theirs.rows(self.tokens.rows_N)
+            base_blocks = [_Block(theirs, base_NH[place], None) for place in places]
+        of_blocks = [slopes.at(place) for place in places]
+
+        def fill(index: int, tile: _Tile) -> None:
+            for block, base_block, of in zip(blocks, base_blocks, of_blocks, strict=True):
+                products = block.products(tile)
+                base = None if theirs is None or base_block is None else base_block.products(theirs.tiles[index])
+                self.steps.slopes(products, of, tile.start, self.form, base)
+
+        return fill
+
+
+class _HopperWalk(_Walk):
+    """With the step at the end of its matmul: products are not stored."""
+
+    def __init__(self, hidden: Tensor, tokens: Tokens, head: LinearHead, needs_grad: NeedsGrad, hopper: HopperSteps) -> None:
+        super().__init__(hidden, tokens, head, None, needs_grad)
+        self.hopper = hopper
+
+    @staticmethod
+    def takes(hidden: Tensor, tokens: Tokens, head: LinearHead, base: LinearHead | None) -> bool:
+        if base is not None or tokens.top_k or head.softcap is not None or head.multiplied not in _HOPPER_DTYPES:
+            return False
+        operands = (hidden.reshape(-1, hidden.shape[-1]), head.weight_VH)
+        return all(one.stride(1) == 1 and one.stride(0) % 8 == 0 and one.data_ptr() % 16 == 0 for one in operands)
+
+    def _plan(self) -> _Plan:
+        return _hopper_plan(super()._plan(), self.operand.itemsize)
+
+    def _slopes_plan(self) -> _Plan:
+        width = _even_width(self.V, _SLOPE_BYTES // (self.operand.itemsize * self.N))
+        return _Plan(self.N, self.V, self.N, width)
+
+    def _sides(self, plan: _Plan) -> tuple[_Side, None]:
+        return _Side(self.head, self.hidden_TH, self.operand, plan, stores_products=False), None
+
+    def _through_the_vocabulary(self, ours: _Side, block: _Block, rows: SoftmaxRows, targets_R: Tensor, *_: object) -> None:
+        accumulate = multiplier(self.device, self.operand, self.summed)
+        add, first = accumulate.into, True
+        hidden, parts = self.hopper.rows(block.hidden_RH), self.hopper.parts(len(block.hidden_RH), ours.tiles[0].width, targets_R)
+        for tile in ours.tiles:
+            ours.prepare(tile)
+            exp_RW, weight = block.exps[tile.width], self.hopper.tokens(tile.weight_WH)
+            self.hopper.advance(hidden, weight, tile.bias_W, exp_RW, parts, rows, targets_R, tile.start, self.form, first=first)
+            if rows.summed_RH is not None and exp_RW is not None:
+                add(rows.summed_RH, exp_RW, tile.weight_WH)
+            add, first = accumulate.onto, False
+
+    def _slopes_of_tiles(
+        self, ours: _Side, theirs: _Side | None, hidden_NH: Tensor, plan: _Plan, slopes: Slopes, grad_NW: Tensor
+    ) -> Callable[[int, _Tile], None]:
+        hidden = self.hopper.rows(hidden_NH)
+
+        def fill(index: int, tile: _Tile) -> None:
+            ours.prepare(tile)
+            weight = self.hopper.tokens(tile.weight_WH)
+            self.hopper.slopes(hidden, weight, tile.bias_W, grad_NW[:, : tile.width], slopes, tile.start, self.form)
+
+        return fill
 
 
 def _first(buffer_RX: Tensor | None, rows: int) -> Tensor | None:

@@ -25,6 +25,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(walk, "_TILE_BYTES", 11 * 4 * 17)
         monkeypatch.setattr(walk, "_LEAST_WIDTH", 16)
     monkeypatch.setattr(gpu_walk, "_SLOPE_BYTES", 600)
+    monkeypatch.setattr(gpu_walk, "_EXP_BYTES", 11 * 4 * 40)
     monkeypatch.setattr(gpu_walk, "_WIDTH_MULTIPLE", 1)
     monkeypatch.setattr(gpu_walk, "_ROW_MULTIPLE", 1)
     if INTERPRETED:
@@ -35,18 +36,26 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(step_kernel, name, size)
 
 
-@pytest.fixture(params=["gpu, Triton"] if INTERPRETED else ["cpu", "cpu, oneDNN", "gpu"])
+@pytest.fixture(params=["gpu, Triton", "gpu, Hopper, Triton"] if INTERPRETED else ["cpu", "cpu, oneDNN", "gpu"])
 def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The walk of a CPU with either library's products, and that of a GPU: its torch steps, or its kernels interpreted."""
     multiply_with_onednn(monkeypatch, request.param == "cpu, oneDNN")
     if request.param.startswith("gpu"):
         monkeypatch.setattr(linear_cross_entropy, "_walk_of", lambda device: gpu_walk.forward_backward)
-    if request.param == "gpu, Triton":
+    if request.param.endswith("Triton"):
         from dwl_plugin.loss.step_kernel import TritonSteps
 
         monkeypatch.setattr(
             gpu_walk, "steps_for", lambda device, operand, summed: TritonSteps() if summed == torch.float32 else TorchSteps()
         )
+    if "Hopper" in request.param:
+        from dwl_plugin.loss import hopper
+
+        monkeypatch.setattr(gpu_walk, "_hopper", lambda device: hopper.HopperSteps())
+        monkeypatch.setattr(gpu_walk, "_HOPPER_DTYPES", (torch.float32,))  # what the oracle is compared in
+        hopper_sizes = {"ROWS": 16, "TOKENS": 16, "DEPTH": 16, "GROUP": 2}
+        for name, size in hopper_sizes.items():
+            monkeypatch.setitem(hopper.SIZES, name, size)
     return str(request.param)
 
 
