@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 
 from bench.gpu.common import CUDA, DEVICE, TOY, Table, milliseconds, peak_mib
 from dwl_plugin import linear_cross_entropy
+from dwl_plugin.loss import gpu_walk
 from dwl_plugin.loss.matmul import multiplier
 
 Shape = tuple[int, int, int, float | None]
@@ -65,8 +67,14 @@ def losses(N: int, softcap: float | None) -> dict[str, Loss]:
     def full(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(capped(F.linear(h, w), softcap).float(), t, reduction="sum")
 
+    def ours_with_cublas(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with patch.object(gpu_walk, "_hopper", lambda device: None):
+            return ours(h, w, t)
+
+    on_hopper = CUDA and gpu_walk._hopper(torch.device(DEVICE, 0)) is not None and softcap is None
     found: dict[str, Loss] = {
         "ours, nll": ours,
+        **({"ours, nll, without loss/hopper.py": ours_with_cublas} if on_hopper else {}),
         "ours, weights, exponents, floor": partial(ours, **weighted),
         "Liger": liger,
         "CCE": cce,
