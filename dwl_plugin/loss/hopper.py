@@ -68,7 +68,8 @@ def multiply_advance_kernel(
     is_target = local[:, None] == tokens[None, :]
     here = (local >= block_w * TOKENS) & (local < min(block_w * TOKENS + TOKENS, W))
     tl.store(target_logits + rows, tl.sum(tl.where(is_target, z, 0.0), 1), mask=is_row & here)
-    others = tl.where(is_target | (tokens[None, :] >= W), -float("inf"), z)
+    outside = tl.where(tokens < W, 0.0, -float("inf"))  # added: with both conditions in one `where`, registers spill
+    others = tl.where(is_target, -float("inf"), z) + outside[None, :]
     wanted, old = tl.max(others, 1) - lift, tl.load(references + rows, mask=is_row, other=0.0)
     reference = tl.where(wanted > old + lag, wanted, old)
     e = tl.exp(others - reference[:, None])
@@ -87,7 +88,10 @@ def settle_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at, columns = tl.arange(0, PARTS), tl.arange(0, TOKENS)
-    old, total = tl.load(references + row), tl.load(totals + row)
+    old, total = (
+        tl.load(references + row),
+        tl.load(totals + row),
+    )  # before any warp stores: the maximum keeps them together
     best, sums = tl.full((PARTS,), -float("inf"), tl.float32), tl.zeros((PARTS,), tl.float32)
     for begin in range(0, parts, PARTS):
         their = tl.load(part_references + row * P + begin + at, mask=begin + at < parts, other=-float("inf"))
@@ -97,7 +101,6 @@ def settle_kernel(
         their = tl.load(part_references + row * P + begin + at, mask=begin + at < parts, other=-float("inf"))
         sums += tl.load(part_sums + row * P + begin + at, mask=begin + at < parts, other=0.0) * tl.exp(their - new)
     shrink = tl.exp(old - new)
-    tl.debug_barrier()  # every warp has read what one of them writes now
     tl.store(references + row, new)
     tl.store(totals + row, total * shrink + tl.sum(sums, 0))
     if new > old:
