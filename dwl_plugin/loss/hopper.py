@@ -88,10 +88,7 @@ def settle_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at, columns = tl.arange(0, PARTS), tl.arange(0, TOKENS)
-    old, total = (
-        tl.load(references + row),
-        tl.load(totals + row),
-    )  # before any warp stores: the maximum keeps them together
+    old, total = (tl.load(references + row), tl.load(totals + row))  # before any warp stores: the maximum keeps them together
     best, sums = tl.full((PARTS,), -float("inf"), tl.float32), tl.zeros((PARTS,), tl.float32)
     for begin in range(0, parts, PARTS):
         their = tl.load(part_references + row * P + begin + at, mask=begin + at < parts, other=-float("inf"))
