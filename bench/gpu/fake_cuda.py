@@ -23,10 +23,11 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.gpu.common import MIB, Table
 from dwl_plugin import LinearCrossEntropyOutput
-from dwl_plugin.loss import gpu_walk, linear_cross_entropy as module, matmul, step_kernel
+from dwl_plugin.loss import gpu_walk, hopper, linear_cross_entropy as module, matmul, step_kernel
 from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.step import Steps
 from dwl_plugin.loss.token_losses import EntropyGate, Focal, Power, Term
@@ -146,6 +147,8 @@ def _variant(value: Any, parameter: Any) -> Any:
     """What Triton compiles a kernel anew for: constants, types, and whether pointers and integers divide by 16, or are 1."""
     if parameter.is_constexpr or value is None:
         return str(value)
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, *value.block_shape
     if isinstance(value, torch.Tensor):
         assert value.device.type == "cuda", (parameter.name, value.device)
         assert value.ndim == 0 or value.stride(-1) == 1 or value.shape[-1] == 1, (parameter.name, value.stride())
@@ -175,7 +178,7 @@ _ORIGINAL = module._LinearCrossEntropy
 
 
 @contextmanager
-def without_a_device(steps: Steps) -> Iterator[tuple[list[_Context], Counter[tuple[Any, ...]]]]:
+def without_a_device(steps: Steps, capability: int) -> Iterator[tuple[list[_Context], Counter[tuple[Any, ...]]]]:
     """The autograd function of the loss as plain calls, its slopes not computed, its kernels not launched: they want a device.
 
     The contexts of the calls are left in the list, the launches in the counter.
@@ -191,16 +194,19 @@ def without_a_device(steps: Steps) -> Iterator[tuple[list[_Context], Counter[tup
     replaced: list[tuple[Any, str, Any]] = [
         (module, "_LinearCrossEntropy", plain),
         (gpu_walk, "_kernels", lambda *arguments: steps),
+        (gpu_walk, "_hopper", gpu_walk._hopper.__wrapped__),
+        (torch.cuda, "get_device_capability", lambda device: divmod(capability, 10)),
         (torch.autograd, "grad", lambda _, leaf: (torch.empty_like(leaf),)),
         (torch.cuda, "device", lambda device: nullcontext()),
         (matmul, "_has_out_dtype", lambda device, dtype: True),
     ]
-    for name, kernel in vars(step_kernel).items():
-        if name.endswith("_kernel"):
-            replaced.append((step_kernel, name, Kernel(kernel, launches)))
+    for owner in (step_kernel, hopper):
+        kernels = {name: kernel for name, kernel in vars(owner).items() if name.endswith("_kernel")}
+        replaced += [(owner, name, Kernel(kernel, launches)) for name, kernel in kernels.items()]
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", "User provided device_type of 'cuda'")
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         for target, name, value in replaced:
             stack.enter_context(patch.object(target, name, value))
         yield contexts, launches
@@ -248,9 +254,10 @@ def _tensors_in(value: Any) -> list[torch.Tensor]:
     return [tensor for part in (value.values() if isinstance(value, dict) else value) for tensor in _tensors_in(part)]
 
 
-def on_fakes(call: Call, steps: Steps | None = None) -> Seen:
+def on_fakes(call: Call, steps: Steps | None = None, *, capability: int = 86) -> Seen:
     """Forward and backward of a call on fake CUDA tensors; by the kernels, if no other `steps` are given."""
-    with FakeTensorMode(), without_a_device(steps or step_kernel.TritonSteps()) as (contexts, launches), autocast(call.autocast):
+    fakes, outside = FakeTensorMode(), without_a_device(steps or step_kernel.TritonSteps(), capability)
+    with fakes, outside as (contexts, launches), autocast(call.autocast):
         hidden = torch.empty(call.N, call.H, device="cuda", dtype=call.hidden, requires_grad=call.learns_hidden)
         weight = torch.empty(call.V, call.H, device="cuda", dtype=call.weight, requires_grad=call.learns_head)
         bias = torch.empty(call.V, device="cuda", dtype=call.weight, requires_grad=call.learns_head) if call.has_bias else None

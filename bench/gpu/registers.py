@@ -3,7 +3,8 @@
     python -m bench.gpu.registers          # all of them
     python -m bench.gpu.registers 86 90
 
-What it compiles are the launches of `TritonSteps` themselves, on tensors without data, so their block sizes and warps are the ones.
+What it compiles are the launches of `TritonSteps` and `HopperSteps` themselves, on tensors without data, so their block sizes and
+warps are the ones.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from bench.gpu.common import OUT, Table
+from dwl_plugin.loss.hopper import HopperSteps
 from dwl_plugin.loss.step import BaseRows, Form, Products, Slopes, SoftmaxRows, TopRows
 from dwl_plugin.loss.step_kernel import TritonSteps
 
@@ -80,8 +82,8 @@ def compiling(capability: int) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def launch(operand: torch.dtype, *, full: bool) -> None:
-    """Every kernel once: with all that a call may have, or with the least."""
+def launch(operand: torch.dtype, *, full: bool, hopper: bool) -> None:
+    """Every kernel once, those for Hopper among them or not: with all that a call may have, or with the least."""
     R, W, H, K = 8, 4096, 2048, 32
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -101,12 +103,17 @@ def launch(operand: torch.dtype, *, full: bool) -> None:
     steps.advance(ours, rows, targets_R, W, form, base, base_rows, top, first=False)
     steps.slopes(ours, of, W, form, base if full else None)
     steps.finish(new(R, H, dtype=operand), positions_R, rows.summed_RH, weight_VH, operand, of, if_full(new(R, H)))
+    if hopper:
+        on_hopper, form = HopperSteps(), form._replace(softcap=None)
+        operands = on_hopper.rows(new(R, H, dtype=operand)), on_hopper.tokens(weight_VH[:W]), ours.bias_W
+        on_hopper.advance(*operands, ours.exp_RW, on_hopper.parts(R, W, targets_R), rows, targets_R, W, form, first=False)
+        on_hopper.slopes(*operands, new(R, W, dtype=operand), of, W, form)
 
 
 def compiled(capability: int, operand: torch.dtype, *, full: bool) -> dict[str, Any]:
     """Kernel -> its `asm`, of every stage."""
     with compiling(capability) as found:
-        launch(operand, full=full)
+        launch(operand, full=full, hopper=capability == 90 and operand != torch.float32)
     return {name: kernel.asm for name, kernel in found.items()}
 
 

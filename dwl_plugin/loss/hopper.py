@@ -28,6 +28,8 @@ __all__ = ["HopperSteps"]
 
 SIZES: dict[str, Any] = {"ROWS": 128, "TOKENS": 256, "DEPTH": 64, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 """A program makes ROWS by TOKENS logits from DEPTH of H at a time; GROUP blocks of rows share the tokens that are in cache."""
+PARTS = 64
+"""Parts of a row that `settle_kernel` looks at at a time."""
 
 
 @triton.jit
@@ -52,7 +54,7 @@ def _logits(
     return z * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "R", "P"])
 def multiply_advance_kernel(
     hidden, weight, bias, exps, targets, references, target_logits, part_sums, part_references,
     start, R, W, H, P, exps_stride, scale, lag, lift,
@@ -66,7 +68,8 @@ def multiply_advance_kernel(
     is_target = local[:, None] == tokens[None, :]
     here = (local >= block_w * TOKENS) & (local < min(block_w * TOKENS + TOKENS, W))
     tl.store(target_logits + rows, tl.sum(tl.where(is_target, z, 0.0), 1), mask=is_row & here)
-    others = tl.where(is_target | (tokens[None, :] >= W), -float("inf"), z)
+    outside = tl.where(tokens < W, 0.0, -float("inf"))  # added: with both conditions in one `where`, registers spill
+    others = tl.where(is_target, -float("inf"), z) + outside[None, :]
     wanted, old = tl.max(others, 1) - lift, tl.load(references + rows, mask=is_row, other=0.0)
     reference = tl.where(wanted > old + lag, wanted, old)
     e = tl.exp(others - reference[:, None])
@@ -78,21 +81,25 @@ def multiply_advance_kernel(
         tl.store(exps + at, e.to(exps.dtype.element_ty), mask=is_row[:, None] & (tokens[None, :] < W))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["W", "P", "parts", "exps_stride"])
 def settle_kernel(
     exps, part_sums, part_references, totals, references, summed, W, H, P, parts, exps_stride, summed_stride,
     PARTS: tl.constexpr, TOKENS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at, columns = tl.arange(0, PARTS), tl.arange(0, TOKENS)
-    old, total = tl.load(references + row), tl.load(totals + row)
-    their = tl.load(part_references + row * P + at, mask=at < parts, other=-float("inf"))
-    sums = tl.load(part_sums + row * P + at, mask=at < parts, other=0.0)
-    new = tl.maximum(tl.max(their, 0), old)
+    old, total = (tl.load(references + row), tl.load(totals + row))  # before any warp stores: the maximum keeps them together
+    best, sums = tl.full((PARTS,), -float("inf"), tl.float32), tl.zeros((PARTS,), tl.float32)
+    for begin in range(0, parts, PARTS):
+        their = tl.load(part_references + row * P + begin + at, mask=begin + at < parts, other=-float("inf"))
+        best = tl.maximum(best, their)
+    new = tl.maximum(tl.max(best, 0), old)
+    for begin in range(0, parts, PARTS):
+        their = tl.load(part_references + row * P + begin + at, mask=begin + at < parts, other=-float("inf"))
+        sums += tl.load(part_sums + row * P + begin + at, mask=begin + at < parts, other=0.0) * tl.exp(their - new)
     shrink = tl.exp(old - new)
-    tl.debug_barrier()  # every warp has read what one of them writes now
     tl.store(references + row, new)
-    tl.store(totals + row, total * shrink + tl.sum(sums * tl.exp(their - new), 0))
+    tl.store(totals + row, total * shrink + tl.sum(sums, 0))
     if new > old:
         if exps is not None:
             for part in range(0, parts):
@@ -105,7 +112,7 @@ def settle_kernel(
             _shrink(summed + row * summed_stride, shrink, H, BLOCK_H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "R"])
 def multiply_slopes_kernel(
     hidden, weight, bias, out, targets, references, coefs, target_coefs, by,
     start, R, W, H, out_stride, scale,
@@ -142,8 +149,9 @@ class HopperSteps:
     @staticmethod
     def parts(rows: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Room for the sums and references of the parts of each row."""
-        sums, references = torch.empty(2, rows, triton.cdiv(width, SIZES["TOKENS"]), dtype=torch.float32, device=like.device)
-        return sums, references
+        shape = (rows, triton.cdiv(width, SIZES["TOKENS"]))
+        sums = torch.empty(shape, dtype=torch.float32, device=like.device)
+        return sums, torch.empty_like(sums)  # each at an address of whole 16 bytes
 
     def advance(
         self,
@@ -169,7 +177,7 @@ class HopperSteps:
         settle_kernel[(R,)](
             exp_RW, sums_RP, references_RP, rows.total_R, rows.reference_R, summed_RH,
             W, H, P, triton.cdiv(W, SIZES["TOKENS"]), stride, 0 if summed_RH is None else summed_RH.stride(0),
-            PARTS=triton.next_power_of_2(P), TOKENS=SIZES["TOKENS"], BLOCK_H=BLOCK_H, num_warps=4,
+            PARTS=PARTS, TOKENS=SIZES["TOKENS"], BLOCK_H=BLOCK_H, num_warps=4,
         )  # fmt: skip
 
     def slopes(

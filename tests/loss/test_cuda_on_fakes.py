@@ -37,13 +37,26 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 EVERY = [dict(zip(OPTIONS, values, strict=True)) for values in itertools.product(*OPTIONS.values())]
 SHUFFLED = random.Random(0).sample(EVERY, len(EVERY))
+ON_HOPPER = [
+    options | {"capability": 90}
+    for options in SHUFFLED
+    if (options["softcap"], options["objective"], options["anchor"]) == (None, "plain", None)
+]
+"""Where that has kernels of its own."""
 
 
-def problems_of(*, learns: str, **options: Any) -> list[str]:
+@pytest.fixture(params=[86, 90], ids="sm_{}".format)
+def capability(request: pytest.FixtureRequest) -> int:
+    """Of a card that is served by a matmul and a step, and of one whose matmul has the step at its end."""
+    assert isinstance(request.param, int)
+    return request.param
+
+
+def problems_of(*, learns: str, capability: int = 86, **options: Any) -> list[str]:
     """What is wrong with a call: a gradient that is not as its tensor, a loss that is not in fp32, a wait too many or too few."""
     call = Call(N, H, V, learns_hidden=learns != "head", learns_head=learns != "hidden", **options)
     try:
-        seen = on_fakes(call)
+        seen = on_fakes(call, capability=capability)
     except Exception as error:
         return [f"{type(error).__name__}: {error}"]
     found = []
@@ -59,8 +72,10 @@ def problems_of(*, learns: str, **options: Any) -> list[str]:
         found.append("a loss that is not in fp32")
     if sum(seen.waits.values()) != 1:
         found.append(f"waits: {dict(seen.waits)}")
-    if not seen.kernels:
-        found.append("no kernel was launched")
+    multiplied = call.autocast or torch.promote_types(call.hidden, call.weight)
+    expected_kernel = "multiply_advance_kernel" if capability == 90 and multiplied != torch.float32 else "advance_kernel"
+    if expected_kernel not in {kernel[0] for kernel in seen.kernels}:
+        found.append(f"{expected_kernel} was not launched")
     return found
 
 
@@ -69,12 +84,12 @@ def failures(cases: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[str
 
 
 def test_gradients_are_as_their_tensors_and_a_call_waits_once() -> None:
-    assert not failures(SHUFFLED[:60])
+    assert not failures(SHUFFLED[:60] + ON_HOPPER[:20])
 
 
 @pytest.mark.slow
 def test_gradients_are_as_their_tensors_and_a_call_waits_once_in_more_combinations() -> None:
-    assert not failures(SHUFFLED[60:600])
+    assert not failures(SHUFFLED[60:600] + ON_HOPPER[20:])
 
 
 @pytest.mark.weekly
@@ -82,15 +97,15 @@ def test_gradients_are_as_their_tensors_and_a_call_waits_once_in_all_combination
     assert not failures(SHUFFLED[600:])
 
 
-def test_a_call_in_which_nothing_learns_waits_once() -> None:
-    seen = on_fakes(Call(N, H, V, learns_hidden=False))
+def test_a_call_in_which_nothing_learns_waits_once(capability: int) -> None:
+    seen = on_fakes(Call(N, H, V, learns_hidden=False), capability=capability)
     assert sum(seen.waits.values()) == 1
 
 
 @pytest.mark.parametrize(("tokens", "width", "most"), [(8192, 4096, 160), (4096, 2048, 80)])
-def test_peak_memory_with_a_frozen_head(tokens: int, width: int, most: int) -> None:
+def test_peak_memory_with_a_frozen_head(tokens: int, width: int, most: int, capability: int) -> None:
     """MiB that a call allocates, ∂hidden among them."""
-    assert on_fakes(Call(tokens, width, 151_936)).peak <= most * MIB
+    assert on_fakes(Call(tokens, width, 151_936), capability=capability).peak <= most * MIB
 
 
 @pytest.mark.parametrize("targets", [4096, 4095, 2048, 100])
@@ -102,9 +117,9 @@ def test_the_formula_for_small_cards(width: int, vocab: int, targets: int) -> No
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(8192, 4096), (4096, 2048)])
-def test_peak_memory_with_a_trained_head(tokens: int, width: int) -> None:
+def test_peak_memory_with_a_trained_head(tokens: int, width: int, capability: int) -> None:
     """That of ∂W in bf16, and little more."""
-    seen = on_fakes(Call(tokens, width, 151_936, learns_head=True))
+    seen = on_fakes(Call(tokens, width, 151_936, learns_head=True), capability=capability)
     assert 151_936 * width * 2 < seen.peak <= 151_936 * width * 2 + 200 * MIB
 
 
@@ -117,11 +132,21 @@ def test_without_kernels_a_step_holds_no_more_than_two_copies_of_a_tile() -> Non
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_few_kernels_serve_any_number_of_tokens(trained: bool) -> None:
+def test_few_kernels_serve_any_number_of_tokens(trained: bool, capability: int) -> None:
     """Triton compiles one for each kind of arguments: dtypes, constants, what divides by 16."""
     rng, kernels = random.Random(0), set[Any]()
     for _ in range(50):
         tokens = rng.randint(1, 9000)
         call = Call(tokens, H, V, learns_head=trained, targets=rng.randint(1, tokens))
-        kernels |= set(on_fakes(call).kernels)
-    assert 0 < len(kernels) <= 8
+        kernels |= set(on_fakes(call, capability=capability).kernels)
+    assert 0 < len(kernels) <= 9
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "has"), [("cuda", 90, True), ("cuda", 86, False), ("cuda", 100, False), ("cpu", 90, False)]
+)
+def test_the_kernels_for_hopper_are_those_of_no_other_card(
+    device: str, capability: int, has: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: divmod(capability, 10))
+    assert (gpu_walk._hopper.__wrapped__(torch.device(device)) is not None) == has

@@ -17,15 +17,24 @@ from bench.gpu.registers import OPERANDS, compiled, used
 from dwl_plugin.loss import step_kernel
 
 KERNELS = {"advance", "advance_base", "advance_top", "slopes", "finish"}
+MULTIPLYING = {"multiply_advance", "multiply_slopes"}
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["plain", "every option"])
 @pytest.mark.parametrize("operand", OPERANDS.values(), ids=OPERANDS)
 @pytest.mark.parametrize("capability", [86, 90], ids="sm_{}".format)
 def test_no_kernel_spills(capability: int, operand: torch.dtype, full: bool) -> None:
+    expected = KERNELS | MULTIPLYING | {"settle"} if capability == 90 and operand != torch.float32 else KERNELS
     found = used(capability, operand, full=full)
-    assert set(found) == KERNELS
-    assert {name: (one.stack, one.local) for name, one in found.items()} == dict.fromkeys(KERNELS, (0, 0))
+    assert {name: (one.stack, one.local) for name, one in found.items()} == dict.fromkeys(expected, (0, 0))
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "every option"])
+@pytest.mark.parametrize("operand", [torch.bfloat16, torch.float16], ids=str)
+def test_a_matmul_for_hopper_is_of_its_matrix_units_and_loads_by_descriptors(operand: torch.dtype, full: bool) -> None:
+    for name, asm in compiled(90, operand, full=full).items():
+        found = "wgmma.mma_async" in asm["ptx"], "cp.async.bulk.tensor" in asm["ptx"]
+        assert found == (name in MULTIPLYING, name in MULTIPLYING), name
 
 
 def test_a_kernel_that_spills_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,3 +62,9 @@ def stored_before_all_have_read(ptx: str) -> list[str]:
 def test_no_thread_stores_what_others_have_yet_to_read(full: bool) -> None:
     for name, asm in compiled(90, torch.bfloat16, full=full).items():
         assert not stored_before_all_have_read(asm["ptx"]), name
+
+
+@pytest.mark.parametrize("name", ["advance", "advance_base", "settle"])
+def test_a_store_without_a_barrier_before_it_is_seen(name: str) -> None:
+    ptx = compiled(90, torch.bfloat16, full=True)[name]["ptx"]
+    assert stored_before_all_have_read("\n".join(line for line in ptx.splitlines() if "bar.sync" not in line))
