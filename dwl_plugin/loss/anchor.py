@@ -48,7 +48,7 @@ class BasePass:
         zeros_R = torch.zeros(len(hidden_RH), dtype=ours.summed, device=hidden_RH.device)
         self._sum_exp_R, self._cross_R = zeros_R, zeros_R
         self._running_max_R = torch.full_like(zeros_R, torch.finfo(ours.summed).min)
-        self._grad_RH = torch.zeros(hidden_RH.shape, dtype=ours.summed, device=hidden_RH.device) if hidden else None
+        self._grad_RH = zeros_R.new_zeros(len(hidden_RH), ours.weight_VH.shape[1]) if hidden else None
         self._saved_exp: list[tuple[slice, Tensor, Tensor]] = []
 
     def update(self, logits_RW: Tensor, weight_WH: Tensor, tile: slice) -> None:

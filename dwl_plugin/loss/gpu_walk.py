@@ -58,7 +58,7 @@ def forward_backward(
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with torch.no_grad(), torch.autocast(device.type, enabled=False), on_device:
         hopper = _hopper(device)
-        if hopper is not None and _HopperWalk.takes(hidden, tokens, head, base):
+        if hopper is not None and _HopperWalk.takes(hidden, tokens, head, base) and _runs_on_hopper(device, head.multiplied):
             return _HopperWalk(hidden, tokens, head, needs_grad, hopper).run()
         return _Walk(hidden, tokens, head, base, needs_grad).run()
 
@@ -75,8 +75,8 @@ def _kernels(device: torch.device, operand: torch.dtype) -> Steps:
 
         steps = TritonSteps()
         exp_RW = torch.zeros(1, 1, dtype=operand, device=device)  # older Tritons know no bf16 before Ampere
-        products = Products(torch.zeros(1, 1, device=device), None, exp_RW)
-        total_R, reference_R, logit_R = torch.zeros(3, 1, device=device)
+        products = Products(torch.zeros(1, 1, dtype=torch.float32, device=device), None, exp_RW)
+        total_R, reference_R, logit_R = torch.zeros(3, 1, dtype=torch.float32, device=device)
         target_R, rows = total_R.long(), SoftmaxRows(total_R, reference_R, logit_R, None)
         steps.advance(products, rows, target_R, 0, Form(1.0, None, 1.0, 0.0), None, None, None, first=True)
     except torch.OutOfMemoryError:
@@ -98,6 +98,28 @@ def _hopper(device: torch.device) -> HopperSteps | None:
     except ImportError:  # tensor descriptors came with Triton 3.4
         return None
     return HopperSteps()
+
+
+@functools.cache
+def _runs_on_hopper(device: torch.device, operand: torch.dtype) -> bool:
+    """Tried, as the other kernels are: what compiles with one Triton may not with the next."""
+    if isinstance(_kernels(device, operand), TorchSteps):
+        return False  # that said why
+    try:
+        from dwl_plugin.loss.hopper import HopperSteps
+
+        hopper, like = HopperSteps(), torch.zeros(16, 16, dtype=operand, device=device)
+        total_R, reference_R, logit_R = torch.zeros(3, 16, dtype=torch.float32, device=device)
+        target_R, rows, parts = total_R.long(), SoftmaxRows(total_R, reference_R, logit_R, None), hopper.parts(16, 16, total_R)
+        hidden, weight, form = hopper.rows(like), hopper.tokens(like), Form(1.0, None, 1.0, 0.0)
+        hopper.advance(hidden, weight, None, torch.zeros_like(like), parts, rows, target_R, 0, form, first=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        warnings.warn(f"{PREFIX} the loss runs without its kernels for Hopper, slower: {reason}", stacklevel=2)
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -420,6 +442,8 @@ class _HopperWalk(_Walk):
         if base is not None or tokens.top_k or head.softcap is not None or head.multiplied not in _HOPPER_DTYPES:
             return False
         operands = (hidden.reshape(-1, hidden.shape[-1]), head.weight_VH)
+        if hidden.shape[-1] % 8:  # rows that are gathered or converted lie as close as they can
+            return False
         return all(one.stride(1) == 1 and one.stride(0) % 8 == 0 and one.data_ptr() % 16 == 0 for one in operands)
 
     def _plan(self) -> _Plan:

@@ -75,8 +75,9 @@ def linear_cross_entropy(
             by the device, so that nothing waits for it; one wait per call remains, for the number of targets.
         RuntimeError: on a backward with `create_graph=True`.
 
-    Workspace is bounded whatever the number of tokens and V; beyond it there are the gradients themselves, on a CPU in fp32. The
-    first backward hands them out; another one through a retained graph takes them again.
+    Workspace is bounded whatever the number of tokens and V; beyond it there are the gradients themselves, on a CPU in fp32, and on
+    a GPU with a trained `weight` the target tokens' rows of `hidden`, where not all are targets or others multiply. The first
+    backward hands the gradients out; another one through a retained graph takes them again.
     """
     given = Targets(targets, terms_of(terms, token_weight, exponent, min_weight), anchor, ignore_index)
     return fused_cross_entropy(hidden, weight, given, bias=bias, softcap=softcap, logit_scale=logit_scale)

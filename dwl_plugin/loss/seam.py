@@ -318,7 +318,7 @@ class Seam:
         denominator = self._armed.denominator
         if denominator is None:
             return is_target_N.sum().clamp(min=1)
-        if isinstance(denominator, Tensor) and denominator.device.type != "cpu":  # where it is a mere number
+        if isinstance(denominator, Tensor) and (denominator.ndim or denominator.device.type != "cpu"):  # else a mere number
             denominator = denominator.to(is_target_N.device)
         return denominator * copies
 

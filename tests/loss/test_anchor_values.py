@@ -37,6 +37,16 @@ def test_an_anchor_matches_its_formula_in_fp32(body: str) -> None:
             assert max(errors(function, case).values()) <= 2 * FP32
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_a_base_model_may_be_wider_or_narrower(body: str) -> None:
+    case = anchored_case(3, 13)
+    for width in (8, 40):
+        other = random_case(3, 13, width=width, seed=7)
+        assert case.anchor is not None
+        wider = replace(case, anchor=Anchor(case.anchor.weight, other.hidden, (other.weight, None)))
+        assert max(errors(linear_cross_entropy, wider).values()) <= 2 * FP32
+
+
 def test_a_model_that_is_still_its_base_has_no_kl_and_no_pull(body: str) -> None:
     case = random_case(3, 13, terms=[Term(Power(), torch.zeros(3, 13))])
     case = replace(case, anchor=Anchor(torch.ones(3, 13), case.hidden))

@@ -111,6 +111,19 @@ def test_a_transposed_or_sliced_input_is_fine(body: str) -> None:
     assert max(errors(linear_cross_entropy, strided).values()) <= FP32
 
 
+def test_columns_of_wider_inputs_are_fine(body: str) -> None:
+    """Rows of ten numbers that lie sixteen apart, until those of the targets are gathered."""
+    case = full_case(3, 7, width=16)
+    parts = replace(case, hidden=case.hidden[..., :10], weight=case.weight[:, :10], softcap=None)
+    hidden = parts.hidden.requires_grad_()
+    assert hidden.stride(-2) == parts.weight.stride(0) == 16
+    out = linear_cross_entropy(hidden, parts.weight, parts.targets, bias=parts.bias, **options_of(parts))
+    (found,) = torch.autograd.grad(out.loss, [hidden])
+    truth = per_token(parts)
+    assert relative(out.loss, truth.loss) <= FP32
+    assert relative(found, truth.hidden) <= FP32
+
+
 def test_targets_and_biases_that_lie_apart_are_fine(body: str) -> None:
     case = full_case(21, ignored=0.0)
     assert case.bias is not None

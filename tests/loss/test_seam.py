@@ -346,6 +346,16 @@ def got_back(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return seen
 
 
+def test_a_denominator_is_brought_to_the_loss_unless_it_is_a_mere_number() -> None:
+    """A vector of one on a CPU divides nothing on a GPU."""
+    seam, elsewhere = Seam(llama(), print), torch.ones(3, dtype=torch.bool, device="meta")
+    for shape, device in (((1,), "meta"), ((), "cpu")):
+        seam.arm(PendingLoss(LossSpec(), denominator=torch.full(shape, 7)))
+        denominator = seam._denominator(elsewhere, 1)
+        assert isinstance(denominator, torch.Tensor)
+        assert denominator.device.type == device
+
+
 @pytest.mark.parametrize("denominator", [None, 7, 7.0, torch.tensor(7)], ids=["targets", "int", "float", "tensor"])
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "ProphetNetForCausalLM"])
 def test_gradients_of_the_fused_loss_are_scaled_by_nothing_afterwards(

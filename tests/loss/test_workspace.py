@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from dataclasses import replace
@@ -10,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from dwl_plugin.loss import chunked, cpu_walk, gpu_walk, matmul
+from dwl_plugin.loss import chunked, cpu_walk, gpu_walk, linear_cross_entropy as module, matmul
 from dwl_plugin.loss.linear_cross_entropy import linear_cross_entropy
-from dwl_plugin.loss.step import Products, TorchSteps
-from tests.loss.cases import FP32, anchored_case, full_case, multiply_with_onednn, random_case, run
+from dwl_plugin.loss.step import Products, SoftmaxRows, TorchSteps
+from tests.loss.cases import FP32, anchored_case, errors, full_case, multiply_with_onednn, random_case, run
 from tests.loss.oracle import per_token, relative
 
 
@@ -135,6 +136,46 @@ def test_kernels_are_tried_in_the_dtype_of_the_matmuls(monkeypatch: pytest.Monke
             assert isinstance(gpu_walk._kernels(torch.device("cpu"), torch.bfloat16), TorchSteps)
     finally:
         gpu_walk._kernels.cache_clear()
+
+
+def test_kernels_are_tried_in_fp32_whatever_the_default_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    step_kernel = pytest.importorskip("dwl_plugin.loss.step_kernel")
+    tried = []
+
+    def advance(self: Any, ours: Products, rows: SoftmaxRows, *args: Any, **kwargs: Any) -> None:
+        tried.extend([ours.logits_RW.dtype, rows.total_R.dtype, rows.reference_R.dtype, rows.target_R.dtype])
+
+    monkeypatch.setattr(step_kernel.TritonSteps, "advance", advance)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        gpu_walk._kernels.__wrapped__(torch.device("cpu"), torch.bfloat16)
+    finally:
+        torch.set_default_dtype(before)
+    assert tried == [torch.float32] * 4
+
+
+@pytest.mark.parametrize("others_run", [False, True], ids=["no kernel runs", "only Hopper's do not"])
+def test_kernels_for_hopper_that_do_not_run_are_reported_and_replaced(others_run: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    hopper = pytest.importorskip("dwl_plugin.loss.hopper")
+
+    def advance(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(hopper.HopperSteps, "advance", advance)
+    monkeypatch.setattr(gpu_walk, "_hopper", lambda device: hopper.HopperSteps())
+    monkeypatch.setattr(gpu_walk, "_HOPPER_DTYPES", (torch.float32,))
+    monkeypatch.setattr(gpu_walk, "_kernels", lambda device, operand: object() if others_run else TorchSteps())
+    monkeypatch.setattr(gpu_walk, "_runs_on_hopper", functools.cache(gpu_walk._runs_on_hopper.__wrapped__))
+    monkeypatch.setattr(module, "_walk_of", lambda device: gpu_walk.forward_backward)
+    case = replace(full_case(3, 7), softcap=None)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert max(errors(linear_cross_entropy, case).values()) <= FP32
+    assert [str(warning.message) for warning in said] == others_run * [
+        "[dwl] the loss runs without its kernels for Hopper, slower: RuntimeError: Failed to find C compiler"
+    ]
 
 
 def test_the_module_path_has_a_budget() -> None:
