@@ -31,8 +31,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         from dwl_plugin.loss import step_kernel
 
-        monkeypatch.setattr(gpu_walk, "_TILE_BYTES", 11 * 4 * 53)  # a tile of a row takes Python milliseconds
-        for name, size in {"BLOCK": 32, "BLOCK_TOP": 32, "BLOCK_H": 16}.items():
+        monkeypatch.setattr(gpu_walk, "_TILE_BYTES", 11 * 4 * 80)  # a tile of a row takes Python milliseconds
+        for name, size in {"BLOCK": 64, "BLOCK_TOP": 64, "BLOCK_H": 16}.items():
             monkeypatch.setattr(step_kernel, name, size)
 
 

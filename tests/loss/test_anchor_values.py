@@ -39,9 +39,9 @@ def test_an_anchor_matches_its_formula_in_fp32(body: str) -> None:
 
 @pytest.mark.usefixtures("small_blocks")
 def test_a_base_model_may_be_wider_or_narrower(body: str) -> None:
-    case = anchored_case(3, 13)
+    case = anchored_case(3, 13, vocab=53)
     for width in (8, 40):
-        other = random_case(3, 13, width=width, seed=7)
+        other = random_case(3, 13, vocab=53, width=width, seed=7)
         assert case.anchor is not None
         wider = replace(case, anchor=Anchor(case.anchor.weight, other.hidden, (other.weight, None)))
         assert max(errors(linear_cross_entropy, wider).values()) <= 2 * FP32

@@ -332,11 +332,11 @@ CASES = {
     "negative scale": replace(full_case(3, 7, vocab=101), logit_scale=-0.6),
     "one target": one_target(),
     "all ignored": full_case(2, 3, vocab=101, ignored=1.1),
-    "a row and a token more than a block": full_case(12, vocab=54, ignored=0.0),
+    "a row and a token more than a block": full_case(12, vocab=81, ignored=0.0),
     "anchor under the head that is trained": anchored_case(3, 7, vocab=101, own_head=False),
     "certain": decided(30.0),
     "impossible": decided(-80.0),
-    "masked": masked(full_case(3, 7, vocab=101), 0, 53, 54, 99, 100),
+    "masked": masked(full_case(3, 7, vocab=101), 0, 50, 51, 99, 100),
     "fewer tokens than are asked for": terms_case(9, vocab=5, **GATED),  # type: ignore[arg-type]
     "as many tokens as are asked for": terms_case(9, vocab=20, **GATED),  # type: ignore[arg-type]
     "all logits alike": replace(terms_case(9, vocab=29, **GATED), weight=torch.zeros(29, 24), bias=None),  # type: ignore[arg-type]
