@@ -195,6 +195,7 @@ def without_a_device(steps: Steps, capability: int) -> Iterator[tuple[list[_Cont
         (module, "_LinearCrossEntropy", plain),
         (gpu_walk, "_kernels", lambda *arguments: steps),
         (gpu_walk, "_hopper", gpu_walk._hopper.__wrapped__),
+        (gpu_walk, "_runs_on_hopper", lambda *arguments: isinstance(steps, step_kernel.TritonSteps)),
         (torch.cuda, "get_device_capability", lambda device: divmod(capability, 10)),
         (torch.autograd, "grad", lambda _, leaf: (torch.empty_like(leaf),)),
         (torch.cuda, "device", lambda device: nullcontext()),

@@ -93,7 +93,7 @@ def settle_kernel(
     for begin in range(0, parts, PARTS):
         their = tl.load(part_references + row * P + begin + at, mask=begin + at < parts, other=-float("inf"))
         best = tl.maximum(best, their)
-    new = tl.maximum(tl.max(best, 0), old)
+    new = tl.max(best, 0)
     for begin in range(0, parts, PARTS):
         their = tl.load(part_references + row * P + begin + at, mask=begin + at < parts, other=-float("inf"))
         sums += tl.load(part_sums + row * P + begin + at, mask=begin + at < parts, other=0.0) * tl.exp(their - new)

@@ -36,7 +36,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(step_kernel, name, size)
 
 
-@pytest.fixture(params=["gpu, Triton", "gpu, Hopper, Triton"] if INTERPRETED else ["cpu", "cpu, oneDNN", "gpu"])
+@pytest.fixture(params=["gpu, Triton"] if INTERPRETED else ["cpu", "cpu, oneDNN", "gpu"])
 def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The walk of a CPU with either library's products, and that of a GPU: its torch steps, or its kernels interpreted."""
     multiply_with_onednn(monkeypatch, request.param == "cpu, oneDNN")
@@ -48,14 +48,6 @@ def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         monkeypatch.setattr(
             gpu_walk, "steps_for", lambda device, operand, summed: TritonSteps() if summed == torch.float32 else TorchSteps()
         )
-    if "Hopper" in request.param:
-        from dwl_plugin.loss import hopper
-
-        monkeypatch.setattr(gpu_walk, "_hopper", lambda device: hopper.HopperSteps())
-        monkeypatch.setattr(gpu_walk, "_HOPPER_DTYPES", (torch.float32,))  # what the oracle is compared in
-        hopper_sizes = {"ROWS": 16, "TOKENS": 16, "DEPTH": 16, "GROUP": 2}
-        for name, size in hopper_sizes.items():
-            monkeypatch.setitem(hopper.SIZES, name, size)
     return str(request.param)
 
 

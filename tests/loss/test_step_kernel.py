@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
-import sys
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +18,7 @@ from dwl_plugin.loss.step import BaseRows, Form, Products, Slopes, SoftmaxRows, 
 from dwl_plugin.loss.token_losses import EntropyGate, Focal
 from tests.loss.cases import anchored_case, errors, full_case, random_case, run, terms_case
 from tests.loss.conftest import INTERPRETED
+from tests.loss.interpreted import mutated, off
 from tests.loss.mutants import naive
 from tests.loss.oracle import Case, per_token, relative
 
@@ -218,21 +216,9 @@ def wanted(job: Job) -> dict[str, torch.Tensor]:
     return outcome(TorchSteps(), job, torch.float64)
 
 
-def off(job: Job, found: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The largest error of each: of a row of a matrix by its largest number, of a number by itself or by 1."""
-    result = {}
-    for name, want in wanted(job).items():
-        got = found[name].double()
-        size = want.abs().nan_to_num(posinf=0.0)
-        size = size.amax(-1, keepdim=True) if want.ndim > 1 else size.clamp(min=1)
-        wrong = torch.where(got == want, 0.0, (got - want).abs() / size)
-        result[name] = wrong.nan_to_num(nan=math.inf).max().item()
-    return result
-
-
 @pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
 def test_the_kernels_do_what_torch_does(job: Job) -> None:
-    found = off(job, outcome(step_kernel.TritonSteps(), job))
+    found = off(outcome(step_kernel.TritonSteps(), job), wanted(job))
     assert max(found.values()) <= job.tolerance, found
 
 
@@ -292,31 +278,10 @@ MUTANTS = {  # by the job that sees it: the function, what it says, and what it 
 }  # fmt: skip
 
 
-def mutated(module: ModuleType, function: str, right: str, wrong: str, folder: Path) -> Any:
-    """The module with one mistake in one function; the interpreter reads a kernel's source again, so it has to be a file."""
-    assert module.__file__ is not None
-    source = Path(module.__file__).read_text()
-    begin = source.index(f"def {function}(")
-    end = source.index("\n\n\n", begin)
-    assert source.count(right, begin, end) == 1
-    file = folder / "mutant.py"
-    file.write_text(source[:begin] + source[begin:end].replace(right, wrong) + source[end:])
-    spec = importlib.util.spec_from_file_location("mutant", file)
-    assert spec is not None
-    assert spec.loader is not None
-    mutant = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = mutant  # where its dataclasses look for their module
-    try:
-        spec.loader.exec_module(mutant)
-    finally:
-        del sys.modules[spec.name]
-    return mutant
-
-
 @pytest.mark.parametrize(("job", "function", "right", "wrong"), MUTANTS.values(), ids=MUTANTS)
 def test_no_mutant_does(job: str, function: str, right: str, wrong: str, tmp_path: Path) -> None:
     steps = mutated(step_kernel, function, right, wrong, tmp_path).TritonSteps()
-    assert max(off(JOBS[job], outcome(steps, JOBS[job])).values()) > 10 * JOBS[job].tolerance
+    assert max(off(outcome(steps, JOBS[job]), wanted(JOBS[job])).values()) > 10 * JOBS[job].tolerance
 
 
 def half_cases(dtype: torch.dtype) -> dict[str, Case]:
