@@ -454,15 +454,17 @@ class _HopperWalk(_Walk):
         return _Plan(self.N, self.V, self.N, width)
 
     def _sides(self, plan: _Plan) -> tuple[_Side, None]:
-        return _Side(self.head, self.hidden_TH, self.operand, plan, stores_products=False), None
+        ours = _Side(self.head, self.hidden_TH, self.operand, plan, stores_products=False)
+        self._weights = [self.hopper.tokens(tile.weight_WH) for tile in ours.tiles]
+        return ours, None
 
     def _through_the_vocabulary(self, ours: _Side, block: _Block, rows: SoftmaxRows, targets_R: Tensor, *_: object) -> None:
         accumulate = multiplier(self.device, self.operand, self.summed)
         add, first = accumulate.into, True
         hidden, parts = self.hopper.rows(block.hidden_RH), self.hopper.parts(len(block.hidden_RH), ours.tiles[0].width, targets_R)
-        for tile in ours.tiles:
+        for tile, weight in zip(ours.tiles, self._weights, strict=True):
             ours.prepare(tile)
-            exp_RW, weight = block.exps[tile.width], self.hopper.tokens(tile.weight_WH)
+            exp_RW = block.exps[tile.width]
             self.hopper.advance(hidden, weight, tile.bias_W, exp_RW, parts, rows, targets_R, tile.start, self.form, first=first)
             if rows.summed_RH is not None and exp_RW is not None:
                 add(rows.summed_RH, exp_RW, tile.weight_WH)
@@ -475,8 +477,7 @@ class _HopperWalk(_Walk):
 
         def fill(index: int, tile: _Tile) -> None:
             ours.prepare(tile)
-            weight = self.hopper.tokens(tile.weight_WH)
-            self.hopper.slopes(hidden, weight, tile.bias_W, grad_NW[:, : tile.width], slopes, tile.start, self.form)
+            self.hopper.slopes(hidden, self._weights[index], tile.bias_W, grad_NW[:, : tile.width], slopes, tile.start, self.form)
 
         return fill
 

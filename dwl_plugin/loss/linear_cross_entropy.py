@@ -101,17 +101,22 @@ def fused_cross_entropy(
     require(logit_scale is None or is_finite(logit_scale), f"logit_scale must be a finite number, got {logit_scale!r}")
     scale = 1.0 if logit_scale is None else float(logit_scale)
     softcap = None if softcap is None else float(softcap)
-    head = LinearHead(weight.detach(), _detached(bias), scale, softcap, _multiplied_dtype(hidden, weight))
-    tokens = select_tokens(hidden, given, vocab_size=V, dtype=head.summed)
-    base = None if given.anchor is None else _base_head(given.anchor, head)
+    head_of = partial(LinearHead, scale=scale, softcap=softcap, multiplied=_multiplied_dtype(hidden, weight))
+    tokens = select_tokens(hidden, given, vocab_size=V, dtype=head_of(weight, bias).summed)
     learns = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     needs_grad = NeedsGrad(*(torch.is_grad_enabled() and learn for learn in learns))
     walk = _walk_of(device)
-    run = partial(walk, tokens=tokens, head=head, base=base, needs_grad=needs_grad)
+
+    def run(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> WalkResult:
+        """Holds on to no weight: ZeRO-3 takes a gathered one away after the forward, and gathers it again for the backward."""
+        head = head_of(weight.detach(), _detached(bias))
+        base = None if tokens.anchor is None else _base_head(tokens.anchor, head)
+        return walk(hidden, tokens, head, base, needs_grad)
+
     if needs_grad.hidden or needs_grad.head:
         loss, nll_N, factors_KN, kl_N = _LinearCrossEntropy.apply(hidden, weight, bias, run, tokens.rows_N)
     else:
-        result = run(hidden)
+        result = run(hidden, weight, bias)
         loss, nll_N, factors_KN, kl_N = result.loss, result.nll_N, result.factors_KN, result.kl_N
     return output_at(tokens.rows_N, given.targets.shape, loss, nll_N, factors_KN, kl_N)
 
@@ -154,9 +159,14 @@ def _multiplied_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, run: Callable[[Tensor], WalkResult], rows_N: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        run: Callable[[Tensor, Tensor, Tensor | None], WalkResult],
+        rows_N: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        result = run(hidden)
+        result = run(hidden, weight, bias)
         ctx.run, ctx.gradients = run, result.gradients
         ctx.save_for_backward(hidden, weight, bias, rows_N)
         detached = (result.nll_N, result.factors_KN, result.kl_N)
@@ -168,7 +178,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         refuse_second_derivative()
         hidden, weight, bias, rows_N = ctx.saved_tensors
         # Handed out and forgotten, so that ∂W is scaled where it lies: a copy would be the largest tensor of all.
-        gradients: Gradients = ctx.gradients or ctx.run(hidden).gradients
+        gradients: Gradients = ctx.gradients or ctx.run(hidden, weight, bias).gradients
         ctx.gradients = None
         grad = _scaled(gradients.hidden, grad_loss, hidden)
         at_all = grad is not None and len(grad) == hidden.shape[:-1].numel()

@@ -121,10 +121,11 @@ def multiplier(device: torch.device, operands: torch.dtype, out: torch.dtype) ->
     if operands == out:
         return Multiply(lambda out, a, b: torch.mm(a, b, out=out), lambda out, a, b: torch.addmm(out, a, b, out=out))
     if out.itemsize < 4:  # fp32 sums of half-precision operands are fp32, or rounded to the operands' dtype
-        in_fp32 = multiplier(device, operands, torch.float32)
+        wide = torch.promote_types(operands, torch.float32)
+        summing = multiplier(device, operands, wide)
 
         def product_of(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-            in_fp32.into(product := torch.empty_like(out, dtype=torch.float32), a, b)
+            summing.into(product := torch.empty_like(out, dtype=wide), a, b)
             return product
 
         return Multiply(lambda out, a, b: out.copy_(product_of(out, a, b)), lambda out, a, b: out.add_(product_of(out, a, b)))

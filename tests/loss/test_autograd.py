@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dwl_plugin.loss.chunked import module_cross_entropy
 from dwl_plugin.loss.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
@@ -74,6 +75,21 @@ def test_backward_twice_gives_the_same_gradient_twice(function: Callable[..., Li
     second = torch.autograd.grad(loss, (hidden, weight), torch.tensor(0.5))
     for a, b, c in zip(first, second, kept, strict=True):
         assert torch.equal(a, c)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_a_weight_that_is_taken_away_after_the_forward_is_gone_and_one_that_comes_back_is_used() -> None:
+    """As ZeRO-3 does: the parameter stays, its data goes and is gathered again."""
+    case = full_case(3, 7)
+    hidden, weight = case.hidden.requires_grad_(), torch.nn.Parameter(case.weight.clone())
+    loss = linear_cross_entropy(hidden, weight, case.targets, bias=case.bias, **options_of(case)).loss
+    gathered = StorageWeakRef(weight.untyped_storage())
+    weight.data = torch.empty(0)
+    assert gathered.expired()
+    weight.data = case.weight.clone()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    again = torch.autograd.grad(loss, (hidden, weight))
+    for a, b in zip(first, again, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 

@@ -196,6 +196,17 @@ def test_a_gpu_that_cannot_sum_wider_multiplies_in_fp32_and_says_so() -> None:
     assert relative(out, 2 * a.double() @ b.double()) <= FP32
 
 
+@pytest.mark.parametrize("out", [torch.bfloat16, torch.float16])
+def test_fp64_stays_fp64_until_it_is_rounded(out: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the gradient of a head in bf16 under hidden states in fp64; and no GPU is asked whether it can."""
+    monkeypatch.setattr(matmul, "_has_out_dtype", lambda device, dtype: pytest.fail("asked"))
+    multiply = matmul.multiplier(torch.device("cuda"), torch.float64, out)
+    a, b = torch.tensor([[2.0**24 + 1, -(2.0**24)]], dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)
+    found = torch.empty(1, 1, dtype=out)
+    multiply.into(found, a, b)
+    assert found.item() == 1.0
+
+
 def test_fp16_that_torch_may_sum_in_fp16_is_not_asked_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "_has_out_dtype", lambda device, dtype: True)
     assert matmul._sums_wider(torch.device("cuda", 0), torch.float16)
