@@ -441,10 +441,12 @@ class _HopperWalk(_Walk):
     def takes(hidden: Tensor, tokens: Tokens, head: LinearHead, base: LinearHead | None) -> bool:
         if base is not None or tokens.top_k or head.softcap is not None or head.multiplied not in _HOPPER_DTYPES:
             return False
-        operands = (hidden.reshape(-1, hidden.shape[-1]), head.weight_VH)
-        if hidden.shape[-1] % 8:  # rows that are gathered or converted lie as close as they can
+        H, operands = hidden.shape[-1], (hidden.reshape(-1, hidden.shape[-1]), head.weight_VH)
+        if H % 8:  # rows that are gathered or converted lie as close as they can
             return False
-        return all(one.stride(1) == 1 and one.stride(0) % 8 == 0 and one.data_ptr() % 16 == 0 for one in operands)
+        if any(one.stride(1) != 1 or one.stride(0) < H for one in operands):  # a descriptor's rows lie one after the other
+            return False
+        return all(one.stride(0) % 8 == 0 and one.data_ptr() % 16 == 0 for one in operands)
 
     def _plan(self) -> _Plan:
         return _hopper_plan(super()._plan(), self.operand.itemsize)

@@ -399,6 +399,11 @@ LAID_OUT = {  # and whether the kernels for Hopper take it
         replace(PLAIN, hidden=apart(PLAIN.hidden[..., :20], 4), weight=apart(PLAIN.weight[:, :20], 4)),
         False,
     ),
+    "a head of every second number": (replace(PLAIN, weight=PLAIN.weight.repeat_interleave(2, 1)[:, ::2]), False),
+    "one row for all positions": (
+        replace(random_case(3, 7, vocab=50, ignored=0.0), hidden=PLAIN.hidden[1, 1].expand(3, 7, 24)),
+        False,
+    ),
     "softcap": (replace(PLAIN, softcap=4.0), False),
     "anchor": (replace(anchored_case(3, 7, vocab=50), softcap=None), False),
     "largest logits": (replace(terms_case(3, 7, vocab=50, objectives=(EntropyGate(1.0, 5),)), softcap=None), False),
