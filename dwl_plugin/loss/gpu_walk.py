@@ -131,6 +131,11 @@ class _Plan:
     rows: int
     width: int
 
+    @property
+    def stride(self) -> int:
+        """Of a row of a tile, also where a tile is the whole of an odd vocabulary."""
+        return self.width + -self.width % _WIDTH_MULTIPLE
+
     def blocks(self) -> Iterator[slice]:
         return (slice(start, min(start + self.rows, self.N)) for start in range(0, self.N, self.rows))
 
@@ -196,7 +201,7 @@ class _Side:
     ) -> None:
         self.head, self.hidden_TH, self.operand = head, hidden_TH, operand
         self.multiply = multiplier(hidden_TH.device, operand, head.summed)
-        size = (plan.rows, plan.width) if stores_products else (0, 0)
+        size = (plan.rows, plan.stride) if stores_products else (0, 0)
         self.logits_RW = torch.empty(size, dtype=head.summed, device=hidden_TH.device)
         self.tiles: list[_Tile] = []
         if ours is not None and ours.head is head:
@@ -300,7 +305,7 @@ class _Walk:
             """For exponentials and for what they sum up."""
             if side is None or out is None:
                 return None, None
-            return self._new(plan.rows, plan.width, dtype=self.operand), self._new(plan.rows, self.H)
+            return self._new(plan.rows, plan.stride, dtype=self.operand), self._new(plan.rows, self.H)
 
         (exp_RW, summed_RH), (base_exp_RW, base_summed_RH) = buffers(ours), buffers(theirs)
         for place in plan.blocks():
@@ -389,7 +394,7 @@ class _Walk:
         """∂W and ∂bias, tile by tile: the gradient in the logits of all tokens, then one product over them."""
         plan = self._slopes_plan()
         ours, theirs = self._sides(plan)
-        grad_NW = self._new(self.N, plan.width, dtype=self.operand)
+        grad_NW = self._new(self.N, plan.stride, dtype=self.operand)
         if self.bounds:  # fp16 has neither room below for small weights nor above for large ones
             largest = torch.stack(self.bounds).max().clamp(1e-20, 1e20)
             slopes = slopes._replace(by=torch.exp2(14 - largest.log2().ceil()))

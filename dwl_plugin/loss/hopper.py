@@ -88,7 +88,7 @@ def settle_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at, columns = tl.arange(0, PARTS), tl.arange(0, TOKENS)
-    old, total = (tl.load(references + row), tl.load(totals + row))  # before any warp stores: the maximum keeps them together
+    old, total = tl.load(references + row), tl.load(totals + row)
     best, sums = tl.full((PARTS,), -float("inf"), tl.float32), tl.zeros((PARTS,), tl.float32)
     for begin in range(0, parts, PARTS):
         their = tl.load(part_references + row * P + begin + at, mask=begin + at < parts, other=-float("inf"))
@@ -98,6 +98,7 @@ def settle_kernel(
         their = tl.load(part_references + row * P + begin + at, mask=begin + at < parts, other=-float("inf"))
         sums += tl.load(part_sums + row * P + begin + at, mask=begin + at < parts, other=0.0) * tl.exp(their - new)
     shrink = tl.exp(old - new)
+    tl.debug_barrier()  # every warp has read what one of them writes now
     tl.store(references + row, new)
     tl.store(totals + row, total * shrink + tl.sum(sums, 0))
     if new > old:

@@ -217,3 +217,21 @@ def test_fp16_that_torch_may_sum_in_fp16_is_not_asked_for_more(monkeypatch: pyte
         assert matmul._sums_wider(torch.device("cuda", 0), torch.bfloat16)
     finally:
         torch.backends.cuda.matmul.allow_fp16_accumulation = before
+
+
+def test_rows_of_a_tile_begin_at_even_places_in_an_odd_vocabulary_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    strides = set()
+
+    class Watched(TorchSteps):
+        def advance(self, ours: Products, *arguments: Any, **options: Any) -> None:
+            strides.update(one.stride(0) for one in (ours.logits_RW, ours.exp_RW) if one is not None)
+            super().advance(ours, *arguments, **options)
+
+        def slopes(self, ours: Products, *arguments: Any) -> None:
+            strides.update(one.stride(0) for one in (ours.logits_RW, ours.exp_RW) if one is not None)
+            super().slopes(ours, *arguments)
+
+    monkeypatch.setattr(gpu_walk, "steps_for", lambda *_: Watched())
+    monkeypatch.setattr(module, "_walk_of", lambda _: gpu_walk.forward_backward)
+    assert max(errors(linear_cross_entropy, random_case(5, vocab=1009, width=8)).values()) <= FP32
+    assert strides == {1024}
