@@ -105,13 +105,12 @@ def fused_cross_entropy(
     tokens = select_tokens(hidden, given, vocab_size=V, dtype=head_of(weight, bias).summed)
     learns = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     needs_grad = NeedsGrad(*(torch.is_grad_enabled() and learn for learn in learns))
-    walk = _walk_of(device)
+    walk, base_of = _walk_of(device), None if tokens.anchor is None else _base_head_of(tokens.anchor, V)
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> WalkResult:
         """Holds on to no weight: ZeRO-3 takes a gathered one away after the forward, and gathers it again for the backward."""
         head = head_of(weight.detach(), _detached(bias))
-        base = None if tokens.anchor is None else _base_head(tokens.anchor, head)
-        return walk(hidden, tokens, head, base, needs_grad)
+        return walk(hidden, tokens, head, None if base_of is None else base_of(head), needs_grad)
 
     if needs_grad.hidden or needs_grad.head:
         loss, nll_N, factors_KN, kl_N = _LinearCrossEntropy.apply(hidden, weight, bias, run, tokens.rows_N)
@@ -125,16 +124,17 @@ def _walk_of(device: torch.device) -> Callable[..., WalkResult]:
     return cpu_walk.forward_backward if device.type == "cpu" else gpu_walk.forward_backward
 
 
-def _base_head(anchor: Anchor, ours: LinearHead) -> LinearHead:
+def _base_head_of(anchor: Anchor, V: int) -> Callable[[LinearHead], LinearHead]:
+    """From our head to the base model's, in the dtypes of now: a backward is outside of autocast."""
     require(not callable(anchor.head), "anchor.head must be None or (weight, bias) here; `module_cross_entropy` takes a callable")
     if anchor.head is None:
-        return ours
+        return lambda ours: ours
     assert isinstance(anchor.head, tuple)
     weight, bias = anchor.head
-    V = len(ours.weight_VH)
     fits = weight.shape == (V, anchor.hidden.shape[-1]) and (bias is None or bias.shape == (V,))
     require(fits, f"anchor.head must be a (V, H) weight with V = {V} and a (V,) bias or None, got {brief(weight)}")
-    return LinearHead(weight.detach(), _detached(bias), ours.scale, ours.softcap, _multiplied_dtype(anchor.hidden, weight))
+    multiplied = _multiplied_dtype(anchor.hidden, weight)
+    return lambda ours: LinearHead(weight.detach(), _detached(bias), ours.scale, ours.softcap, multiplied)
 
 
 def _detached(tensor: Tensor | None) -> Tensor | None:

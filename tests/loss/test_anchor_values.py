@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dwl_plugin.loss.anchor import Anchor
 from dwl_plugin.loss.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
 from dwl_plugin.loss.token_losses import Power, Term
-from tests.loss.cases import FP32, anchored_case, as_module, errors, random_case, run
+from tests.loss.cases import FP32, anchored_case, as_module, errors, options_of, random_case, run
 from tests.loss.mutants import ANCHOR_MISTAKES, mutant, naive
 from tests.loss.oracle import per_token
 
@@ -102,3 +102,12 @@ def test_an_anchor_that_does_not_fit_is_named(function: Callable[..., LinearCros
         run(function, replace(case, anchor=Anchor(torch.ones(3, 7), case.hidden, head)))
     with pytest.raises(ValueError, match=r"anchor\.hidden must have the leading shape"):
         run(function, replace(case, anchor=Anchor(torch.ones(3, 7), case.hidden[:2])))
+
+
+def test_a_second_backward_outside_of_autocast_takes_the_same_products(body: str) -> None:
+    case = anchored_case(3, 13)
+    hidden = case.hidden.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, case.weight, case.targets, bias=case.bias, **options_of(case)).loss
+    first, again = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
