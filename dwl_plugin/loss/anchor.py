@@ -18,7 +18,7 @@ from torch import Tensor
 from dwl_plugin.loss.heads import LinearHead, logits_of
 from dwl_plugin.loss.matmul import add_product, add_transposed_product, product
 
-__all__ = ["Anchor", "BasePass"]
+__all__ = ["Anchor", "BasePass", "kl_to_base"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Anchor:
     weight: Tensor
     hidden: Tensor
     head: tuple[Tensor, Tensor | None] | Callable[[Tensor], Tensor] | None = None
+
+
+def kl_to_base(cross_R: Tensor, sum_exp_R: Tensor, reference_R: Tensor, log_total_R: Tensor) -> Tensor:
+    """KL of each row from Σ e·(b − z) and Σ e, with e = exp(b − reference), and log Σ exp(z)."""
+    return (cross_R / sum_exp_R - (reference_R + sum_exp_R.log()) + log_total_R).clamp_(min=0)
 
 
 class BasePass:
@@ -78,8 +83,7 @@ class BasePass:
 
     def kl(self, log_total_R: Tensor) -> Tensor:
         """KL of each row; `log_total` is log Σ e^z."""
-        base_log_total_R = self._running_max_R * self._ours.unit + self._sum_exp_R.log()
-        return (self._cross_R / self._sum_exp_R - base_log_total_R + log_total_R).clamp_(min=0)
+        return kl_to_base(self._cross_R, self._sum_exp_R, self._running_max_R * self._ours.unit, log_total_R)
 
     def add_gradients(
         self, coef_R: Tensor, grad_RH: Tensor | None, hidden_RH: Tensor, weight_VH: Tensor | None, bias_V: Tensor | None

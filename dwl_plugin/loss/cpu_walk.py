@@ -22,7 +22,7 @@ from dwl_plugin.loss.matmul import Operands, add_product, add_transposed_product
 from dwl_plugin.loss.stable_nll import exact_nll
 from dwl_plugin.loss.tokens import Tokens
 from dwl_plugin.loss.top_logits import TopLogits
-from dwl_plugin.loss.walk import Gradients, NeedsGrad, WalkResult
+from dwl_plugin.loss.walk import Gradients, NeedsGrad, Plan, WalkResult
 
 __all__ = ["forward_backward"]
 
@@ -100,9 +100,7 @@ def _block(hidden_TH: Tensor, tokens: Tokens, block: slice, base: LinearHead | N
     top_Rk = None if top is None else top.of_rows(len(nll_R)).mul_(unit)
     kl_R = None if base_pass is None else base_pass.kl(nll_R + state.target_logit_R * unit)
     value = tokens.token_losses(nll_R, one_minus_p_R, top_Rk, kl_R, block, slope=grad_RH is not None or space.saves_exp)
-    result.loss[block], result.nll_N[block], result.factors_KN[:, block] = value.loss_R, nll_R, value.factors_KR
-    if result.kl_N is not None and kl_R is not None:
-        result.kl_N[block] = kl_R
+    result.put(block, value, nll_R, kl_R)
     tiny = torch.finfo(head.summed).tiny  # a vocabulary of one has no others
     exp_coef_R = value.grad_coef_R * head.scale / state.sum_exp_others_R.clamp(min=tiny)
     target_coef_R = value.target_coef_R * head.scale
@@ -145,24 +143,14 @@ class _Softmax:
 
     @classmethod
     def start(cls, rows: int, device: torch.device, dtype: torch.dtype) -> _Softmax:
-        sum_R, target_R = torch.zeros(2, rows, dtype=dtype, device=device)  # two tensors: one for both would be compiled for alone
+        sum_R, target_R = torch.zeros(2, rows, dtype=dtype, device=device)
         # Not −inf: a row may see nothing but its own target at first, and −inf − (−inf) is no number.
         return cls(sum_R, torch.full_like(sum_R, torch.finfo(dtype).min), target_R)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    N: int
-    V: int
-    rows: int
-    width: int
+class _Plan(Plan):
     reuses_buffers: bool
-
-    def blocks(self) -> list[slice]:
-        return [slice(start, min(start + self.rows, self.N)) for start in range(0, self.N, self.rows)]
-
-    def tiles(self) -> list[slice]:
-        return [slice(start, min(start + self.width, self.V)) for start in range(0, self.V, self.width)]
 
 
 def _plan(N: int, V: int, H: int, head_trained: bool, softmaxes: int, operands: Operands, device: torch.device) -> _Plan:

@@ -15,20 +15,20 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dwl_plugin.errors import PREFIX, first_line
+from dwl_plugin.loss.anchor import kl_to_base
 from dwl_plugin.loss.heads import LinearHead
 from dwl_plugin.loss.matmul import multiplier
 from dwl_plugin.loss.stable_nll import exact_nll
 from dwl_plugin.loss.step import BaseRows, Form, Products, Slopes, SoftmaxRows, Steps, TopRows, TorchSteps
 from dwl_plugin.loss.tokens import Tokens
-from dwl_plugin.loss.walk import Gradients, NeedsGrad, WalkResult
+from dwl_plugin.loss.walk import Gradients, NeedsGrad, Plan, WalkResult
 
 if TYPE_CHECKING:
     from dwl_plugin.loss.hopper import HopperSteps
@@ -122,25 +122,13 @@ def _runs_on_hopper(device: torch.device, operand: torch.dtype) -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class _Plan:
+class _Plan(Plan):
     """Even blocks of rows and even tiles of the vocabulary whose buffers fit their budgets, whatever N and V."""
-
-    N: int
-    V: int
-    rows: int
-    width: int
 
     @property
     def stride(self) -> int:
         """Of a row of a tile, also where a tile is the whole of an odd vocabulary."""
         return self.width + -self.width % _WIDTH_MULTIPLE
-
-    def blocks(self) -> Iterator[slice]:
-        return (slice(start, min(start + self.rows, self.N)) for start in range(0, self.N, self.rows))
-
-    def tiles(self) -> Iterator[slice]:
-        return (slice(start, min(start + self.width, self.V)) for start in range(0, self.V, self.width))
 
 
 def _plan(N: int, V: int) -> _Plan:
@@ -371,12 +359,13 @@ class _Walk:
         tokens, head, unit = self.tokens, self.head, self.form.unit
         wants_slopes = self.needs_grad.hidden or self.needs_grad.head
         nll_R, one_minus_p_R = exact_nll(rows.total_R, rows.reference_R * unit, rows.target_R * unit)
-        kl_R = None if base_rows is None else _kl(base_rows, nll_R + rows.target_R * unit, unit)
+        kl_R = None
+        if base_rows is not None:
+            log_total_R = nll_R + rows.target_R * unit
+            kl_R = kl_to_base(base_rows.cross_R, base_rows.total_R, base_rows.reference_R * unit, log_total_R)
         top_Rk = None if top is None else _in_order(top) * unit
         value = tokens.token_losses(nll_R, one_minus_p_R, top_Rk, kl_R, place, slope=wants_slopes)
-        result.loss[place], result.nll_N[place], result.factors_KN[:, place] = value.loss_R, nll_R, value.factors_KR
-        if result.kl_N is not None and kl_R is not None:
-            result.kl_N[place] = kl_R
+        result.put(place, value, nll_R, kl_R)
         if not wants_slopes:
             return
         torch.div(value.grad_coef_R * head.scale, _not_zero(rows.total_R), out=of.coef_R)  # a vocabulary of one has no others
@@ -418,7 +407,7 @@ class _Walk:
         self, ours: _Side, theirs: _Side | None, hidden_NH: Tensor, plan: _Plan, slopes: Slopes, grad_NW: Tensor
     ) -> Callable[[int, _Tile], None]:
         """What writes the gradient in the logits of a tile to the first columns of `grad_NW`."""
-        places = list(plan.blocks())
+        places = plan.blocks()
         blocks = [_Block(ours, hidden_NH[place], grad_NW[place]) for place in places]
         base_blocks: list[_Block | None] = [None] * len(places)
         if theirs is not None:
@@ -495,12 +484,6 @@ def _first(buffer_RX: Tensor | None, rows: int) -> Tensor | None:
 
 def _not_zero(tensor: Tensor) -> Tensor:
     return tensor.clamp(min=torch.finfo(tensor.dtype).tiny)
-
-
-def _kl(base: BaseRows, log_total_R: Tensor, unit: float) -> Tensor:
-    """KL of each row; `log_total` is log Σ e^z."""
-    base_log_total_R = base.reference_R * unit + base.total_R.log()
-    return (base.cross_R / base.total_R - base_log_total_R + log_total_R).clamp_(min=0)
 
 
 def _in_order(top: TopRows) -> Tensor:

@@ -14,7 +14,25 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Gradients", "NeedsGrad", "WalkResult"]
+from dwl_plugin.loss.tokens import TokenLossValue
+
+__all__ = ["Gradients", "NeedsGrad", "Plan", "WalkResult"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """N tokens in blocks of so many rows, a vocabulary of V in tiles of a width."""
+
+    N: int
+    V: int
+    rows: int
+    width: int
+
+    def blocks(self) -> list[slice]:
+        return [slice(start, min(start + self.rows, self.N)) for start in range(0, self.N, self.rows)]
+
+    def tiles(self) -> list[slice]:
+        return [slice(start, min(start + self.width, self.V)) for start in range(0, self.V, self.width)]
 
 
 @dataclass(frozen=True)
@@ -49,3 +67,9 @@ class WalkResult:
     factors_KN: Tensor
     kl_N: Tensor | None
     gradients: Gradients
+
+    def put(self, block: slice, value: TokenLossValue, nll_R: Tensor, kl_R: Tensor | None) -> None:
+        """What the tokens of a block pay."""
+        self.loss[block], self.nll_N[block], self.factors_KN[:, block] = value.loss_R, nll_R, value.factors_KR
+        if self.kl_N is not None and kl_R is not None:
+            self.kl_N[block] = kl_R
