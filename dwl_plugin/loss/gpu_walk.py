@@ -16,7 +16,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from dwl_plugin.loss.hopper import HopperSteps
 
 __all__ = ["forward_backward", "steps_for"]
+
+_Found = TypeVar("_Found")
 
 _ROWS = 2048
 _ROW_MULTIPLE = 16
@@ -70,7 +72,7 @@ def steps_for(device: torch.device, operand: torch.dtype, summed: torch.dtype) -
 
 @functools.cache
 def _kernels(device: torch.device, operand: torch.dtype) -> Steps:
-    try:
+    def advance() -> Steps:
         from dwl_plugin.loss.step_kernel import TritonSteps
 
         steps = TritonSteps()
@@ -79,13 +81,22 @@ def _kernels(device: torch.device, operand: torch.dtype) -> Steps:
         total_R, reference_R, logit_R = torch.zeros(3, 1, dtype=torch.float32, device=device)
         target_R, rows = total_R.long(), SoftmaxRows(total_R, reference_R, logit_R, None)
         steps.advance(products, rows, target_R, 0, Form(1.0, None, 1.0, 0.0), None, None, None, first=True)
+        return steps
+
+    return _tried(advance, "Triton kernels") or TorchSteps()
+
+
+def _tried(advance: Callable[[], _Found], kernels: str) -> _Found | None:
+    """What a first, small launch leaves; None, said aloud, where there can be none: without Triton, without a C compiler for its
+    launchers, on a GPU that it does not know, in a version that compiles something else."""
+    try:
+        return advance()
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # no Triton, no C compiler for its launchers, a GPU that it does not know
+    except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        warnings.warn(f"{PREFIX} the loss runs without its Triton kernels, slower: {reason}", stacklevel=2)
-        return TorchSteps()
-    return steps
+        warnings.warn(f"{PREFIX} the loss runs without its {kernels}, slower: {reason}", stacklevel=3)
+        return None
 
 
 @functools.cache
@@ -102,10 +113,9 @@ def _hopper(device: torch.device) -> HopperSteps | None:
 
 @functools.cache
 def _runs_on_hopper(device: torch.device, operand: torch.dtype) -> bool:
-    """Tried, as the other kernels are: what compiles with one Triton may not with the next."""
-    if isinstance(_kernels(device, operand), TorchSteps):
-        return False  # that said why
-    try:
+    """Tried, as the other kernels are."""
+
+    def advance() -> bool:
         from dwl_plugin.loss.hopper import HopperSteps
 
         hopper, like = HopperSteps(), torch.zeros(16, 16, dtype=operand, device=device)
@@ -113,13 +123,10 @@ def _runs_on_hopper(device: torch.device, operand: torch.dtype) -> bool:
         target_R, rows, parts = total_R.long(), SoftmaxRows(total_R, reference_R, logit_R, None), hopper.parts(16, 16, total_R)
         hidden, weight, form = hopper.rows(like), hopper.tokens(like), Form(1.0, None, 1.0, 0.0)
         hopper.advance(hidden, weight, None, torch.zeros_like(like), parts, rows, target_R, 0, form, first=True)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        warnings.warn(f"{PREFIX} the loss runs without its kernels for Hopper, slower: {reason}", stacklevel=2)
-        return False
-    return True
+        return True
+
+    without = isinstance(_kernels(device, operand), TorchSteps)  # which said why
+    return not without and bool(_tried(advance, "kernels for Hopper"))
 
 
 class _Plan(Plan):
