@@ -60,9 +60,8 @@ def compiled() -> tuple[int, int]:
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     if not CUDA:
         return graphs, 0
-    from dwl_plugin.loss import step_kernel
-
-    kernels = [kernel for name, kernel in vars(step_kernel).items() if name.endswith("_kernel")]
+    loaded = [module for name in ("step_kernel", "hopper") if (module := sys.modules.get(f"dwl_plugin.loss.{name}"))]
+    kernels = [kernel for module in loaded for name, kernel in vars(module).items() if name.endswith("_kernel")]
     return graphs, sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
 
 

@@ -56,6 +56,29 @@ def full_case(*shape: int, seed: int = 0, **options: Any) -> Case:
     )
 
 
+def one_target(case: Case) -> Case:
+    """The last token of the vocabulary, at one position; (3, 7) positions or more."""
+    targets = torch.full_like(case.targets, -100)
+    targets[1, 4] = len(case.weight) - 1
+    return replace(case, targets=targets)
+
+
+def decided(nats: float, *, tokens: int) -> Case:
+    """The target is `nats` above every other token, or as far below one of them."""
+    case = random_case(6, vocab=tokens, width=tokens, ignored=0.0)
+    hidden = torch.zeros(6, tokens)
+    hidden[torch.arange(6), case.targets] = nats
+    return replace(case, hidden=hidden, weight=torch.eye(tokens), exponent=0.5)
+
+
+def masked(case: Case, *tokens: int) -> Case:
+    """These are out of the vocabulary, by their biases, and none of them is a target."""
+    assert case.bias is not None
+    bias = case.bias.clone()
+    bias[list(tokens)] = -torch.inf
+    return replace(case, bias=bias, targets=torch.where(torch.isin(case.targets, torch.tensor(tokens)), -100, case.targets))
+
+
 OBJECTIVES: dict[str, TokenLoss] = {
     "nll": Power(),
     "exponent": Power(0.4),

@@ -16,7 +16,7 @@ from dwl_plugin.loss import gpu_walk, linear_cross_entropy as function_module
 from dwl_plugin.loss.linear_cross_entropy import linear_cross_entropy
 from dwl_plugin.loss.step import Form, Products, Slopes, SoftmaxRows, TorchSteps
 from dwl_plugin.loss.token_losses import EntropyGate, Focal, Power
-from tests.loss.cases import anchored_case, errors, full_case, options_of, random_case, run, terms_case
+from tests.loss.cases import anchored_case, decided, errors, full_case, masked, one_target, options_of, random_case, run, terms_case
 from tests.loss.conftest import INTERPRETED
 from tests.loss.interpreted import mutated, off
 from tests.loss.mutants import naive
@@ -292,29 +292,6 @@ def full(*shape: int, **options: Any) -> Case:
     return replace(full_case(*shape, **options), softcap=None)
 
 
-def one_target() -> Case:
-    case = full(3, 7, vocab=101)
-    targets = torch.full_like(case.targets, -100)
-    targets[1, 4] = 100
-    return replace(case, targets=targets)
-
-
-def decided(nats: float) -> Case:
-    """The target is `nats` above every other token, or as far below one of them."""
-    case = random_case(6, vocab=8, width=8, ignored=0.0)
-    hidden = torch.zeros(6, 8)
-    hidden[torch.arange(6), case.targets] = nats
-    return replace(case, hidden=hidden, weight=torch.eye(8), exponent=0.5)
-
-
-def masked(*tokens: int) -> Case:
-    case = full(3, 7, vocab=101)
-    assert case.bias is not None
-    bias = case.bias.clone()
-    bias[list(tokens)] = -torch.inf
-    return replace(case, bias=bias, targets=torch.where(torch.isin(case.targets, torch.tensor(tokens)), -100, case.targets))
-
-
 def rising() -> Case:
     """Each tile exceeds the one before by more than fp32 can exponentiate."""
     case = random_case(8, vocab=101, width=8, ignored=0.0)
@@ -327,14 +304,14 @@ CASES = {
     "two kinds of token losses": replace(terms_case(3, 7, vocab=101, objectives=(Focal(2.0), Power(1.0, 0.1))), softcap=None),
     "nothing ignored": random_case(29, vocab=60, ignored=0.0),
     "one token": random_case(1, vocab=60, ignored=0.0),
-    "one target": one_target(),
+    "one target": one_target(full(3, 7, vocab=101)),
     "a row and a token more than a block": full(12, vocab=41, ignored=0.0),
     "wider": random_case(2, 9, vocab=50, width=40),
     "a vocabulary of one": random_case(5, vocab=1, ignored=0.0),
     "a vocabulary of two": full(5, vocab=2, ignored=0.0),
-    "certain": decided(30.0),
-    "impossible": decided(-80.0),
-    "masked": masked(0, *range(34, 68), 100),
+    "certain": decided(30.0, tokens=8),
+    "impossible": decided(-80.0, tokens=8),
+    "masked": masked(full(3, 7, vocab=101), 0, *range(34, 68), 100),
     "rising": rising(),
 }
 

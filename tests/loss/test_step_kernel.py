@@ -16,7 +16,7 @@ from dwl_plugin.loss import gpu_walk, linear_cross_entropy as function_module
 from dwl_plugin.loss.linear_cross_entropy import linear_cross_entropy
 from dwl_plugin.loss.step import BaseRows, Form, Products, Slopes, SoftmaxRows, Steps, TopRows, TorchSteps
 from dwl_plugin.loss.token_losses import EntropyGate, Focal
-from tests.loss.cases import anchored_case, errors, full_case, random_case, run, terms_case
+from tests.loss.cases import anchored_case, decided, errors, full_case, masked, one_target, random_case, run, terms_case
 from tests.loss.conftest import INTERPRETED
 from tests.loss.interpreted import mutated, off
 from tests.loss.mutants import naive
@@ -304,39 +304,16 @@ def test_half_precision_is_no_worse_than_naive(name: str, dtype: torch.dtype, tr
     assert all(ours[part] <= theirs[part] * 1.05 + 2e-6 for part in ours), (ours, theirs)
 
 
-def one_target() -> Case:
-    case = full_case(3, 7, vocab=101)
-    targets = torch.full_like(case.targets, -100)
-    targets[1, 4] = 100
-    return replace(case, targets=targets)
-
-
-def decided(nats: float) -> Case:
-    """The target is `nats` above every other token, or as far below one of them."""
-    case = random_case(6, vocab=5, width=5, ignored=0.0)
-    hidden = torch.zeros(6, 5)
-    hidden[torch.arange(6), case.targets] = nats
-    return replace(case, hidden=hidden, weight=torch.eye(5), exponent=0.5)
-
-
-def masked(case: Case, *tokens: int) -> Case:
-    assert case.bias is not None
-    bias = case.bias.clone()
-    bias[list(tokens)] = -torch.inf
-    taken = torch.isin(case.targets, torch.tensor(tokens))
-    return replace(case, bias=bias, softcap=None, targets=torch.where(taken, -100, case.targets))
-
-
 GATED = {"objectives": (EntropyGate(1.0, 20), EntropyGate(0.5, 4)), "ignored": 0.0}
 CASES = {
     "negative scale": replace(full_case(3, 7, vocab=101), logit_scale=-0.6),
-    "one target": one_target(),
+    "one target": one_target(full_case(3, 7, vocab=101)),
     "all ignored": full_case(2, 3, vocab=101, ignored=1.1),
     "a row and a token more than a block": full_case(12, vocab=81, ignored=0.0),
     "anchor under the head that is trained": anchored_case(3, 7, vocab=101, own_head=False),
-    "certain": decided(30.0),
-    "impossible": decided(-80.0),
-    "masked": masked(full_case(3, 7, vocab=101), 0, 50, 51, 99, 100),
+    "certain": decided(30.0, tokens=5),
+    "impossible": decided(-80.0, tokens=5),
+    "masked": masked(replace(full_case(3, 7, vocab=101), softcap=None), 0, 50, 51, 99, 100),
     "fewer tokens than are asked for": terms_case(9, vocab=5, **GATED),  # type: ignore[arg-type]
     "as many tokens as are asked for": terms_case(9, vocab=20, **GATED),  # type: ignore[arg-type]
     "all logits alike": replace(terms_case(9, vocab=29, **GATED), weight=torch.zeros(29, 24), bias=None),  # type: ignore[arg-type]
