@@ -23,6 +23,8 @@ __all__ = [
     "IGNORE_INDEX",
     "MOST_OVERLAPPING",
     "REST",
+    "SAMPLE_POWERS",
+    "Mark",
     "Overlap",
     "Pattern",
     "Position",
@@ -50,8 +52,11 @@ MOST_OVERLAPPING = 62
 Overlap = Literal["first", "sum"]
 """`first`: a token is in the first class that matches. `sum`: in every class that matches."""
 
-Reduction = Literal["token_mean", "weighted_mean", "class_mean", "sequence_mean_token_sum"]
+Reduction = Literal["token_mean", "weighted_mean", "class_mean", "sequence_mean_token_sum", "sample_mean", "sample_sqrt"]
 """How the losses of tokens become one number; the formulas are in `loss.reduction`."""
+
+SAMPLE_POWERS: dict[Reduction, float] = {"sample_mean": 1.0, "sample_sqrt": 0.5}
+"""The power of the number of its sample's targets by which a reduction divides each token."""
 
 REST = "rest"
 """The class of every target token that no other class claims."""
@@ -210,10 +215,23 @@ def _text(value: object) -> object:
         raise invalid("YAML reads yes, no, on, off, true and false as booleans: put it in quotes")
     if value is None or value == "":
         raise invalid("empty: an unquoted `#` starts a YAML comment, so put the text in quotes")
+    if isinstance(value, (int, float)):
+        raise invalid("YAML read this as a number: put it in quotes")
     return value
 
 
 Text = Annotated[str, BeforeValidator(_text)]
+
+
+def _mark(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        raise invalid("is one mark", hint="for several write `any: [{marked: a}, {marked: b}]`, or a class for each")
+    return _text(value)
+
+
+Mark = Annotated[str, BeforeValidator(_mark), WithJsonSchema({"type": ["string", "integer"]})]
 
 
 def _word(value: object) -> object:

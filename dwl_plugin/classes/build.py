@@ -12,7 +12,7 @@ import numpy as np
 
 from dwl_plugin.classes.labeller import Labeller
 from dwl_plugin.classes.masks import InVocabulary, Mask, MaskContext, covers
-from dwl_plugin.classes.selectors import SelectorConfig, walk
+from dwl_plugin.classes.selectors import SelectorConfig, marks_in, walk
 from dwl_plugin.classes.token_bytes import TokenTable, vocabulary_size
 from dwl_plugin.errors import ConfigError, DWLError, Problem
 from dwl_plugin.values import REST, Overlap
@@ -27,6 +27,9 @@ def build_labeller(
     may_be_empty: Container[str] = (),
     *,
     marks_samples: bool = False,
+    reads_data: bool = False,
+    power: float = 0.0,
+    data_sets: tuple[str, ...] = (),
 ) -> Labeller:
     """The labeller of some classes for one tokenizer.
 
@@ -35,7 +38,8 @@ def build_labeller(
         tokenizer: fast or slow.
         overlap: first: a token is in the first class that matches it; sum: in every class that does.
         may_be_empty: names of the classes that need not have a token in the vocabulary.
-        marks_samples: as for `Labeller`.
+        marks_samples, reads_data, power: as for `Labeller`.
+        data_sets: names of the data sets, as the host numbers them from 1.
 
     Raises:
         ConfigError: every class that this tokenizer cannot serve, all at once.
@@ -43,11 +47,12 @@ def build_labeller(
     blank = TokenTable.blank(vocabulary_size(tokenizer))
     texts = {text for config in classes.values() for text in _texts(config)}
     table = blank if texts <= {"none"} else _table(classes, tokenizer)
+    marks = marks_in(classes)
     masks: dict[str, Mask] = {}
     problems: list[Problem] = []
     for name, config in classes.items():
         path = f"dwl.classes.{name}"
-        context = MaskContext(tokenizer, table, name in may_be_empty)
+        context = MaskContext(tokenizer, table, name in may_be_empty, marks, data_sets)
         mask = config.mask(context, path)
         found = context.problems
         if not found and not context.may_be_empty and isinstance(mask, InVocabulary) and not mask.member_V.any():
@@ -63,7 +68,7 @@ def build_labeller(
             lookup[mask.member_V] = index if overlap == "first" else lookup[mask.member_V] | 1 << index
     if "sample" not in texts:
         table = blank  # the texts of single tokens are in the look-up now
-    return Labeller((*classes, REST), tuple(masks.values()), lookup, table, overlap, marks_samples)
+    return Labeller((*classes, REST), tuple(masks.values()), lookup, table, overlap, marks_samples, reads_data, power, data_sets)
 
 
 def _texts(config: SelectorConfig) -> set[str]:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import regex
 
+from dwl_plugin.classes.data_codes import data_sets_of
 from dwl_plugin.classes.samples import Samples
 from dwl_plugin.classes.token_bytes import Bools, TokenTable
 from dwl_plugin.errors import PREFIX, ConfigError, Problem
@@ -54,12 +55,16 @@ class MaskContext:
         tokenizer: fast or slow.
         table: the bytes of its tokens; blank where no selector looks at text.
         may_be_empty: whether the class may have no token in the vocabulary.
+        marks: names of the marks, in the order of their bits.
+        data_sets: names of the data sets, as the host numbers them from 1.
         problems: what this tokenizer cannot serve.
     """
 
     tokenizer: Any
     table: TokenTable
     may_be_empty: bool
+    marks: tuple[str, ...] = ()
+    data_sets: tuple[str, ...] = ()
     problems: list[Problem] = field(default_factory=list)
 
     def look_up(self, ids: Iterable[int]) -> Mask:
@@ -67,6 +72,27 @@ class MaskContext:
         member_V = np.zeros(self.table.size + 1, np.bool_)
         member_V[list(ids)] = True
         return InVocabulary(member_V)
+
+
+@dataclass(frozen=True, eq=False)
+class Marked:
+    """`marked`: the data set mark number `bit`."""
+
+    bit: int
+
+    def __call__(self, samples: Samples) -> Bools:
+        return (samples.codes_T >> self.bit & 1).astype(np.bool_)
+
+
+@dataclass(frozen=True, eq=False)
+class FromDataSet:
+    """`dataset`: the data set of this number."""
+
+    number: int
+
+    def __call__(self, samples: Samples) -> Bools:
+        from_it_T: Bools = data_sets_of(samples.codes_T) == self.number
+        return from_it_T
 
 
 @dataclass(frozen=True, eq=False)

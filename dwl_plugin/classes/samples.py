@@ -41,10 +41,12 @@ class Samples:
         ids_T: token ids from 0 to V, where V stands for every id outside the vocabulary.
         target_T: True where the token is a target.
         starts_S: where each sample begins; increasing, the first is 0.
+        codes_T: what the data says of each token; None: nothing.
     """
 
-    def __init__(self, table: TokenTable, ids_T: Ints, target_T: Bools, starts_S: Ints) -> None:
+    def __init__(self, table: TokenTable, ids_T: Ints, target_T: Bools, starts_S: Ints, codes_T: Ints | None = None) -> None:
         self.table, self.ids_T, self.target_T, self.starts_S = table, ids_T, target_T, starts_S
+        self.codes_T = np.zeros_like(ids_T) if codes_T is None else codes_T
 
     @cached_property
     def _decoded(self) -> tuple[bytes, Ints]:

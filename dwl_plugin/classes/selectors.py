@@ -22,9 +22,22 @@ from dwl_plugin.classes.masks import Mask, MaskContext
 from dwl_plugin.classes.role_headers import Role, role_headers
 from dwl_plugin.classes.token_bytes import added_ids, as_bytes, as_text, special_ids
 from dwl_plugin.errors import Problem, did_you_mean
-from dwl_plugin.values import Pattern, Strict, Text, TokenId, Word, invalid, line_error
+from dwl_plugin.values import Mark, Pattern, Strict, Text, TokenId, Word, invalid, line_error
 
-__all__ = ["SELECTORS", "AllSelector", "AnySelector", "Context", "PackSelector", "SelectorConfig", "as_selector", "one_of", "walk"]
+__all__ = [
+    "SELECTORS",
+    "AllSelector",
+    "AnySelector",
+    "Context",
+    "DatasetSelector",
+    "MarkedSelector",
+    "PackSelector",
+    "SelectorConfig",
+    "as_selector",
+    "marks_in",
+    "one_of",
+    "walk",
+]
 
 MAX_DEPTH = 16
 """How deep selectors may stand in each other; people need two or three."""
@@ -92,7 +105,8 @@ def _choose(models: Mapping[str, type[_Model]], noun: str, value: object, info: 
         raise invalid(f"{noun} has one selector, this one has {' and '.join(found)}", hint=hint)
     if not found:
         options = {name for model in models.values() for name in model.model_fields}
-        hints = [hint for key in value if key not in options and (hint := did_you_mean(key, list(models)))]
+        typos = [key for key in value if key not in options]
+        hints = [hint for key in typos if (hint := did_you_mean("marked" if key == "mark" else key, list(models)))]
         raise invalid("there is no selector", selectors, " ".join(hints))
     context = info.context or Context()
     if context.depth >= MAX_DEPTH:
@@ -335,6 +349,34 @@ class PackSelector(SelectorConfig):
         return pack if packs is None else packs.checked(pack)
 
 
+class MarkedSelector(SelectorConfig):
+    """Tokens that the data marks: those of a row, a message or a content part with `mark: <name>`."""
+
+    key = "marked"
+    if_empty = "no row, message, part or token of the data has this `mark`."
+    marked: Mark = Field(description="The name, or the number, that stands under `mark` in the data.")
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        return masks.Marked(context.marks.index(self.marked))
+
+
+class DatasetSelector(SelectorConfig):
+    """Tokens of the rows of one data set."""
+
+    key = "dataset"
+    if_empty = "no row that was looked at came from this data set."
+    dataset: Text = Field(description="The `name` of an entry of `datasets`, or its path where no other has it.")
+
+    def mask(self, context: MaskContext, path: str) -> Mask:
+        if self.dataset in context.data_sets:
+            return masks.FromDataSet(context.data_sets.index(self.dataset) + 1)
+        known = context.data_sets
+        message = "no such data set" if known else "nothing here tells which data set a row is from"
+        hint = did_you_mean(self.dataset, known) if known else "mark its rows: `mark: <name>` in each, and `marked: <name>` here"
+        context.problems.append(Problem(f"{path}.dataset", message, self.dataset, ", ".join(known), hint))
+        return masks.FromDataSet(0)
+
+
 class _SeveralSelectors(SelectorConfig):
     joined: ClassVar[type[masks.AnyOf | masks.AllOf]]
 
@@ -395,6 +437,8 @@ SELECTORS: dict[str, type[SelectorConfig]] = {
         RoleSelector,
         SpecialSelector,
         AddedSelector,
+        MarkedSelector,
+        DatasetSelector,
         PackSelector,
         AnySelector,
         AllSelector,
@@ -414,6 +458,12 @@ def walk(selector: SelectorConfig, path: str) -> Iterator[tuple[str, SelectorCon
     yield path, selector
     for at, item in selector.inside():
         yield from walk(item, path + at)
+
+
+def marks_in(classes: Mapping[str, SelectorConfig]) -> tuple[str, ...]:
+    """Names of the marks that classes ask for, in the order of their bits."""
+    asked = (selector for config in classes.values() for _, selector in walk(config, ""))
+    return tuple(sorted({selector.marked for selector in asked if isinstance(selector, MarkedSelector)}))
 
 
 def as_selector(config: SelectorConfig) -> SelectorConfig:

@@ -23,6 +23,7 @@ __all__ = ["TokenTable", "added_ids", "as_bytes", "as_text", "special_ids", "voc
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
 Spelling = tuple[bytes, bytes]
 """A token's bytes, and its bytes where it is the first token of a sample."""
 

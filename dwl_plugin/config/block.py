@@ -4,19 +4,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from dwl_plugin.alpha.controllers import ControllerConfig, ControllerOptions
 from dwl_plugin.alpha.schedules import Schedule, ScheduleOptions
+from dwl_plugin.classes.selectors import DatasetSelector, MarkedSelector, marks_in, walk
 from dwl_plugin.config.classes import ClassConfig, Classes, with_token_losses
 from dwl_plugin.loss.token_losses import TOKEN_LOSSES, DFTConfig, TokenLossConfig, TokenLossName, TokenLossOptions
-from dwl_plugin.values import REST, Overlap, Reduction, Strict, Weight
+from dwl_plugin.values import REST, SAMPLE_POWERS, Overlap, Reduction, Strict, Text, Weight, invalid
 
-__all__ = ["Block", "DWLConfig", "LossName"]
+__all__ = ["USUAL_NAMES", "Block", "DWLConfig", "DataWeights", "LossName"]
 
 LossName = Literal["nll", "dft", "dwl"]
+
+
+class DataWeights(Strict):
+    """Where the data says what its tokens count: the names of its fields. A token's factor is the product of those it has."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
+    row: Text | None = Field(None, description="Column with the factor of all tokens of a row.")
+    message: Text | None = Field(None, description="Key of a message with the factor of its tokens.")
+    part: Text | None = Field(None, description="Key of a content part with the factor of its tokens.")
+    token: Text | None = Field(None, description="Column of tokenised rows with a factor for each token.")
+    allow_negative: bool = Field(
+        False,
+        description="Factors below 0: such a token pays |factor| · −log(1 − p), which pushes its p down and lets go of it as "
+        "p -> 0 (unlikelihood). Without this they are refused: −log p times a negative number has no lower bound.",
+    )
+
+    @property
+    def names(self) -> dict[str, str]:
+        """row, message, part and token -> the name of its field, of those that are asked for."""
+        return {place: name for place in USUAL_NAMES if (name := getattr(self, place)) is not None}
+
+
+USUAL_NAMES = {"row": "weight", "message": "weight", "part": "weight", "token": "token_weight"}
+"""What `data_weights: true` stands for."""
+
+
+def _data_weights(value: object) -> object:
+    if isinstance(value, bool):
+        return USUAL_NAMES if value else None
+    allowed = f"true, or {', '.join(DataWeights.model_fields)}"
+    if value is not None and not isinstance(value, (Mapping, DataWeights)):
+        wants_all = isinstance(value, str) and value.lower() in ("true", "yes", "on")
+        example = "write it without quotes: `data_weights: true`" if wants_all else "for example `data_weights: {row: weight}`"
+        raise invalid("is `true`, or a mapping to the names of fields in the data", allowed, example)
+    if isinstance(value, Mapping):
+        if set(value) == {"allow_negative"}:
+            return {**USUAL_NAMES, **value}
+        if set(value) <= DataWeights.model_fields.keys() and all(value.get(place) is None for place in USUAL_NAMES):
+            raise invalid("names no field of the data", allowed, "`data_weights: true` names `weight` and `token_weight`")
+    return value
+
+
+def _or_boolean(schema: dict[str, Any]) -> None:
+    schema["anyOf"].append({"type": "boolean"})
 
 
 class _TokenLoss(Strict):
@@ -41,6 +87,12 @@ class DWLConfig(_TokenLoss):
     overlap: Overlap = Field(
         "first",
         description="first: a token belongs to the first class that matches. sum: to every class that matches, and pays in each.",
+    )
+    data_weights: Annotated[DataWeights | None, BeforeValidator(_data_weights)] = Field(
+        None,
+        description="Factors that come with the data and multiply what a token pays. true: `weight` of a row, a message and a "
+        "content part, and the column `token_weight`.",
+        json_schema_extra=_or_boolean,
     )
     reduction: Reduction = Field("token_mean", description="How token losses become one number; see the README's table.")
     alpha: dict[str, Weight] | None = Field(
@@ -81,8 +133,36 @@ class Block(Strict):
 
     @property
     def labels_tokens(self) -> bool:
-        """Whether batches carry class ids: there are classes, or samples have to be counted."""
-        return bool(self.class_configs) or self.reduction == "sequence_mean_token_sum"
+        """Whether batches carry class ids: there are classes or factors, or samples have to be counted."""
+        return bool(self.class_configs) or self.weighs_tokens or self.reduction == "sequence_mean_token_sum"
+
+    @property
+    def data_weights(self) -> DataWeights | None:
+        """Where the data has factors, if it has any."""
+        return None if self.dwl is None else self.dwl.data_weights
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Names of the marks that classes ask for, in the order of their bits."""
+        return marks_in(self.class_configs)
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether rows have to say more of their tokens than ids and labels: factors, marks or their data set."""
+        selectors = (selector for config in self.class_configs.values() for _, selector in walk(config, ""))
+        return self.data_weights is not None or any(
+            isinstance(selector, (MarkedSelector, DatasetSelector)) for selector in selectors
+        )
+
+    @property
+    def sample_power(self) -> float:
+        """The power of the number of its sample's targets by which each token is divided; 0 unless the reduction is by sample."""
+        return SAMPLE_POWERS.get(self.reduction, 0.0)
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether class ids carry factors."""
+        return self.reads_data or self.sample_power > 0
 
     @property
     def dft_paths(self) -> tuple[str, ...]:

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
+import numpy as np
 import regex
 
 from dwl_plugin.classes.build import build_labeller
+from dwl_plugin.classes.data_codes import marks_of
+from dwl_plugin.classes.selectors import marks_in
 from dwl_plugin.classes.token_bytes import as_bytes
 from dwl_plugin.config.classes import may_be_empty
 from dwl_plugin.config.packs import Pack, PackCase
@@ -75,14 +78,18 @@ class CaseResult:
 def class_of_bytes(pack: Pack, case: PackCase) -> tuple[bytes, list[int]]:
     """The sample's bytes, and the class index of each; -100 where it is masked."""
     tokenizer = ByteTokenizer(case.special, case.added)
-    labeller = build_labeller(pack.classes, tokenizer, may_be_empty=may_be_empty(pack.classes))
+    known = marks_in(pack.classes)
+    labeller = build_labeller(pack.classes, tokenizer, may_be_empty=may_be_empty(pack.classes), reads_data=bool(known))
     ids: list[int] = []
     labels: list[int] = []
+    codes: list[int] = []
     for turn in case.sample:
         before, after = tokenizer.encode(turn.prompt), tokenizer.encode(turn.text)
         ids += before + after
         labels += [IGNORE_INDEX] * len(before) + after
-    classes = labeller(ids, labels).tolist()
+        codes += [0] * len(before) + [1 << known.index(turn.mark) if turn.mark in known else 0] * len(after)
+    class_ids = labeller(ids, labels, codes)
+    classes = np.where(class_ids < 0, class_ids, marks_of(class_ids)).tolist()  # without factors, which are all 1
     spelled = [tokenizer.spelling(token_id) for token_id in ids]
     return b"".join(spelled), [index for index, piece in zip(classes, spelled, strict=True) for _ in piece]
 

@@ -15,12 +15,21 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from dwl_plugin.classes.selectors import AllSelector, AnySelector, Context, PackSelector, SelectorConfig, as_selector, walk
+from dwl_plugin.classes.selectors import (
+    AllSelector,
+    AnySelector,
+    Context,
+    DatasetSelector,
+    PackSelector,
+    SelectorConfig,
+    as_selector,
+    walk,
+)
 from dwl_plugin.config.classes import CLASSES, ClassConfig, Classes, name_problems
 from dwl_plugin.config.pack_files import PackReference, PackText, read_pack
 from dwl_plugin.config.problems import alpha_problems, nodes, shown_key, unfit, unique, validate
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
-from dwl_plugin.values import REST, Reduction, Strict, Weight, invalid
+from dwl_plugin.values import REST, Mark, Reduction, Strict, Weight, invalid
 from dwl_plugin.yaml_io import load_plain_yaml
 
 __all__ = ["Pack", "PackCase", "PackLibrary", "PackTurn", "parse_pack"]
@@ -39,6 +48,7 @@ class PackTurn(Strict):
 
     prompt: str = Field("", description="What stands before the text, masked.")
     text: str = Field(description="What is trained.")
+    mark: Mark | None = Field(None, description="The `mark` that the data gives to the text.")
 
 
 class PackCase(Strict):
@@ -46,6 +56,7 @@ class PackCase(Strict):
 
     prompt: str | None = Field(None, description="What stands before the text, masked.")
     text: str | None = Field(None, description="What is trained. A sample of several turns has `turns` instead.")
+    mark: Mark | None = Field(None, description="The `mark` that the data gives to the text.")
     turns: tuple[PackTurn, ...] | None = Field(None, min_length=1, description="A masked and a trained text each.")
     special: tuple[str, ...] = Field((), description="Pieces of the text that are special tokens of the tokenizer.")
     added: tuple[str, ...] = Field((), description="Pieces of the text that are single tokens, but not special ones.")
@@ -57,14 +68,15 @@ class PackCase(Strict):
     def _one_form(self) -> PackCase:
         if (self.text is None) == (self.turns is None):
             raise invalid("a case has either `text` or `turns`")
-        if self.turns is not None and self.prompt is not None:
-            raise invalid("with `turns`, each turn has its own `prompt`")
+        for key in ("prompt", "mark"):
+            if self.turns is not None and getattr(self, key) is not None:
+                raise invalid(f"with `turns`, each turn has its own `{key}`")
         return self
 
     @property
     def sample(self) -> tuple[PackTurn, ...]:
         """The turns, also of a case that has one."""
-        return self.turns or (PackTurn(prompt=self.prompt or "", text=self.text or ""),)
+        return self.turns or (PackTurn(prompt=self.prompt or "", text=self.text or "", mark=self.mark),)
 
 
 class Pack(Strict):
@@ -84,8 +96,12 @@ class Pack(Strict):
     @field_validator("classes")
     @classmethod
     def _few(cls, classes: dict[str, ClassConfig]) -> dict[str, ClassConfig]:
-        if sum(1 for config in classes.values() for _ in walk(config, "")) > MAX_SELECTORS:
+        selectors = [selector for config in classes.values() for _, selector in walk(config, "")]
+        if len(selectors) > MAX_SELECTORS:
             raise invalid(f"a pack has at most {MAX_SELECTORS} selectors")
+        if named := [selector.dataset for selector in selectors if isinstance(selector, DatasetSelector)]:
+            message = f"`dataset: {named[0]}` is a name in one config, and a pack is for many"
+            raise invalid(message, hint="let rows say it: `marked: <name>` here, and `mark: <name>` in the data")
         return classes
 
     @field_validator("sources")

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from dwl_plugin.alpha.controllers import controller_problems
 from dwl_plugin.alpha.schedules import vectors
+from dwl_plugin.classes.data_codes import CLASS_BITS, MOST_MARKS
 from dwl_plugin.classes.selectors import Context
 from dwl_plugin.config.block import Block, DWLConfig, LossName
 from dwl_plugin.config.classes import name_problems
@@ -98,9 +99,16 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     if sound is not None and not in_fields and not packs.problems:
         problems += _useless_options(sound)
         count = len(sound.class_configs)
-        if sound.overlap == "sum" and count > MOST_OVERLAPPING:  # class ids are the bits of an int64
-            why = f"`sum` takes at most {MOST_OVERLAPPING} classes, and there are {count}"
+        most = CLASS_BITS if sound.weighs_tokens else MOST_OVERLAPPING  # class ids are the bits of an int64
+        if sound.overlap == "sum" and count > most:
+            beside = " beside weights of the data or a reduction by sample" if sound.weighs_tokens else ""
+            why = f"`sum` takes at most {most} classes{beside}, and there are {count}"
             problems.append(Problem("dwl.overlap", why, "sum", hint="write `overlap: first`, or join classes"))
+        if len(sound.marks) > MOST_MARKS:
+            hint = "give what belongs together one mark in the data"
+            problems.append(
+                Problem("dwl.classes", f"at most {MOST_MARKS} marks of the data can be told apart", len(sound.marks), hint=hint)
+            )
     if problems or block is None:
         raise ConfigError(unique(problems))
     return block
@@ -154,7 +162,7 @@ def _number_problems(dwl: Mapping[str, Any], names: Sequence[str]) -> Iterator[P
 
 def _useless_keys(loss: object, dwl: Mapping[str, Any], classes: Mapping[str, Any]) -> Iterator[Problem]:
     """Keys that this loss does not look at, and a `dwl` that changes nothing."""
-    if loss == "dwl" and dwl.get("classes") == {} and not dwl.keys() & {"token_loss", "reduction", *_OPTIONS}:
+    if loss == "dwl" and dwl.get("classes") == {} and not dwl.keys() & {"token_loss", "reduction", "data_weights", *_OPTIONS}:
         yield Problem("dwl.classes", "has no class in it, so this is plain cross-entropy", hint="name at least one class")
     if loss not in ("nll", "dft"):
         return

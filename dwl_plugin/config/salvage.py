@@ -73,7 +73,7 @@ def _without(ours: Mapping[str, Any], paths: list[str]) -> dict[str, Any]:
                 left.pop("dft", None)
             dwl = {**dwl, "classes": {name: spec for name, spec in classes.items() if name not in bad}}
         dwl = {key: value for key, value in dwl.items() if key not in gone}
-        if dwl.get("classes") or "pack" in dwl:
+        if dwl.get("classes") or "pack" in dwl or dwl.get("data_weights"):
             left["dwl"] = dwl
     if left.get("loss") == "dwl" and "dwl" not in left:
         return {}

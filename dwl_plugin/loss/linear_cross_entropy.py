@@ -30,6 +30,7 @@ def linear_cross_entropy(
     min_weight: Tensor | float = 0.0,
     terms: Sequence[Term] | None = None,
     anchor: Anchor | None = None,
+    unlikelihood: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float | None = None,
@@ -60,6 +61,8 @@ def linear_cross_entropy(
             `dwl_plugin.loss.token_losses` and a weight like token_weight.
         anchor: adds weight·KL(base‖θ) of each token, the divergence from a base model over the vocabulary (ASFT,
             arXiv:2509.23753); see `dwl_plugin.loss.anchor.Anchor`. Two more matmuls, and one with a trained `weight`.
+        unlikelihood: (…) like token_weight: adds unlikelihood·(−log(1 − p)) of each token, whose gradient in the logits vanishes as
+            p → 0 (arXiv:1908.04319). A constant.
         bias: (V,) or None.
         softcap: a number > 0 or None.
         logit_scale: a finite number or None.
@@ -79,7 +82,7 @@ def linear_cross_entropy(
     a GPU with a trained `weight` the target tokens' rows of `hidden`, where not all are targets or others multiply. The first
     backward hands the gradients out; another one through a retained graph takes them again.
     """
-    given = Targets(targets, terms_of(terms, token_weight, exponent, min_weight), anchor, ignore_index)
+    given = Targets(targets, terms_of(terms, token_weight, exponent, min_weight), anchor, ignore_index, unlikelihood)
     return fused_cross_entropy(hidden, weight, given, bias=bias, softcap=softcap, logit_scale=logit_scale)
 
 

@@ -292,23 +292,23 @@ class Seam:
         device = logits.device if linear is None else linear.weight.device
         targets_N = targets.reshape(-1).to(device)
         is_target_N = targets_N != ignore_index
-        everyone = Membership.all_rest(is_target_N, classes, spec.overlap)
-        members = everyone
+        members = Membership.all_rest(is_target_N, classes, spec.overlap)
         if class_ids is not None:
             class_N = torch.where(is_target_N, class_ids.reshape(-1).to(device), IGNORE_INDEX)
-            members = Membership.read(class_N, classes, spec.overlap)
-        paying = members if spec.classes_pay else everyone
+            members = Membership.read(class_N, classes, spec.overlap, spec.weighs)
+        paying = members if spec.classes_pay or class_ids is None else members.in_rest()
         weight_C = self._constant(spec.weight, device) if pending.class_weight is None else pending.class_weight
         weight_C = weight_C.to(device=device, dtype=torch.float32, non_blocking=True)
         term_C = self._constant(tuple(spec.terms.index(objective) for objective in spec.objective), device)
         # Divided here and not at the end: nothing then scales gradients that were rounded already.
         share_C = weight_C / self._denominator(is_target_N, copies) if divides else weight_C
         terms = [Term(objective, paying.weigh(torch.where(term_C == k, share_C, 0.0))) for k, objective in enumerate(spec.terms)]
+        unlikely_N = paying.weigh(share_C, sign=-1) if spec.allow_negative else None
         anchor, anchor_C = None, None
         if spec.is_anchored:
             anchor_C = self._constant(spec.anchor, device)
             anchor = Anchor(paying.weigh(share_C * anchor_C), self._rows_like(pending.base, logits).to(device))
-        out = self._token_losses(logits, Targets(targets_N, terms, anchor, ignore_index), pending.base)
+        out = self._token_losses(logits, Targets(targets_N, terms, anchor, ignore_index, unlikely_N), pending.base)
         if pending.on_tokens is not None:
             factors_KN = torch.stack(out.factors)
             pending.on_tokens(ForwardMetrics(members, paying, out.nll, factors_KN, term_C, weight_C, out.kl, anchor_C))

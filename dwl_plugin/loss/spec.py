@@ -22,7 +22,8 @@ class LossSpec:
     Token t pays Σ_{c∋t} w_c·f_c(t)·(−log p_t): `weight` is w, `objective` says what f is. `overlap` says how class ids name the
     classes of a token: `first` by the index of its class, `sum` by a bit for each of them. Without `classes_pay` classes are only
     measured, and every token pays once, what the last class pays. `anchor` adds w_c·λ_c·KL(base‖θ), for a seam that knows the base
-    model; empty: none.
+    model; empty: none. `weighs`: class ids hold a factor for each token, which multiplies what it pays. `allow_negative`: one with
+    a factor below 0 pays |factor|·w_c·(−log(1 − p_t)) instead.
     """
 
     weight: tuple[float, ...] = (1.0,)
@@ -30,6 +31,8 @@ class LossSpec:
     overlap: Overlap = "first"
     classes_pay: bool = True
     anchor: tuple[float, ...] = ()
+    weighs: bool = False
+    allow_negative: bool = False
 
     def __post_init__(self) -> None:
         if not len(self.weight) == len(self.objective) >= 1 or len(self.anchor) not in (0, len(self.weight)):

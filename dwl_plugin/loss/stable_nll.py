@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["LinearCrossEntropyOutput", "exact_nll", "output_at", "refuse_second_derivative", "spread"]
+__all__ = ["LinearCrossEntropyOutput", "exact_nll", "output_at", "refuse_second_derivative", "spread", "unlikelihood"]
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -35,6 +35,12 @@ def exact_nll(sum_exp_others_N: Tensor, max_N: Tensor, target_logit_N: Tensor) -
     likely_N = x_N < 0
     nll_N = torch.where(likely_N, odds_N.log1p(), x_N + x_N.neg().exp().log1p())
     return nll_N, torch.where(likely_N, odds_N / (1 + odds_N), torch.sigmoid(x_N))
+
+
+def unlikelihood(nll_N: Tensor) -> Tensor:
+    """−log(1 − p), in nats; finite (87 in fp32) where nll is 0."""
+    p_N, least = nll_N.neg().exp(), torch.finfo(nll_N.dtype).tiny
+    return torch.where(p_N < 0.5, p_N.neg().log1p(), nll_N.clamp(min=least).neg().expm1().neg().log()).neg()
 
 
 def spread(values_N: Tensor, rows_N: Tensor | None, shape: torch.Size) -> Tensor:

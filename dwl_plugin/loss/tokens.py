@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dwl_plugin.loss.anchor import Anchor
+from dwl_plugin.loss.stable_nll import unlikelihood
 from dwl_plugin.loss.token_losses import Power, Term, TokenStats
 
 __all__ = ["Targets", "TokenLossValue", "Tokens", "brief", "is_finite", "require", "select_tokens", "terms_of"]
@@ -22,16 +23,17 @@ __all__ = ["Targets", "TokenLossValue", "Tokens", "brief", "is_finite", "require
 
 @dataclass(frozen=True)
 class Targets:
-    """The target of each position (…), and what tokens pay: the terms, and an anchor beside them."""
+    """The target of each position (…), and what tokens pay: the terms, beside them `unlikelihood`·(−log(1 − p)), and an anchor."""
 
     targets: Tensor
     terms: Sequence[Term] = (Term(Power()),)
     anchor: Anchor | None = None
     ignore_index: int = -100
+    unlikelihood: Tensor | None = None
 
 
 class TokenLossValue(NamedTuple):
-    """What tokens pay, anchor included, and ℓ/nll of each term.
+    """What tokens pay in all, and ℓ/nll of each term.
 
     Its gradient in the logits is grad_coef·q_j for the other tokens, q their softmax, and −target_coef for the target.
     """
@@ -53,6 +55,7 @@ class Tokens:
     targets_N: Tensor
     terms: tuple[Term, ...]
     anchor: Anchor | None
+    unlikelihood_N: Tensor | None
 
     def __len__(self) -> int:
         return len(self.targets_N)
@@ -89,6 +92,11 @@ class Tokens:
         factors_KR = torch.stack(paid).detach() / clamped_R.detach()
         loss_R = reduce(torch.add, (weight_R * factor_R * nll_R for weight_R, factor_R in zip(weights, factors_KR, strict=True)))
         grad_coef_R = target_coef_R = slope_R * one_minus_p_R
+        if self.unlikelihood_N is not None:
+            weight_R = self.unlikelihood_N[rows]
+            loss_R = loss_R + weight_R * unlikelihood(nll_R)
+            if slope:  # p itself: no part of it, dℓ/dnll or 1 − p, could be told from ∞ and 0 as p -> 1
+                grad_coef_R = target_coef_R = grad_coef_R - weight_R * nll_R.neg().exp()
         if self.anchor is not None and kl_R is not None:
             anchor_R = self.anchor.weight[rows]
             loss_R = loss_R + anchor_R * kl_R
@@ -169,7 +177,8 @@ def select_tokens(hidden: Tensor, given: Targets, *, vocab_size: int | None, dty
         require(fits, f"{allowed}, got {brief(anchor.hidden)} on {anchor.hidden.device}")
         hidden_TH = anchor.hidden.detach().reshape(-1, anchor.hidden.shape[-1])
         anchor = replace(anchor, weight=at_targets("anchor.weight", anchor.weight), hidden=hidden_TH)
-    return Tokens(rows_N, targets_N, tuple(terms), anchor)
+    unlikely_N = None if given.unlikelihood is None else at_targets("unlikelihood", given.unlikelihood)
+    return Tokens(rows_N, targets_N, tuple(terms), anchor, unlikely_N)
 
 
 def _check(values: Tensor, allowed: Tensor, message: str) -> None:

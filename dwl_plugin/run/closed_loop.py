@@ -9,7 +9,7 @@ import torch
 
 from dwl_plugin.alpha.controller_state import LoopState
 from dwl_plugin.alpha.controllers import Controller
-from dwl_plugin.loss.class_sums import widest
+from dwl_plugin.loss.membership import widest
 
 __all__ = ["ClosedLoop"]
 

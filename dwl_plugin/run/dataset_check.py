@@ -37,13 +37,26 @@ NO_TARGET = "a label is -100, or the first of its row, which nothing predicts"
 _OF_A_TRAINER = ("train_dataset", "eval_dataset")
 
 
-def labeller_of(block: Block, tokenizer: Any) -> Labeller | None:
-    """The labeller that a block asks for; None if nothing in it depends on the tokens. Raises as `build_labeller`."""
+def labeller_of(block: Block, tokenizer: Any, data_sets: tuple[str, ...] = ()) -> Labeller | None:
+    """The labeller that a block asks for; None if nothing in it depends on the tokens.
+
+    `data_sets` are their names, as the host numbers them from 1; they count where rows say from which they are. Raises as
+    `build_labeller`.
+    """
     if not block.labels_tokens:
         return None
     classes = block.class_configs
     marks_samples = block.reduction == "sequence_mean_token_sum"
-    return build_labeller(classes, tokenizer, block.overlap, may_be_empty(classes), marks_samples=marks_samples)
+    return build_labeller(
+        classes,
+        tokenizer,
+        block.overlap,
+        may_be_empty(classes),
+        marks_samples=marks_samples,
+        reads_data=block.reads_data,
+        power=block.sample_power,
+        data_sets=data_sets if block.reads_data else (),
+    )
 
 
 def picked_rows(count: int, seed: int, most: int = SURVEY_ROWS) -> list[int]:
@@ -71,12 +84,14 @@ def no_rows(key: str = "datasets", why: str = "the data is empty, or every row w
     return Problem(key, f"there is no row to train on: {why}", hint=hint, **received)
 
 
-def no_targets(rows: int | None, key: str = "datasets") -> Problem:
-    """Of the training set, which is `datasets` of a config or `train_dataset` of a trainer, or of an evaluation set."""
+def no_targets(rows: int | None, key: str = "datasets", taken_out: int = 0) -> Problem:
+    """Of the training set, which is `datasets` of a config or `train_dataset` of a trainer, or of an evaluation set; `taken_out`
+    targets have a factor of 0 in the data."""
     looked = "in any row" if rows is None else f"in the {rows:,} rows looked at"
     what = "to train on" if key in ("datasets", "train_dataset") else "to evaluate on, and its loss would be NaN"
     source = "the collator" if key in _OF_A_TRAINER else "`train_on_inputs`, roles and the dataset's type"
-    return Problem(key, f"there is nothing {what}: no target token {looked}", hint=f"{NO_TARGET}: look at {source}")
+    hint = f"the data gives all {taken_out:,} a factor of 0" if taken_out else f"{NO_TARGET}: look at {source}"
+    return Problem(key, f"there is nothing {what}: no target token {looked}", hint=hint)
 
 
 def ids_outside(samples: Iterable[Mapping[str, Any]], size: int, source: str = "datasets") -> Iterator[Problem]:
@@ -94,7 +109,7 @@ def require_targets(samples: Iterable[Mapping[str, Any]], key: str) -> None:
     """Raise `ConfigError` if an evaluation set has no target; `samples` as of `with_targets`."""
     found = survey(None, samples)
     if found.rows and not found.targets:
-        raise ConfigError([no_targets(None, key)])
+        raise ConfigError([no_targets(None, key, found.taken_out[-1])])
 
 
 def check_dataset(
@@ -109,6 +124,6 @@ def check_dataset(
     if not found.rows:
         return None
     if not found.targets:
-        raise ConfigError([no_targets(None, key)])
+        raise ConfigError([no_targets(None, key, found.taken_out[-1])])
     ConfigError.raise_any(empty_class_problems(found, block.class_configs, may_be_empty(block.class_configs)))
     return found

@@ -15,8 +15,8 @@ from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block
 from dwl_plugin.errors import ConfigError, LossNotTakenError, NotFiniteError, Problem
-from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics, widest
-from dwl_plugin.loss.membership import Membership, count_classes
+from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics
+from dwl_plugin.loss.membership import Membership, count_classes, widest
 from dwl_plugin.loss.reduction import class_weights
 from dwl_plugin.loss.seam import Seam
 from dwl_plugin.loss.shift import IGNORE_INDEX
@@ -62,11 +62,16 @@ class Session:
         self.block, self.labeller, self.survey = block, labeller, survey
         self.names = block.class_names
         objectives = tuple(objective_of(token_loss) for token_loss in block.token_losses)
-        self.spec = LossSpec(block.alpha, objectives, block.overlap, block.loss == "dwl", block.anchors)
+        negative = block.data_weights is not None and block.data_weights.allow_negative
+        self.spec = LossSpec(
+            block.alpha, objectives, block.overlap, block.loss == "dwl", block.anchors, block.weighs_tokens, negative
+        )
         if self.spec.is_anchored and not hasattr(model, "disable_adapter"):
             raise ConfigError(without_base_model(block))
         self.seam = Seam(model, log_line, model.disable_adapter if self.spec.is_anchored else None)
         self.replaced = " and ".join([self.seam.replaced, *(f"`{key}`" for key in taken_over)])
+        self.read: Callable[[Any, str], Any] | None = None
+        """A data set, and its name -> the same with what its rows say of their tokens; None where rows come with it."""
         self.data: list[str] | None = None
         """Paths of the data, where the host has them."""
         self.loop: ClosedLoop | None = None
@@ -77,7 +82,7 @@ class Session:
         """Of the last forward, where the host's class has a `compute_loss` of its own."""
         self.given: dict[str, float] = {}
         """The last log, as the host's class got it."""
-        self.eval_sums = ClassSums(self.names)
+        self.eval_sums = self.class_sums()
         self.token_losses = block.token_losses
         self._on_device: tuple[tuple[float, ...], torch.Tensor] | None = None
         self.tau = 0
@@ -91,10 +96,15 @@ class Session:
         self.token_losses_at: Callable[[int], tuple[TokenLossConfig, ...]] | None = None
         if length is not None:
             self.alpha_at, self.token_losses_at = alpha_of(self.block, length), token_losses_of(self.block, length)
-        self.train_sums, self.first_bad = ClassSums(self.names), FirstBadStep(self.names)
+        self.train_sums, self.first_bad = self.class_sums(), FirstBadStep(self.names)
         self.has_trained = False
         """Whether a target token was seen in what was measured."""
         self.step_counts: torch.Tensor | None = None
+
+    def class_sums(self) -> ClassSums:
+        """From zero, of what this run measures."""
+        data_sets = () if self.labeller is None else self.labeller.data_sets
+        return ClassSums(self.names, data_sets, factors=self.block.data_weights is not None)
 
     def move(self, tau: int) -> None:
         """To α and the token losses of optimizer step τ. Raises `NotFiniteError` for an α that is none."""
@@ -132,10 +142,9 @@ class Session:
         return {"run": asdict(self.length), "controller": None if self.loop is None else self.loop.state()}
 
     def counts(self, batches: Sequence[Any], device: torch.device) -> torch.Tensor:
-        """(C + 2,) int64 of `batches`: targets of each class, targets, samples with a target. The first label of a row predicts
-        nothing and is not counted."""
-        classes = len(self.names)
-        counts = torch.zeros(classes + 2, dtype=torch.int64, device=device)
+        """As `count_classes`, of all `batches`. The first label of a row predicts nothing and is not counted."""
+        classes, weighs = len(self.names), self.spec.weighs
+        counts = torch.zeros(1 + weighs, classes + 2, dtype=widest(device) if weighs else torch.int64, device=device)
         for batch in batches:
             is_shifted = "shift_labels" in batch
             labels = batch[CLASS_IDS] if CLASS_IDS in batch else batch.get("shift_labels" if is_shifted else "labels")
@@ -144,14 +153,14 @@ class Session:
             targets = (labels if is_shifted else labels[..., 1:]).to(device)
             if CLASS_IDS not in batch:
                 targets = Membership.all_rest(targets != IGNORE_INDEX, classes, self.spec.overlap).ids_N
-            counts += count_classes(targets, classes, self.spec.overlap)
+            counts += count_classes(targets, classes, self.spec.overlap, weighs)
         return counts
 
     def pending_loss(
         self, inputs: dict[str, Any], counts: torch.Tensor, denominator: Any, on_tokens: Callable[[ForwardMetrics], object]
     ) -> PendingLoss:
         """What the seam needs for one forward; takes the class ids out of `inputs`."""
-        weight_C = class_weights(self.block.reduction, self._alpha_on(counts.device), counts)
+        weight_C = class_weights(self.block.reduction, self._alpha_on(counts.device), counts[0], counts[-1])
         class_ids = inputs.pop(CLASS_IDS, None)
         if class_ids is None and self.labeller is not None:
             raise LossNotTakenError(

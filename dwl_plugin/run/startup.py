@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedules import Curve
+from dwl_plugin.classes import ClassSurvey
 from dwl_plugin.config import Block, ControllerOptions, LossControllerOptions
 from dwl_plugin.errors import PREFIX, ConfigError, DWLError, printable, shortened
 from dwl_plugin.files import write_whole
@@ -25,8 +26,8 @@ from dwl_plugin.run.record import Record
 __all__ = ["hints", "keep_config", "log_line", "other_length_lines", "other_options_lines", "startup_lines"]
 
 _RESOLVED_CONFIG = "dwl_config.yaml"
-_NEAR_ONE = 0.8
-"""A loss of this share of SFT's size is not worth a hint."""
+_NEAR_ONE, _FAR_FROM_ONE = 0.8, 3
+"""A loss of this share of SFT's size, and one that factors make so much larger or smaller, is not worth a hint."""
 
 
 def log_line(line: str) -> None:
@@ -47,10 +48,10 @@ def keep_config(block: Block, record: Record, folder: Path) -> None:
 
 
 def startup_lines(
-    block: Block, counts: Sequence[int] | None, alpha_at: Curve, length: RunLength, replaced: str, best_metric: str | None
+    block: Block, found: ClassSurvey | None, alpha_at: Curve, length: RunLength, replaced: str, best_metric: str | None
 ) -> Iterator[str]:
-    """Lines without their prefix. `counts`: what a survey found, as `ClassSurvey.counts`; `replaced`: the loss the model came
-    with; `best_metric`: what the host picks checkpoints by, if it does."""
+    """Lines without their prefix. `found`: by a survey; `replaced`: the loss the model came with; `best_metric`: what the host
+    picks checkpoints by, if it does."""
     yield f"dwl_plugin {version('axolotl-dwl')}: `loss: {block.loss}` replaces {replaced}"
     if block.loss == "dft" and len(block.class_names) == 1:
         dft = block.token_losses[0]
@@ -60,33 +61,38 @@ def startup_lines(
         counts_as = f"a token counts p^{dft.exponent:g}{floor} times{moving}"
         yield f"{counts_as}; compare runs by `nll`, the DFT loss itself is several times smaller"
     if block.loss == "dwl" or len(block.class_names) > 1:
-        yield from _table(block, counts, alpha_at)
+        yield from _table(block, found, alpha_at)
+    if found is not None and found.weighed:
+        taken_out = found.taken_out[-1]
+        looked_at = found.targets + taken_out
+        out = f"; {taken_out:,} of 0 are not trained" if taken_out else ""
+        yield f"{found.weighed:,} of the {looked_at:,} targets looked at have a factor of the data other than 1{out}"
     if block.controller is not None:
         yield from _controller(block.controller)
-    yield from hints(block, counts, alpha_at, length, best_metric)
+    yield from hints(block, found, alpha_at, length, best_metric)
 
 
-def _table(block: Block, counts: Sequence[int] | None, alpha_at: Curve) -> Iterator[str]:
+def _table(block: Block, found: ClassSurvey | None, alpha_at: Curve) -> Iterator[str]:
     names, alpha = block.class_names, alpha_at(0)
     width = max(len("class"), *(len(name) for name in names))
-    if counts is None or not any(counts):
+    if found is None or not found.targets:
         yield f"{'class':<{width}}       α"
         yield from (f"{name:<{width}}  {a:6.3f}" for name, a in zip(names, alpha, strict=True))
         return
     yield f"{'class':<{width}}   tokens       α   one token, vs SFT   share of the weight"
-    for row in _weights(block, alpha, counts):
+    for row in _weights(block, alpha, found):
         measured = f"{row.alpha:6.3f}" if block.loss == "dwl" else "     –"
         tokens, share = 100 * row.token_share, 100 * row.weight_share
         yield f"{row.name:<{width}}  {tokens:5.1f} %  {measured}  {row.one_token:17.2f}×  {share:17.1f} %"
 
 
-def _size_hints(block: Block, counts: Sequence[int], alphas: Sequence[Sequence[float]]) -> Iterator[str]:
+def _size_hints(block: Block, found: ClassSurvey, alphas: Sequence[Sequence[float]]) -> Iterator[str]:
     """How large the whole loss is beside one in which every token counts once."""
-    size_of = (math.fsum(row.token_share * row.one_token for row in _weights(block, alpha, counts)) for alpha in alphas)
+    size_of = (math.fsum(row.token_share * row.one_token for row in _weights(block, alpha, found)) for alpha in alphas)
     sizes = list(size_of)
     first, low, high = sizes[0], min(sizes), max(sizes)
     if block.reduction == "sequence_mean_token_sum":
-        each = counts[-2] / max(counts[-1], 1)
+        each = found.targets / max(found.rows_with_targets, 1)
         yield (
             f"hint: the loss sums over a sample ({each:.0f} targets on average), so it and its gradients are {first:.3g}× those of "
             "SFT; look at `max_grad_norm`, or take `reduction: weighted_mean`, which keeps SFT's size"
@@ -96,16 +102,17 @@ def _size_hints(block: Block, counts: Sequence[int], alphas: Sequence[Sequence[f
             f"hint: the mean weight of a token goes between {low:.3f} and {high:.3f} over the schedule, and the size of the "
             "gradients with it; `reduction: weighted_mean` keeps it steady"
         )
-    elif first < _NEAR_ONE and not block.writes_reduction:
+    elif (first < _NEAR_ONE or (found.weighed and first > _FAR_FROM_ONE)) and not block.writes_reduction:
+        mean = "weight" if found.weighed else "α"
         yield (
-            f"hint: the mean α of a token is {first:.2f}, so the whole loss and its gradients are {first:.2f}× those of SFT, where "
-            "a token counts 1; `reduction: weighted_mean` keeps SFT's size and the ratios of α (`reduction: token_mean`, written "
-            "out, takes this hint away)"
+            f"hint: the mean {mean} of a token is {first:.2f}, so the whole loss and its gradients are {first:.2f}× those of SFT, "
+            "where a token counts 1; `reduction: weighted_mean` keeps SFT's size and the ratios of α (`reduction: token_mean`, "
+            "written out, takes this hint away)"
         )
 
 
-def _weights(block: Block, alpha: Sequence[float], counts: Sequence[int]) -> list[ClassWeight]:
-    return class_weight_table(block.reduction, block.class_names, alpha, counts)
+def _weights(block: Block, alpha: Sequence[float], found: ClassSurvey) -> list[ClassWeight]:
+    return class_weight_table(block.reduction, block.class_names, alpha, found.counts, found.masses)
 
 
 def _controller(options: ControllerOptions) -> Iterator[str]:
@@ -159,7 +166,7 @@ def _known(number: float | None) -> str:
     return "an unknown number of" if number is None else f"{number:g}"
 
 
-def hints(block: Block, counts: Sequence[int] | None, alpha_at: Curve, length: RunLength, best_metric: str | None) -> Iterator[str]:
+def hints(block: Block, found: ClassSurvey | None, alpha_at: Curve, length: RunLength, best_metric: str | None) -> Iterator[str]:
     """What is likely not meant, in the arguments of `startup_lines`."""
     moves = block.schedule is not None or block.controller is not None
     if length.total_steps:
@@ -169,8 +176,18 @@ def hints(block: Block, counts: Sequence[int] | None, alpha_at: Curve, length: R
         alphas = [alpha_at(tau) for tau in sorted({round((length.total_steps - 1) * k / 500) for k in range(501)})]
         if block.schedule.type != "constant" and len(set(alphas)) == 1:
             yield f"hint: the schedule does not move α within the {length.total_steps} steps of this run"
-    if counts is not None and any(counts) and block.loss == "dwl":
-        yield from _size_hints(block, counts, alphas)
+    if found is not None and found.targets and not found.weighed and (names := block.data_weights) is not None:
+        asked = ", ".join(f"`{name}` of a {place}" for place, name in names.names.items())
+        yield f"hint: `dwl.data_weights` changes nothing in the {found.rows:,} rows looked at, where every factor is 1 ({asked})"
+    if found is not None and found.targets and block.loss != "dwl":
+        mean = found.mass[-1] / found.targets
+        if not 1 / _FAR_FROM_ONE < mean < _FAR_FROM_ONE:
+            yield (
+                f"hint: the mean factor of the data is {mean:.3g}, so the loss and its gradients are {mean:.3g}× as large; "
+                "`loss: dwl` with `reduction: weighted_mean` divides by it"
+            )
+    if found is not None and found.targets and block.loss == "dwl":
+        yield from _size_hints(block, found, alphas)
     if best_metric is not None and best_metric.removeprefix("eval_") == "loss" and (moves or block.loss == "dft"):
         why = "α moves" if moves else "is the DFT loss"
         yield (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from dwl_plugin.classes import Labeller, build_labeller
+from dwl_plugin.classes.data_codes import factors_of
 from dwl_plugin.config import ClassConfig
 from dwl_plugin.config.classes import RegexClass
 from dwl_plugin.run.collate import CLASS_IDS, LabellingCollator
@@ -78,6 +80,15 @@ def test_streamed(labeller: Labeller, samples: list[dict[str, list[int]]], alone
     batch = LabellingCollator(lambda _: dict(made), labeller, packed)([{"input_ids": []}])
     rows = [[index for row in alone for index in row]] if packed else alone
     assert batch[CLASS_IDS].tolist() == [row + [-100] * (WIDTH - len(row)) for row in rows]
+
+
+@pytest.mark.parametrize("masks", [[[1, 1, 1, 0], [1, 1, 1, 1, 1, 0], [1, 1, 0, 0]], [[1, 1, 1], [2, 2, 2, 2, 2], [3, 3, 0]]])
+def test_texts_that_the_mask_tells_apart_are_samples(labeller: Labeller, masks: list[list[int]]) -> None:
+    """Axolotl joins texts of `pretraining_dataset` with padding between them, and a mask may number them."""
+    mask = [0, *(number for text in masks for number in text)]
+    row = {"input_ids": [7] * len(mask), "labels": [7 if number else -100 for number in mask], "attention_mask": mask}
+    class_ids = LabellingCollator(pad, replace(labeller, power=1.0), packed=False)([row])[CLASS_IDS].numpy()
+    assert factors_of(class_ids[class_ids >= 0]) == pytest.approx([1 / 2] * 2 + [1 / 4] * 4 + [1])
 
 
 def test_truncated(labeller: Labeller, samples: list[dict[str, list[int]]], alone: list[list[int]]) -> None:

@@ -99,5 +99,5 @@ def test_every_sample_of_a_batch_is_marked_once() -> None:
 
 def test_samples_that_cannot_be_told_apart_are_refused_where_they_are_counted() -> None:
     ids = [[5, 6, 7, 8]]
-    with pytest.raises(DWLError, match="counts samples"):
+    with pytest.raises(DWLError, match="reductions by sample"):
         labeller({}, reduction="sequence_mean_token_sum").label_batch(ids, ids, packed=True)

@@ -307,3 +307,55 @@ def test_selectors_are_not_nested_without_end() -> None:
     with pytest.raises(ConfigError) as caught:
         parse({"loss": "dwl", "dwl": {"classes": {"a": selector}}})
     assert "deep" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("yes", "write it without quotes: `data_weights: true`"),
+        ("weight", "for example `data_weights: {row: weight}`"),
+        ([], "is `true`, or a mapping to the names of fields in the data"),
+        ({}, "names no field of the data"),
+        ({"row": None}, "names no field of the data"),
+        ({"row": 3}, "YAML read this as a number"),
+        ({"rows": "weight"}, "did you mean `row`?"),
+    ],
+)
+def test_data_weights_that_say_nothing_that_can_be_looked_up(written: object, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse({"loss": "dwl", "dwl": {"data_weights": written}})
+    (problem,) = caught.value.problems
+    assert problem.path.startswith("dwl.data_weights")
+    assert said in str(problem)
+
+
+@pytest.mark.parametrize("loss", ["nll", "dft", "dwl"])
+def test_data_weights_are_of_use_under_every_loss(loss: str) -> None:
+    usual = {"row": "weight", "message": "weight", "part": "weight", "token": "token_weight"}
+    for written, names, negative in (
+        (True, usual, False),
+        ({"allow_negative": True}, usual, True),
+        ({"token": "w"}, {"token": "w"}, False),
+    ):
+        block = parse({"loss": loss, "dwl": {"data_weights": written}})
+        assert block is not None
+        assert block.data_weights is not None
+        assert (block.data_weights.names, block.data_weights.allow_negative) == (names, negative)
+        assert parse(block.dump()) == block
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"marked": ["a", "b"]}, "for several write `any: [{marked: a}, {marked: b}]`"),
+        ({"marked": True}, "put it in quotes"),
+        ({"marked": 2.5}, "put it in quotes"),
+        ({"mark": "a"}, "did you mean `marked`?"),
+        ({"dataset": 1}, "put it in quotes"),
+        ({"datasets": "a"}, "did you mean `dataset`?"),
+    ],
+)
+def test_marks_and_data_sets_that_are_no_names(spec: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse({"loss": "dwl", "dwl": {"classes": {"c": spec}}})
+    assert said in str(caught.value)

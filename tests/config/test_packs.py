@@ -361,3 +361,41 @@ def test_the_readme_s_pack_keeps_its_own_cases_and_its_config_parses() -> None:
     assert block.class_names == ("number_in_call", "arguments", "name", "syntax", "rest")
     pack = parse_pack(PackText("README", file))
     assert [run_case(pack, case).passed for case in pack.tests] == [True]
+
+
+# What the data says
+
+
+MARKED = """
+description: Tokens that somebody found to decide.
+classes:
+  critical: {marked: critical}
+  number: {regex: '[0-9]+'}
+alpha: {critical: 2, number: 1, rest: 1}
+tests:
+  - {prompt: "1 ", text: "2 two", mark: critical, spans: {critical: ["2 two"]}}
+  - {text: "2 two", mark: dull, spans: {number: ["2"], rest: [" two"]}}
+  - turns: [{text: "a1"}, {prompt: "b", text: "c3", mark: critical}]
+    spans: {number: ["1"], critical: ["c3"], rest: ["a"]}
+"""
+
+
+def test_a_case_says_what_the_data_marks() -> None:
+    pack = parse_pack(PackText("p.yml", MARKED))
+    assert all(run_case(pack, case).passed for case in pack.tests)
+    wrong = parse_pack(PackText("p.yml", MARKED.replace("mark: dull, ", "mark: critical, ")))
+    assert [run_case(wrong, case).passed for case in wrong.tests] == [True, False, True]
+
+
+def test_a_config_with_such_a_pack_reads_the_data(tmp_path: Path) -> None:
+    (tmp_path / "marked.yml").write_text(MARKED, encoding="utf-8")
+    block = parsed({"pack": "./marked.yml", "data_weights": True}, folder=tmp_path)
+    assert (block.reads_data, block.marks) == (True, ("critical",))
+    assert block.data_weights is not None
+
+
+def test_a_pack_names_no_data_set_and_a_case_of_turns_marks_each() -> None:
+    (said,) = refusals(MARKED.replace("{marked: critical}", "{any: [{dataset: math}, {regex: x}]}")).values()
+    assert "`dataset: math` is a name in one config, and a pack is for many" in said
+    (said,) = refusals(MARKED.replace("  - turns:", "  - mark: critical\n    turns:")).values()
+    assert "with `turns`, each turn has its own `mark`" in said

@@ -52,6 +52,9 @@ GOOD: list[dict[str, Any]] = [
         },
     },
     with_dwl(overlap="sum", reduction="sequence_mean_token_sum"),
+    {"loss": "nll", "dwl": {"data_weights": True}},
+    {"loss": "dwl", "dwl": {"data_weights": {"row": "w", "token": "t"}, "reduction": "sample_sqrt"}},
+    {"loss": "dft", "dwl": {"data_weights": {"allow_negative": True}, "classes": {"a": {"marked": 3}, "b": {"dataset": "x"}}}},
     {
         "loss": "dwl",
         "dwl": {
@@ -94,6 +97,11 @@ TYPOS: list[dict[str, Any]] = [
     {"loss": "dwl", "dwl": {"classes": {"a": {"tokens": []}}}},
     {"loss": "dwl", "dwl": {"classes": {"a": {"token_ids": ["one"]}}}},
     {"loss": "dwl", "dwl": {"classes": {"a": {"turn": "frist"}}}},
+    {"loss": "dwl", "dwl": {"classes": {"a": {"marked": ["a", "b"]}}}},
+    {"loss": "dwl", "dwl": {"data_weights": "yes"}},
+    {"loss": "dwl", "dwl": {"data_weights": {}}},
+    {"loss": "dwl", "dwl": {"data_weights": {"rows": "weight"}}},
+    {"loss": "dwl", "dwl": {"data_weights": {"row": 3}}},
     {"loss": "dwl", "dwl": {"classes": {"a": {"role": "robot"}}}},
     {"loss": "dwl", "dwl": {"classes": {"a": {"position": {"lsat": 3}}}}},
     {"loss": "dwl", "dwl": {"classes": {"a": {"any": [{"regx": "a"}, {"regex": "b"}]}}}},

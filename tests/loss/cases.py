@@ -118,6 +118,19 @@ def anchored_case(*shape: int, seed: int = 0, own_head: bool = True, **options: 
     return replace(case, anchor=Anchor(weight, near(case.hidden), head))
 
 
+def unlikely_case(*shape: int, seed: int = 0, **options: Any) -> Case:
+    """Beside several terms and an anchor some tokens, the likeliest among them, that are to become unlikely and pay in no term."""
+    case = anchored_case(*shape, seed=seed, **options)
+    g = torch.Generator().manual_seed(seed + 4)
+    unlikely = torch.rand(*shape, generator=g) < 0.5
+    assert case.terms is not None
+    assert case.anchor is not None
+    terms = [Term(term.objective, torch.where(unlikely, 0.0, term.weight)) for term in case.terms]  # type: ignore[arg-type]
+    anchor = replace(case.anchor, weight=torch.where(unlikely, 0.0, case.anchor.weight))
+    weight = torch.where(unlikely & (case.targets != case.ignore_index), torch.rand(*shape, generator=g) * 3, 0.0)
+    return replace(case, terms=terms, anchor=anchor, unlikelihood=weight)
+
+
 def options_of(case: Case) -> dict[str, Any]:
     return {f.name: getattr(case, f.name) for f in fields(case) if f.name not in ("hidden", "weight", "targets", "bias")}
 
@@ -155,7 +168,7 @@ def as_module(
 ) -> LinearCrossEntropyOutput:
     """`module_cross_entropy` behind the signature of `linear_cross_entropy`."""
     bias, softcap, scale = (options.pop(name, None) for name in ("bias", "softcap", "logit_scale"))
-    anchor = options.pop("anchor", None)
+    anchor, unlikely = options.pop("anchor", None), options.pop("unlikelihood", None)
 
     def under(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
         def head(chunk: torch.Tensor) -> torch.Tensor:
@@ -168,7 +181,7 @@ def as_module(
     if anchor is not None:
         anchor = replace(anchor, head=under(*(anchor.head or (weight.detach(), bias))))
     paid = {name: options.pop(name, default) for name, default in FLAT.items()}
-    given = Targets(targets, terms_of(**paid), anchor, options.pop("ignore_index", -100))
+    given = Targets(targets, terms_of(**paid), anchor, options.pop("ignore_index", -100), unlikely)
     return module_cross_entropy(hidden, under(weight, bias), given, chunk_tokens=chunk_tokens)
 
 

@@ -75,6 +75,16 @@ ANCHOR_MISTAKES = (
 )
 
 
+UNLIKELIHOOD_MISTAKES = (
+    "a term of p",
+    "minus nll",
+    "p of 1 - p detached",
+    "pulls up",
+    "unlikelihood dropped",
+    "unlikelihood of the neighbour",
+)
+
+
 def naive(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -85,6 +95,7 @@ def naive(
     min_weight: torch.Tensor | float = 0.0,
     terms: Sequence[Term] | None = None,
     anchor: Anchor | None = None,
+    unlikelihood: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float | None = None,
@@ -123,6 +134,8 @@ def naive(
         if anchor is not None:
             base = _base_logits(anchor, weight, bias, scale, None if mistake == "base without the softcap" else softcap, mistake)
             loss = loss + _anchored(anchor, logits, base.to(logits.dtype), asked, nll, keep, mistake)
+        if unlikelihood is not None:
+            loss = loss + _unlikelihood(unlikelihood, nll, mistake)
         return LinearCrossEntropyOutput(loss, nll.detach())
     p = torch.exp(-nll)
     if mistake != "p not detached":
@@ -198,6 +211,20 @@ def _pays(objective: TokenLoss, logits: torch.Tensor, asked: torch.Tensor, nll: 
     if mistake == "threshold dropped":
         over = torch.zeros_like(over)
     return torch.where(over, 1.0, weight).detach() * nll
+
+
+def _unlikelihood(weight: torch.Tensor, nll: torch.Tensor, mistake: str) -> torch.Tensor:
+    p = torch.exp(-nll)
+    if mistake == "unlikelihood of the neighbour":
+        weight = weight.roll(1, -1)
+    each = {
+        "minus nll": -nll,
+        "a term of p": p,
+        "p of 1 - p detached": p.detach() * nll,
+        "pulls up": torch.log1p(-p),
+        "unlikelihood dropped": 0 * nll,
+    }.get(mistake, -torch.log1p(-p))
+    return torch.where(weight != 0, weight * each, 0.0).sum()
 
 
 def _base_logits(

@@ -24,6 +24,7 @@ class Case:
     min_weight: torch.Tensor | float = 0.0
     terms: Sequence[Term] | None = None
     anchor: Anchor | None = None
+    unlikelihood: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     softcap: float | None = None
     logit_scale: float | None = None
@@ -79,6 +80,12 @@ def per_token(case: Case) -> Truth:
         grad_logits[target] = 0.0
         grad_logits[target] = -(1 / (1 + math.exp(-odds)) if odds > -700 else 0.0)  # −(1 − p)
         grad_logits *= paid
+        if case.unlikelihood is not None:  # −log(1 − p): −p for the others together, +p for the target
+            below, p = of(case.unlikelihood, t), math.exp(-nll[t].item())
+            loss += below * (math.log1p(math.exp(-odds)) if odds > 0 else math.log1p(math.exp(odds)) - odds)
+            q = torch.softmax(logits.where(torch.arange(len(logits)) != target, -math.inf), 0)
+            q[target] = -1.0
+            grad_logits -= below * p * q
         if case.anchor is not None:
             share = torch.softmax(base_logits(case, case.anchor, t), 0)
             p = torch.softmax(logits, 0)

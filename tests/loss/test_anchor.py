@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dwl_plugin.classes.data_codes import encode
 from dwl_plugin.errors import LossNotTakenError
 from dwl_plugin.loss import seam as seam_module
 from dwl_plugin.loss.attach import attach
@@ -35,7 +37,16 @@ def adapted(name: str = "LlamaForCausalLM", modules: tuple[str, ...] = ("v_proj"
     return model
 
 
-def truth(model: Any, spec: LossSpec) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+def factors() -> torch.Tensor:
+    """Of the tokens of `batch()`; one below 0 makes its token unlikely, and holds it to nothing."""
+    _, labels, _ = batch()
+    some = torch.tensor([0.25, 1.0, 3.0, -0.5, -2.0])
+    return some[torch.arange(labels.numel()) % len(some)].reshape(labels.shape)
+
+
+def truth(
+    model: Any, spec: LossSpec, factors_BT: torch.Tensor | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """Loss, gradients and mean KL from the logits of the model and of its base."""
     ids, labels, class_ids = batch()
     targets, slot = shift_left(labels).flatten(), shift_left(class_ids).flatten().clamp(min=0)
@@ -47,12 +58,21 @@ def truth(model: Any, spec: LossSpec) -> tuple[torch.Tensor, dict[str, torch.Ten
     power = torch.tensor([1.0, 0.0])[slot]
     weight, anchor = torch.tensor(spec.weight)[slot], torch.tensor(spec.anchor)[slot]
     keep = targets != -100
-    loss = (weight * ((-nll).exp().pow(power).detach() * nll + anchor * kl))[keep].sum() / keep.sum()
+    pays = (-nll).exp().pow(power).detach() * nll + anchor * kl
+    if factors_BT is not None:
+        own = shift_left(factors_BT, 0).flatten().double()
+        pays = torch.where(own < 0, own.abs() * -torch.log1p(-(-nll).exp()), own * pays)
+    loss = (weight * pays)[keep].sum() / keep.sum()
     return loss.detach().float(), gradients(model, loss), kl[keep].mean().detach()
 
 
-def ours(model: Any, spec: LossSpec, seen: list[ForwardMetrics] | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def ours(
+    model: Any, spec: LossSpec, seen: list[ForwardMetrics] | None = None, factors_BT: torch.Tensor | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     ids, labels, class_ids = batch()
+    if factors_BT is not None:
+        coded = torch.from_numpy(encode(factors_BT.numpy(), class_ids.numpy()))
+        class_ids = torch.where(labels == -100, -100, coded)
     seam = Seam(model, lambda line: None, model.disable_adapter)
     try:
         step = PendingLoss(spec, labels, class_ids, on_tokens=None if seen is None else seen.append)
@@ -89,6 +109,18 @@ def test_the_anchor_is_the_model_without_its_adapter(name: str, monkeypatch: pyt
     kl = seen[0].kl_N
     assert kl is not None
     torch.testing.assert_close(kl[seen[0].members.is_target].mean().double(), want_kl, rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_token_with_a_factor_pays_and_is_held_by_it_and_one_below_0_pays_minus_log_of_1_minus_p(name: str) -> None:
+    model, spec = MODELS[name][0](), replace(SPEC, weighs=True, allow_negative=True)
+    want_loss, want_gradients, _ = truth(model, spec, factors())
+    plain_loss, _, _ = truth(model, spec)
+    assert abs(plain_loss - want_loss) > 0.1 * abs(want_loss)
+    got_loss, got_gradients = ours(model, spec, factors_BT=factors())
+    torch.testing.assert_close(got_loss, want_loss, rtol=1e-5, atol=0.0)
+    error, where = difference(got_gradients, want_gradients)
+    assert error <= 1e-5, where
 
 
 def test_the_base_model_runs_without_dropout_and_leaves_the_model_as_it_was() -> None:

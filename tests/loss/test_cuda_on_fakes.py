@@ -33,6 +33,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "softcap": (None, 30.0),
     "objective": ("plain", "four token losses"),
     "anchor": (None, "ours", "its own"),
+    "unlikely": (False, True),
     "targets": (None, 1700),
 }
 EVERY = [dict(zip(OPTIONS, values, strict=True)) for values in itertools.product(*OPTIONS.values())]

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from dwl_plugin.alpha.run_length import RunLength
+from dwl_plugin.classes import ClassSurvey
 from dwl_plugin.config import Block, parse
 from dwl_plugin.loss.reduction import class_weight_table
 from dwl_plugin.run.moving import alpha_of
-from dwl_plugin.run.startup import hints, other_length_lines, other_options_lines
+from dwl_plugin.run.startup import hints, other_length_lines, other_options_lines, startup_lines
 
 COUNTS = (20, 30, 50, 100, 4)
 """Two classes and `rest`, 100 targets, 4 samples."""
@@ -50,14 +51,21 @@ def test_overlapping_classes_share_more_than_all_tokens_and_all_of_the_weight() 
     assert [row.weight_share for row in rows] == pytest.approx([30 / mass, 15 / mass, 2 / mass])
 
 
+def found_in_data(counts: tuple[int, ...], mass: tuple[float, ...] | None = None) -> ClassSurvey:
+    """A survey with these counts; `mass` is Σ|v| of each class and of all targets, if it is not their number."""
+    tokens, (targets, samples), none = counts[:-2], counts[-2:], (0,) * (len(counts) - 2)
+    names = ("a", "b", "rest")
+    weighed = 0 if mass is None else targets
+    return ClassSurvey(names, tokens, tokens, none, none, none, samples, samples, targets, weighed, mass or counts[:-1])
+
+
 UNIFORM = {"a": 1, "b": 1, "rest": 1}
 
 
 def size_hints(counts: tuple[int, ...] = COUNTS, **dwl: Any) -> list[str]:
-    found, length = block(**dwl), RunLength(100, 50)
-    return [
-        line for line in hints(found, counts, alpha_of(found, length), length, None) if "of SFT" in line or "mean weight" in line
-    ]
+    parsed, length = block(**dwl), RunLength(100, 50)
+    lines = hints(parsed, found_in_data(counts), alpha_of(parsed, length), length, None)
+    return [line for line in lines if "of SFT" in line or "mean weight" in line]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +111,40 @@ def test_a_sum_over_samples_is_said_with_its_size() -> None:
     (line,) = size_hints(reduction="sequence_mean_token_sum")
     assert "(25 targets on average)" in line
     assert "7.25× those of SFT" in line
+
+
+def test_the_table_of_a_run_counts_factors() -> None:
+    """By hand: Σ α·M = 0.5·2 + 0.3·30 + 0.2·100 = 30, so w is α·100/30, and a class's token counts that times its mean factor."""
+    parsed, length = block(reduction="weighted_mean", data_weights=True), RunLength(100, 50)
+    found = found_in_data(COUNTS, (2.0, 30.0, 100.0, 132.0))
+    lines = list(startup_lines(parsed, found, alpha_of(parsed, length), length, "it", None))
+    cells = {line.split()[0]: line.split()[4:] for line in lines[2:5]}
+    assert cells == {"a": ["0.17×", "3.3", "%"], "b": ["1.00×", "30.0", "%"], "rest": ["1.33×", "66.7", "%"]}
+    assert lines[5] == "100 of the 100 targets looked at have a factor of the data other than 1"
+    assert not any("data_weights" in line for line in lines)
+
+
+def test_a_loss_that_factors_make_small_is_said() -> None:
+    """By hand: (0.5·2 + 0.3·30 + 0.2·10) / 100."""
+    parsed, length = block(), RunLength(100, 50)
+    (line,) = hints(parsed, found_in_data(COUNTS, (2.0, 30.0, 10.0, 42.0)), alpha_of(parsed, length), length, None)
+    assert line.startswith("hint: the mean weight of a token is 0.12, so the whole loss and its gradients are 0.12× those of SFT")
+
+
+@pytest.mark.parametrize(("mass", "said"), [(8460.0, "is 84.6, so"), (20.0, "is 0.2, so"), (50.0, ""), (250.0, "")])
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_factors_that_make_another_loss_much_larger_or_smaller_are_said(loss: str, mass: float, said: str) -> None:
+    parsed, length = parse({"loss": loss, "dwl": {"data_weights": True}}), RunLength(100, 50)
+    assert parsed is not None
+    found = ClassSurvey(("rest",), (100,), (100,), (0,), (0, 0), (0,), 4, 4, 100, 100, (mass, mass))
+    lines = list(hints(parsed, found, alpha_of(parsed, length), length, None))
+    assert [line.startswith(f"hint: the mean factor of the data {said}") for line in lines] == [True] * bool(said)
+
+
+def test_weights_of_the_data_that_change_nothing_are_said() -> None:
+    parsed, length = block(reduction="weighted_mean", data_weights={"token": "w"}), RunLength(100, 50)
+    (line,) = hints(parsed, found_in_data(COUNTS), alpha_of(parsed, length), length, None)
+    assert line == ("hint: `dwl.data_weights` changes nothing in the 4 rows looked at, where every factor is 1 (`w` of a token)")
 
 
 TO = {"a": 1, "b": 1, "rest": 8}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,12 +15,14 @@ from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.config import parse
 from dwl_plugin.loss import seam as seam_module
 from dwl_plugin.loss.attach import attach
+from dwl_plugin.loss.class_sums import ClassSums
 from dwl_plugin.loss.linear_cross_entropy import LinearCrossEntropyOutput
 from dwl_plugin.loss.tokens import Targets, select_tokens
 from dwl_plugin.run.closed_loop import ClosedLoop
 from dwl_plugin.run.collate import CLASS_IDS
 from dwl_plugin.run.moving import controller_of
 from dwl_plugin.run.session import Session
+from dwl_plugin.values import Reduction
 from tests.run.waits import Waits
 
 ROWS, LENGTH, TARGETS = 2, 16, 9
@@ -29,7 +31,11 @@ TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num
 CLASSES = {"a": {"token_ids": [5]}, "b": {"token_ids": [6], "token_loss": "focal"}, "c": {"token_ids": [7], "token_loss": "eaft"}}
 FOUND_N = "nonzero in loss/tokens.py: found_N = (flat_T != given.ignore_index).nonzero()[:, 0]"
 MOVING = {"type": "linear", "start": 0, "end": 8}
+FACTORS = {"row": "weight", "allow_negative": True}
+ANCHOR = {"anchor": 0.05}
+BY_ID = {name: {"token_ids": spec["token_ids"]} for name, spec in CLASSES.items()}
 DWL = {"classes": CLASSES, "alpha": {"a": 5, "b": 1, "c": 2, "rest": 3}}
+WEIGHED = {**DWL, "token_loss": "dft", "data_weights": FACTORS}
 
 # A reduction for each, then what moves, and what is beside the loss of the tokens.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -38,9 +44,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "anchor": {"loss": "dft", "dft": {"anchor": 0.05}},
     **{
         f"{reduction}, {overlap}": {"loss": "dwl", "dwl": {**DWL, "reduction": reduction, "overlap": overlap}}
-        for reduction in ("token_mean", "weighted_mean", "class_mean", "sequence_mean_token_sum")
+        for reduction in get_args(Reduction)
         for overlap in ("first", "sum")
     },
+    **{
+        f"factors of the data, {overlap}": {"loss": "dwl", "dft": ANCHOR, "dwl": {**WEIGHED, "overlap": overlap}}
+        for overlap in ("first", "sum")
+    },
+    "factors beside a reduction by sample": {"loss": "dwl", "dwl": {**DWL, "data_weights": FACTORS, "reduction": "sample_sqrt"}},
+    "factors of what is only measured by class": {"loss": "nll", "dwl": {"classes": BY_ID, "data_weights": FACTORS}},
+    "data sets": {"loss": "dwl", "dwl": {"classes": {**CLASSES, "d": {"dataset": "one"}}}},
     "schedule": {"loss": "dwl", "dwl": {**DWL, "schedule": {**MOVING, "to": {"a": 1, "b": 1, "c": 1, "rest": 1}}}},
     "controller": {"loss": "dwl", "dwl": {**DWL, "controller": {"type": "group_dro", "eta": 1.0, "every": 100}}},
 }
@@ -73,6 +86,8 @@ def fake_run(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterato
         assert block is not None
         session = Session(model, block, None, None, ())
         session.begin(RunLength(10, None))
+        if block.reads_data:
+            session.train_sums = ClassSums(session.names, ("one", "other"), factors=block.data_weights is not None)
         if (controller := controller_of(block, session.length)) is not None:
             session.loop = ClosedLoop(controller, lambda sums: sums, CUDA)
 
@@ -83,7 +98,7 @@ def fake_run(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Iterato
                 inputs = dict(batch)
                 if not block.labels_tokens:
                     del inputs[CLASS_IDS]
-                pending = session.pending_loss(inputs, counts, counts[-2].clamp(min=1) / 2, session.trained_on)
+                pending = session.pending_loss(inputs, counts, counts[0, -2].clamp(min=1) / 2, session.trained_on)
                 with session.seam.armed(pending):
                     loss = model(**inputs).loss
                 session.first_bad.add_loss(tau + 1, loss)
