@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any
@@ -14,11 +15,14 @@ from axolotl.integrations.base import BasePlugin
 from transformers import modelcard
 
 from dwl_plugin.classes import ClassSurvey, Labeller
+from dwl_plugin.classes.data_codes import DATA_CODES
 from dwl_plugin.config import Block
 from dwl_plugin.config.overrides import overridden, overrides_of, plain
-from dwl_plugin.errors import ConfigError
+from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.hosts.as_it_ran import config_as_it_ran, without_password
 from dwl_plugin.hosts.axolotl_args import block_of, fused_losses_asked_for
+from dwl_plugin.hosts.axolotl_data import data_set_names, prepare_as_ever, read_what_is_prepared, reading_data
+from dwl_plugin.hosts.axolotl_fields import DroppedWeight, NumberedRow, dropped_weights, watching
 from dwl_plugin.hosts.axolotl_preview import dropped_all, packs_of, require_rows_that_tokenise, vocabulary_problems
 from dwl_plugin.hosts.checkpoints import choose_checkpoint
 from dwl_plugin.hosts.dropped_options import dropped_options
@@ -52,6 +56,7 @@ class DWLPlugin(BasePlugin):
         self._trainer: Any = None
         self._taken_over: list[str] = []
         self._unwritten: tuple[str, ...] = ()
+        self._declines_weights = False
         self._ran: dict[str, Any] = {}
         self._card: str | None = None
 
@@ -74,6 +79,7 @@ class DWLPlugin(BasePlugin):
         self._ran = {key: value for key, value in copy.deepcopy(plain(cfg)).items() if key not in unsaid or value != unsaid[key]}
         written = cfg.get("dwl")
         self._unwritten = () if isinstance(written, Mapping) and "reduction" in written else ("reduction",)
+        self._declines_weights = isinstance(written, Mapping) and written.get("data_weights") is False
         if cfg.get("loss") is None:
             return
         ConfigError.raise_any(older_host("axolotl"))
@@ -81,6 +87,7 @@ class DWLPlugin(BasePlugin):
             log_line(line)
         if "loss" in AxolotlInputConfig.model_fields:
             raise ConfigError.at("loss", "this version of Axolotl has a `loss` key of its own; install a dwl_plugin that knows it")
+        read_what_is_prepared()
 
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
         """Less nll is better. The host would take every metric that does not end in `loss` for one to maximise."""
@@ -100,10 +107,17 @@ class DWLPlugin(BasePlugin):
         from transformers.hf_argparser import HfArgumentParser
 
         tokenizer = load_tokenizer(cfg)
-        self._labeller = labeller_of(block, tokenizer)
+        self._labeller = labeller_of(block, tokenizer, data_set_names(cfg, block))
+        dropped: list[DroppedWeight] = []
+
+        def see(rows: Sequence[NumberedRow], source: Any) -> None:
+            dropped.extend(dropped_weights(rows, source, block.data_weights, bool(cfg.train_on_inputs)))
+
+        is_table = not (cfg.streaming or cfg.pretraining_dataset)  # what makes tokens of a stream's rows goes to workers
         cli_args, _ = HfArgumentParser(TrainerCliArgs).parse_args_into_dataclasses(return_remaining_strings=True)
         try:
-            meta = load_datasets(cfg=cfg, cli_args=cli_args)
+            with watching(see) if is_table else nullcontext():
+                meta = load_datasets(cfg=cfg, cli_args=cli_args)
         except StopIteration:  # of a reader of the `datasets` library
             why = "a file of the training or evaluation data is empty"
             raise ConfigError([no_rows(why=why, value=_paths(cfg))]) from None
@@ -115,8 +129,11 @@ class DWLPlugin(BasePlugin):
             if "test_size=" in str(error):
                 why = "`val_set_size` takes all of the data"
                 raise ConfigError([no_rows(why=why, value=cfg.val_set_size)]) from None
-            require_rows_that_tokenise(cfg, tokenizer)
+            with reading_data(cfg, block):
+                require_rows_that_tokenise(cfg, tokenizer)
             raise
+        for weight in dropped if _is_first_rank() and not self._declines_weights else ():
+            log_line(weight.sentence(block.data_weights, has_loss=True))
         require_rows(meta.train_dataset)
         if block.moves:
             require_places(block, *_planned_length(cfg, meta))
@@ -140,9 +157,10 @@ class DWLPlugin(BasePlugin):
             return []
         if self._survey is None:  # they were loaded elsewhere
             require_rows(trainer.train_dataset)
+            ConfigError.raise_any(_without_codes(block, trainer))
             tokenizer = trainer.processing_class
             if self._labeller is None:
-                self._labeller = labeller_of(block, tokenizer)
+                self._labeller = labeller_of(block, tokenizer, data_set_names(cfg, block))
             self._look_at_rows(cfg, block, tokenizer, trainer.train_dataset, trainer.eval_dataset)
         session, callback = install(trainer, block, self._labeller, self._survey, self._taken_over)
         session.data = _paths(cfg)
@@ -170,6 +188,15 @@ class DWLPlugin(BasePlugin):
             modelcard.AUTOGENERATED_TRAINER_COMMENT = self._card
             self._card = None
         self._labeller = self._survey = self._trainer = None
+        prepare_as_ever()
+
+
+def _without_codes(block: Block, trainer: Any) -> Iterator[Problem]:
+    for name in ("train_dataset", "eval_dataset") if block.reads_data else ():
+        columns = getattr(getattr(trainer, name), "column_names", None)
+        if columns and DATA_CODES not in columns:
+            why = "another plugin makes the rows, without the weights and marks that `dwl` reads of them"
+            yield Problem("plugins", why, hint="delete what `dwl` reads of the data, or the line of that plugin")
 
 
 def _is_first_rank() -> bool:
@@ -180,7 +207,7 @@ def _sample(dataset: Any, seed: int) -> list[dict[str, Any]]:
     """Rows with `input_ids` and `labels`, some of them with a target if any is; a stream, or rows labelled later, give none."""
     if not hasattr(dataset, "select") or not {"input_ids", "labels"} <= set(dataset.column_names or ()):
         return []
-    rows = dataset.select_columns(["input_ids", "labels"])
+    rows = dataset.select_columns([name for name in ("input_ids", "labels", DATA_CODES) if name in dataset.column_names])
     return with_targets(list(rows.select(picked_rows(len(rows), seed))), rows)
 
 

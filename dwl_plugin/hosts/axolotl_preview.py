@@ -11,9 +11,11 @@ import atexit
 import contextlib
 import copy
 import functools
+import hashlib
 import importlib.util
 import io
 import itertools
+import json
 import logging
 import math
 import os
@@ -21,23 +23,42 @@ import shutil
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dwl_plugin.classes import FOLLOWS
+from dwl_plugin.classes.data_codes import DATA_CODES
+from dwl_plugin.config import Block
 from dwl_plugin.config.overrides import SWEEP_FILE, VARIABLE
 from dwl_plugin.errors import ConfigError, DWLError, Problem, first_line
+from dwl_plugin.hosts.axolotl_data import reading_data
+from dwl_plugin.hosts.axolotl_fields import (
+    DroppedWeight,
+    NumberedRow,
+    dropped_weights,
+    not_finite,
+    numbered,
+    unnamed_marks,
+    watching,
+    wrong_values,
+)
 from dwl_plugin.run.dataset_check import ids_outside, no_rows, no_targets, picked_rows
+from dwl_plugin.run.row_codes import RowCodes, RowError, row_number
+from dwl_plugin.values import IGNORE_INDEX
 
 __all__ = [
+    "ROW",
     "NotSeenError",
+    "Part",
     "Rows",
     "dropped_all",
+    "every_part",
     "host_schema",
     "import_axolotl",
     "is_prepared",
+    "is_stream",
     "load_cfg",
     "load_model",
     "load_rows",
@@ -65,8 +86,10 @@ _CPU_ONLY = {
 
 _ENVIRONMENT = {"AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 
-_COLUMNS = ("input_ids", "labels", "position_ids", "attention_mask")
+ROW = "dwl_row"
+"""Key of a sample in a `Part`: the number of its row in the data set, from 0; absent where a row may become several."""
 
+_COLUMNS = ("input_ids", "labels", "position_ids", "attention_mask", DATA_CODES, ROW)
 
 _OUT_OF_REACH = ("offline", "connection", "max retries", "couldn't reach", "could not be loaded", "doesn't exist on the hub")
 """In the messages of errors that are the network's, whatever their type."""
@@ -88,7 +111,8 @@ class Rows:
         looked_at: rows that were tokenised.
         too_long: of those, dropped for their length.
         masked: of those, dropped because every label was -100.
-        notes: what differs from the run.
+        notes: what differs from the run, and marks of the data that no class asks for.
+        dropped: weights in the data that change nothing in training.
     """
 
     samples: list[Sample]
@@ -98,6 +122,24 @@ class Rows:
     too_long: int = 0
     masked: int = 0
     notes: list[str] = field(default_factory=list)
+    dropped: list[DroppedWeight] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one data set that stand together.
+
+    Args:
+        data_set: its name.
+        rows: how many.
+        digest: of their content, as the data has it; of their tokens where they come from a stream.
+        samples: what the run makes of them, unpacked; those that it drops are not among them.
+    """
+
+    data_set: str
+    rows: int
+    digest: Callable[[], str]
+    samples: Callable[[], list[Sample]]
 
 
 @contextlib.contextmanager
@@ -238,24 +280,111 @@ def load_tokenizer(cfg: Any) -> Any:
             return load(cfg)
 
 
-def load_rows(cfg: Any, tokenizer: Any, count: int, *, spread: bool = False) -> Rows:
+def load_rows(cfg: Any, tokenizer: Any, count: int, block: Block | None = None, *, spread: bool = False) -> Rows:
     """The first `count` rows that training sees, tokenised, masked, cut and dropped as in the run; `spread`: `count` rows from
-    all over the data, picked as a run picks those it looks at before its first step. A stream has only its head.
+    all over the data, picked as a run picks those it looks at before its first step. A stream has only its head. They come with the
+    codes of what `block` reads of them.
 
     Raises:
         NotSeenError: the data cannot be reached, or has no tokens before a batch is made.
         ConfigError: Axolotl refuses the data.
     """
-    with quiet(), _nothing_cached_beside_the_data():
+    with _reading(cfg, block):
+        if is_stream(cfg):
+            fields = _Fields(cfg, block)
+            with watching(fields.see_of_stream):
+                return replace(_stream(cfg, tokenizer, count), notes=fields.notes, dropped=fields.dropped)
+        return _packed(_table(cfg, tokenizer, count, block, spread), cfg)
+
+
+def every_part(cfg: Any, tokenizer: Any, size: int, rows: int | None = None, block: Block | None = None) -> list[Part]:
+    """All of the training data, or its first `rows`, in the order of the data and in parts of up to `size` rows: also what the run
+    holds out for its evaluation, and from where the data lies, whether or not the host has prepared it. Of a stream `rows` is how
+    many. Raises as `load_rows`, and so do the parts."""
+    cfg = copy.deepcopy(cfg)
+    cfg.dataset_num_proc, cfg.dataset_keep_in_memory = None, True
+    with _reading(cfg, block):
+        if is_stream(cfg):
+            assert rows is not None, "a stream has no end"
+            samples = [piece for row in _stream(cfg, tokenizer, rows).samples for piece in _pieces(row)][:rows]
+            return [_part_of_stream(_paths(cfg), samples[begin : begin + size]) for begin in range(0, len(samples), size)]
+        sources = _raw_datasets(cfg, tokenizer)
+    parts, left = [], sum(len(dataset) for dataset, _ in sources) if rows is None else rows
+    for dataset, how in sources:
+        count = min(len(dataset), left)
+        parts += [_part(cfg, dataset, range(begin, min(begin + size, count)), how) for begin in range(0, count, size)]
+        left -= count
+    if not parts:
+        raise _no_rows(cfg)
+    return parts
+
+
+def _part(cfg: Any, dataset: Any, numbers: range, how: Any) -> Part:
+    def digest() -> str:
+        return _digest(dataset[numbers.start : numbers.stop])
+
+    def samples() -> list[Sample]:
+        with _reading(cfg):
+            return _made_for_run(cfg, dataset, numbers, how)
+
+    source = how.keywords["dataset_config"]
+    return Part(str(source.name or source.path), len(numbers), digest, samples)
+
+
+def _made_for_run(cfg: Any, dataset: Any, numbers: range, how: Any) -> list[Sample]:
+    from axolotl.utils.data import sft
+
+    made = _tokenised(dataset, numbers, how)
+    if not len(made):
+        return []
+    if "input_ids" not in made.column_names:
+        raise _made_with_a_batch()
+    if len(made) == len(numbers):  # else the host drops some, or cuts them up
+        made = made.add_column(ROW, [row_number(dataset, number) for number in numbers])
+    kept = sft.handle_long_seq_in_dataset(made, cfg.sequence_len, cfg)
+    if cfg.sample_packing and len(kept):
+        try:
+            kept = sft.process_datasets_for_packing(cfg, kept, None)[0]
+        except ValueError as error:
+            if not dropped_all(error):
+                raise
+            return []
+    return [piece for row in _samples(kept) for piece in _pieces(row)]
+
+
+def _part_of_stream(name: str, samples: list[Sample]) -> Part:
+    return Part(name, len(samples), lambda: _digest(samples), lambda: samples)
+
+
+def _pieces(row: Sample) -> Iterator[Sample]:
+    """The samples of a row; where it has several, those with a target."""
+    starts = [at for at, position in enumerate(row.pop("position_ids", [0])) if position == 0]
+    for begin, end in itertools.pairwise((*starts, len(row["input_ids"]))):
+        piece = {key: values[begin:end] if isinstance(values, list) else values for key, values in row.items()}
+        if len(starts) == 1 or any(label != IGNORE_INDEX for label in piece["labels"]):
+            yield piece
+
+
+def _digest(rows: Any) -> str:
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def is_stream(cfg: Any) -> bool:
+    """Whether the training data is read as it comes, without an end that is known."""
+    return bool(cfg.streaming or cfg.pretraining_dataset)
+
+
+@contextlib.contextmanager
+def _reading(cfg: Any, block: Block | None = None) -> Iterator[None]:
+    """Whatever goes wrong with the data, as `load_rows` raises it."""
+    with quiet(), _nothing_cached_beside_the_data(), reading_data(cfg, block):
         from axolotl.integrations.base import BasePlugin, PluginManager
 
         for name, plugin in PluginManager.get_instance().plugins.items():
             if type(plugin).load_datasets is not BasePlugin.load_datasets and "dwl_plugin" not in name:
                 raise NotSeenError(f"datasets: they are made by the plugin {name} when the run starts")
         try:
-            if cfg.streaming or cfg.pretraining_dataset:
-                return _stream(cfg, tokenizer, count)
-            return _packed(_table(cfg, tokenizer, count, spread), cfg)
+            yield
         except DWLError:
             raise
         except StopIteration:  # what the host makes of a file without a row
@@ -335,7 +464,7 @@ def _loading(key: str, name: Any) -> Iterator[None]:
         raise ConfigError.at(key, f"cannot be loaded: {kind}{first_line(error)}", name) from error
 
 
-def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
+def _table(cfg: Any, tokenizer: Any, count: int, block: Block | None, spread: bool) -> Rows:
     """Rows of datasets that can be indexed."""
     import numpy as np
     from axolotl.common.const import DEFAULT_DATASET_PREPARED_PATH
@@ -357,12 +486,17 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     head = order.select(picked_rows(total, cfg.seed or 0, count) if spread else range(min(count, total)))
     if prepared is not None:
         folder = cfg.dataset_prepared_path or DEFAULT_DATASET_PREPARED_PATH
-        note = f"the rows are those prepared earlier under {folder}, as the run would take them"
+        note = f"the rows are those prepared earlier under {folder}, as the run would take them; their files were not looked at"
         return Rows(_samples(head), total=total, looked_at=len(head), notes=[note])
 
     picked = head.with_format("numpy")[:]
     by_source = [(picked["row"][picked["source"] == k], dataset, how) for k, (dataset, how) in enumerate(sources)]
-    tokenised = [_tokenised(dataset, numbers, how) for numbers, dataset, how in by_source if len(numbers)]
+    by_source = [source for source in by_source if len(source[0])]
+    fields = _Fields(cfg, block)
+    for numbers, dataset, how in by_source:
+        fields.see(numbered(dataset, sorted(map(int, numbers))), how.keywords["dataset_config"])
+    fields.require_right()
+    tokenised = [_tokenised(dataset, numbers, how) for numbers, dataset, how in by_source]
     if not all("input_ids" in rows.column_names for rows in tokenised):
         raise _made_with_a_batch()
     merged = concatenate_datasets(tokenised)
@@ -372,13 +506,42 @@ def _table(cfg: Any, tokenizer: Any, count: int, spread: bool) -> Rows:
     short = sft.handle_long_seq_in_dataset(merged, cfg.sequence_len, cfg)
     kept = sft.process_datasets_for_packing(cfg, short, None)[0] if cfg.sample_packing else short
     too_long, masked = len(merged) - len(short), len(short) - len(kept)
-    return Rows(_samples(kept), total=total, looked_at=len(merged), too_long=too_long, masked=masked)
+    return Rows(_samples(kept), None, total, len(merged), too_long, masked, fields.notes, fields.dropped)
 
 
-def is_prepared(cfg: Any, tokenizer: Any, key: str) -> bool:
+class _Fields:
+    """What is to say of the fields of rows: `problems` are of values that `block` cannot take for a factor or a mark."""
+
+    def __init__(self, cfg: Any, block: Block | None) -> None:
+        self.weights = None if block is None else block.data_weights
+        self.block = block if block is not None and block.reads_data else None
+        self.trains_inputs = bool(cfg.train_on_inputs)
+        self.packs_streams = bool(cfg.sample_packing)  # after they were shuffled
+        self.problems = not_finite(cfg, block)
+        self.dropped: list[DroppedWeight] = []
+        self.notes: list[str] = []
+
+    def see(self, rows: Sequence[NumberedRow], source: Any) -> None:
+        known = {(weight.level, weight.path) for weight in self.dropped}
+        found = dropped_weights(rows, source, self.weights, self.trains_inputs)
+        self.dropped += [weight for weight in found if (weight.level, weight.path) not in known]
+        if self.block is not None:
+            self.problems += wrong_values(rows, source, RowCodes.of(self.block))
+            self.notes += [note for note in unnamed_marks(rows, source, self.block.marks) if note not in self.notes]
+
+    def see_of_stream(self, rows: Sequence[NumberedRow], source: Any) -> None:
+        """The next rows; what is wrong with them is raised before tokens are made of them."""
+        self.see([(None, row) for _, row in rows] if self.packs_streams else rows, source)
+        self.require_right()
+
+    def require_right(self) -> None:
+        ConfigError.raise_any({str(problem): problem for problem in self.problems}.values())
+
+
+def is_prepared(cfg: Any, tokenizer: Any, key: str, block: Block | None = None) -> bool:
     """Whether the host has the rows of `key` on this disk as it made them earlier, and will not read their files."""
     try:
-        with quiet():
+        with quiet(), reading_data(cfg, block):
             return _prepared(cfg, tokenizer, key) is not None
     except (OSError, ValueError):  # a folder that breaks off
         return False
@@ -405,7 +568,9 @@ def _tokenised(dataset: Any, numbers: Sequence[int], how: Any) -> Any:
     """These rows of a dataset as the host makes them. Raises `ConfigError` with the first that it cannot."""
     try:
         return _made(dataset, numbers, how)
-    except OSError:
+    except RowError as found:
+        raise found if found.number is None else found.numbered(row_number(dataset, int(numbers[found.number]))) from None
+    except (OSError, ConfigError):
         raise
     except Exception as whole:  # whatever a prompt's strategy and its template make of a row
         error, last = whole, int(numbers[-1])
@@ -539,6 +704,7 @@ def _stream(cfg: Any, tokenizer: Any, count: int) -> Rows:
     from axolotl.utils.data import sft
 
     cfg = copy.deepcopy(cfg)
+    cfg.dataset_num_proc = None
     cfg.streaming_multipack_buffer_size = min(cfg.streaming_multipack_buffer_size or count, max(count, 64))
     cfg.val_set_size = 0
     dataset = sft._prepare_streaming_dataset(cfg, tokenizer, None)[0]
@@ -556,8 +722,12 @@ def _stream(cfg: Any, tokenizer: Any, count: int) -> Rows:
 
 def _no_rows(cfg: Any) -> ConfigError:
     key = "pretraining_dataset" if cfg.pretraining_dataset else "datasets"
-    named = [cfg[key]] if isinstance(cfg[key], str) else [dataset.path for dataset in cfg[key]]
-    return ConfigError([no_rows(key, value=", ".join(map(str, named)))])
+    return ConfigError([no_rows(key, value=_paths(cfg))])
+
+
+def _paths(cfg: Any) -> str:
+    named = cfg.pretraining_dataset or cfg.datasets
+    return str(named) if isinstance(named, str) else ", ".join(str(dataset.path) for dataset in named)
 
 
 @contextlib.contextmanager

@@ -27,12 +27,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.classes import ClassSurvey, Labeller
+from dwl_plugin.classes.data_codes import DATA_CODES
 from dwl_plugin.config import Block
 from dwl_plugin.errors import ConfigError, LossNotTakenError, NotFiniteError, RunError, first_line
 from dwl_plugin.hosts.base_nll import base_nll
 from dwl_plugin.hosts.checkpoints import finished_checkpoints, named_in, require_whole, unfinished
 from dwl_plugin.hosts.versions import divided_later, gradients_are_averaged
-from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics
+from dwl_plugin.loss.class_sums import ForwardMetrics
 from dwl_plugin.loss.deferred_logits import DeferredLogits
 from dwl_plugin.loss.membership import Membership
 from dwl_plugin.loss.shift import IGNORE_INDEX
@@ -41,6 +42,7 @@ from dwl_plugin.run.collate import LabellingCollator
 from dwl_plugin.run.dataset_check import NO_TARGET
 from dwl_plugin.run.moving import controller_of
 from dwl_plugin.run.record import BatchSize, Record
+from dwl_plugin.run.row_codes import RowError
 from dwl_plugin.run.session import RunState, Session
 from dwl_plugin.run.startup import keep_config, log_line, other_length_lines, other_options_lines, startup_lines
 
@@ -74,6 +76,7 @@ class TrainerMixin(Trainer):
 
     _dwl: Session
     _dwl_host: type[Trainer]
+    _signature_columns: Any
     _dwl_checkpoint: Path | None = None
     """What this run goes on from."""
 
@@ -84,8 +87,16 @@ class TrainerMixin(Trainer):
             require_whole(self._dwl_checkpoint, Path(self.args.output_dir))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        loader = super()._get_dataloader(*args, **kwargs)
+    def _set_signature_columns_if_needed(self) -> None:
+        """What rows say of their tokens stays with them up to the collator."""
+        super()._set_signature_columns_if_needed()
+        if self._dwl.block.reads_data and DATA_CODES not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, DATA_CODES]
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._dwl.read is not None:  # one that was handed to `evaluate`, say
+            dataset = self._dwl.read(dataset, "train_dataset" if kwargs.get("is_training", False) else "eval_dataset")
+        loader = super()._get_dataloader(dataset, *args, **kwargs)
         for stored in getattr(self, "_eval_dataloaders", {}).values():  # kept for later, prepared again by the host
             self._label(stored)
         return self._label(loader, shifted=kwargs.get("is_training", False) and ranks_per_sequence(self.accelerator) > 1)
@@ -99,7 +110,10 @@ class TrainerMixin(Trainer):
         return loader
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        try:
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        except RowError as error:  # of a stream, whose rows are read as the run goes
+            raise RunError(error.said) from None
         _require_cut_sequences(self.accelerator, batches)
         self._dwl.step_counts = self._over_ranks(self._dwl.counts(batches, device))
         return batches, num_items
@@ -124,10 +138,10 @@ class TrainerMixin(Trainer):
         if training and session.step_counts is not None:
             counts = session.step_counts
             divided = self._averaged_over(num_items_in_batch) * divided_later(self, num_items_in_batch)
-            denominator = counts[-2].clamp(min=1) / divided
+            denominator = counts[0, -2].clamp(min=1) / divided
         else:
             counts = session.counts([inputs], self.args.device)
-            denominator = counts[-2].clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            denominator = counts[0, -2].clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         on_tokens = session.trained_on if training else self._without_repeated_rows(inputs, session.eval_sums.add)
         with session.seam.armed(session.pending_loss(inputs, counts, denominator, on_tokens)):
             sharing = ranks_per_sequence(self.accelerator) if training else 1
@@ -218,7 +232,7 @@ class TrainerMixin(Trainer):
             ) from error
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._dwl.eval_sums = ClassSums(self._dwl.names)
+        self._dwl.eval_sums = self._dwl.class_sums()
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         measured = self._dwl.eval_sums.take(self._over_ranks, self.args.device)
@@ -300,8 +314,7 @@ class AlphaCallback(TrainerCallback):
         if state.is_world_process_zero:
             keep_config(session.block, _record(self._trainer, tau), Path(args.output_dir))
         picks = args.metric_for_best_model or "loss" if args.load_best_model_at_end else None
-        counts = None if session.survey is None else session.survey.counts
-        lines = [*startup_lines(session.block, counts, session.alpha_at, session.length, session.replaced, picks)]
+        lines = [*startup_lines(session.block, session.survey, session.alpha_at, session.length, session.replaced, picks)]
         if saved is not None:
             lines += other_length_lines(session.block, saved.length, session.length, tau)
             if session.loop is not None and saved.controller is not None:
@@ -442,6 +455,7 @@ def uninstall(trainer: Trainer) -> None:
     trainer._dwl.seam.detach()
     trainer.__class__ = trainer._dwl_host
     trainer.__dict__.pop("loss_is_scaled_for_ga", None)
+    trainer._signature_columns = None
     trainer.__dict__.pop("_eval_dataloaders", None)  # kept between evaluations, with class ids in their batches
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, _ShortLog):
@@ -460,7 +474,7 @@ def computes_loss(kind: type) -> type:
 
 def less_is_better(metric: str | None) -> bool:
     """Whether `metric` is a cross-entropy or a perplexity. A host maximises every metric that does not end in `loss`."""
-    return metric is not None and (metric.rpartition("_")[2] in ("nll", "ppl") or "dwl/nll/" in metric)
+    return metric is not None and (metric.rpartition("_")[2] in ("nll", "ppl") or "/nll/" in metric)
 
 
 class _ShortLog:

@@ -15,6 +15,7 @@ import torch
 from transformers import Trainer
 
 from dwl_plugin.classes import ClassSurvey, Labeller
+from dwl_plugin.classes.data_codes import DATA_CODES
 from dwl_plugin.config import Block, read_block
 from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.hosts import trl
@@ -27,7 +28,9 @@ from dwl_plugin.hosts.trainer import (
     replaced_methods,
     uninstall,
 )
+from dwl_plugin.hosts.trainer_data import Reader
 from dwl_plugin.hosts.versions import newer_host, older_host
+from dwl_plugin.run.collate import collated_codes
 from dwl_plugin.run.dataset_check import (
     check_dataset,
     ids_outside,
@@ -80,6 +83,9 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
         config: a mapping with `loss`, `dft` and `dwl`, or the path of a YAML file that has them; its other keys are not looked
             at, so a whole Axolotl config will do.
 
+    Where the config reads weights or marks of the data, they are read from the columns of the trainer's data sets: a row's own, one
+    for each token, and those of `messages`, or `prompt` and `completion`, which are placed by the chat template.
+
     Returns:
         A handle; its `detach()` takes everything back.
 
@@ -96,18 +102,25 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
         block = read_block(config)
     except ConfigError as error:
         raise ConfigError([*error.problems, *problems]) from None
+    is_sft = trl.is_sft_trainer(type(trainer))
+    if block.reads_data and is_sft:
+        problems += trl.data_problems(trainer.args)
     ConfigError.raise_any(problems)
     require_rows(trainer.train_dataset, "train_dataset")
     labeller = _labeller_of(trainer, block)
-    rows = [] if labeller is None and _has_own(trainer, "get_train_dataloader") else _looked_at(trainer, trainer.train_dataset)
+    read = Reader.of(trainer, block, _tokenizer_of(trainer)) if block.reads_data else None
+    train_dataset, eval_dataset = trainer.train_dataset, trainer.eval_dataset
+    if read is not None:
+        train_dataset = read(train_dataset, "train_dataset", streams=False)
+        eval_dataset = read(eval_dataset, "eval_dataset", streams=False)
+    rows = [] if labeller is None and _has_own(trainer, "get_train_dataloader") else _looked_at(trainer, train_dataset)
     embedding = trainer.model.get_input_embeddings()
     if type(embedding) is torch.nn.Embedding:  # one that derives from it may know more ids than it has rows
         ConfigError.raise_any(ids_outside(rows, embedding.num_embeddings, "train_dataset"))
     survey = check_dataset(block, labeller, rows, "train_dataset")
-    held_out = None if _has_own(trainer, "get_eval_dataloader", "evaluate") else trainer.eval_dataset
+    held_out = None if _has_own(trainer, "get_eval_dataloader", "evaluate") else eval_dataset
     for dataset in held_out.values() if isinstance(held_out, dict) else [held_out]:
         require_targets(_looked_at(trainer, dataset), "eval_dataset")
-    is_sft = trl.is_sft_trainer(type(trainer))
     below = None if type(trainer) is Trainer else trl.in_place_of_sft_trainer(type(trainer)) if is_sft else BelowHost
     for line in (line for package in ("transformers", *(("trl",) if is_sft else ())) for line in newer_host(package)):
         log_line(line)
@@ -115,6 +128,10 @@ def apply(trainer: Trainer, config: Mapping[str, Any] | str | PathLike[str]) -> 
         taken_over = trl.take_over(trainer, undo) if is_sft else []
         session, callback = install(trainer, block, labeller, survey, taken_over, below)
         undo.callback(uninstall, trainer)
+        session.read = read
+        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            undo.callback(setattr, trainer, name, getattr(trainer, name))
+            setattr(trainer, name, dataset)
         trainer.add_callback(callback)
         undo.callback(trainer.remove_callback, callback)
         args = trainer.args
@@ -167,8 +184,7 @@ def _liger_problems(options: Mapping[str, Any]) -> Iterator[Problem]:
 def _labeller_of(trainer: Trainer, block: Block) -> Labeller | None:
     if not block.labels_tokens:
         return None
-    processing = trainer.processing_class
-    tokenizer = getattr(processing, "tokenizer", processing)  # a processor has its tokenizer inside
+    tokenizer = _tokenizer_of(trainer)
     if tokenizer is None:
         why = "need the tokenizer, and this trainer has none"
         raise ConfigError.at("dwl.classes", why, hint="build the trainer with `processing_class=tokenizer`")
@@ -176,6 +192,11 @@ def _labeller_of(trainer: Trainer, block: Block) -> Labeller | None:
     assert labeller is not None
     ConfigError.raise_any(trl.cut_problems(trainer.args, labeller))
     return labeller
+
+
+def _tokenizer_of(trainer: Trainer) -> Any:
+    processing = trainer.processing_class
+    return getattr(processing, "tokenizer", processing)  # a processor has its tokenizer inside
 
 
 def _has_own(trainer: Trainer, *methods: str) -> bool:
@@ -197,6 +218,8 @@ def _collated(trainer: Trainer, dataset: Any, numbers: Iterable[int]) -> Iterato
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
     for number in numbers:
         row = dataset[number]
-        batch = collate([dict(row)]) if isinstance(row, Mapping) else {}  # only a mapping is known to have labels
+        known = {key: value for key, value in row.items() if key != DATA_CODES} if isinstance(row, Mapping) else {}
+        batch = collate([known]) if known else {}  # only a mapping is known to have labels
         if "labels" in batch:
-            yield {key: batch[key][0] for key in ("input_ids", "labels", "position_ids") if key in batch}
+            seen = {key: batch[key][0] for key in ("input_ids", "labels", "position_ids") if key in batch}
+            yield {**seen, DATA_CODES: collated_codes(collate, [row])[0]} if DATA_CODES in row else seen

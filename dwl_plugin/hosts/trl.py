@@ -1,11 +1,12 @@
 """TRL's SFTTrainer: how it is told apart, what of it cannot stand beside the loss, what is taken over, what it wants of a step.
 
 A host built on `transformers.Trainer` needs nothing: `apply` works with it. One that computes a loss of its own, patches the model
-or reads the logits gets a file of these five parts, and a call for each of them in `transformers.py`:
+or reads the logits gets a file of these six parts, and a call for each of them in `transformers.py`:
 
     is_...            is this class the host's?
     ..._problems      each of its settings that computes, or changes, the loss, as a `Problem`
     cut_problems      a setting that makes rows in which classes cannot be found
+    data_problems     a setting with which rows lose what the data says of their tokens
     take_over         switch off what can be switched off, and say so; `undo` gives it back
     in_place_of_...   before the host's class: its steps as `Trainer` makes them, with the numbers that the host logs of them
 """
@@ -23,14 +24,14 @@ from transformers import Trainer
 from dwl_plugin.classes import Labeller
 from dwl_plugin.errors import Problem
 from dwl_plugin.hosts.trainer import Batch, Items
-from dwl_plugin.hosts.versions import older_host
+from dwl_plugin.hosts.versions import older_host, release
 from dwl_plugin.loss.deferred_logits import DeferredLogits
 from dwl_plugin.loss.heads import base_model
 from dwl_plugin.loss.origins import package
 from dwl_plugin.loss.shift import IGNORE_INDEX
 from dwl_plugin.run.session import Session
 
-__all__ = ["cut_problems", "in_place_of_sft_trainer", "is_sft_trainer", "take_over", "trl_problems"]
+__all__ = ["cut_problems", "data_problems", "in_place_of_sft_trainer", "is_sft_trainer", "take_over", "trl_problems"]
 
 
 def is_sft_trainer(kind: type) -> bool:
@@ -71,6 +72,23 @@ def cut_problems(args: Any, labeller: Labeller) -> Iterator[Problem]:
         why = "loses where a sample ends, and these classes, or this `reduction`, need to know it"
         hint = '`packing_strategy="bfd"` keeps the boundaries; or select by `token_ids`, `tokens` or `token_regex`'
         yield Problem("args.packing_strategy", why, "wrapped", hint=hint)
+
+
+def data_problems(args: Any) -> Iterator[Problem]:
+    """A problem for each setting with which a trainer keeps the tokens of its rows, and not what these say of them."""
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        return
+    what = "of the data's weights and marks"
+    for key in ("packing", "eval_packing"):
+        if getattr(args, key):
+            hint = f"`{key}=False`; with FlashAttention `padding_free=True` does without padding as well"
+            yield Problem(f"args.{key}", f"packs rows when the trainer is built, and keeps nothing {what}", True, hint=hint)
+    if args.max_length is not None and args.truncation_mode == "keep_end":
+        why = f"cuts rows off at their beginning when the trainer is built, and nothing {what}"
+        yield Problem("args.truncation_mode", why, "keep_end", hint='`truncation_mode="keep_start"`, or `max_length=None`')
+    if args.use_liger_kernel and release("trl") < (1, 15):
+        why = f"TRL before 1.15 keeps nothing {what} beside Liger's kernels"
+        yield Problem("args.use_liger_kernel", why, True, hint="`pip install 'trl>=1.15'`, or leave it out")
 
 
 def take_over(trainer: Trainer, undo: ExitStack) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.hosts import harness
+from tests.hosts import harness, weighed_rows
 from tests.hosts.ranks import Ranks
 
 collect_ignore = [] if find_spec("deepspeed") else ["test_deepspeed.py"]
@@ -20,6 +20,14 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     harness.make_tokenizer(folder)
     harness.make_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def words_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer has the marks of many templates."""
+    folder = tmp_path_factory.mktemp("words")
+    weighed_rows.make_words_model(folder)
     return folder
 
 

@@ -45,7 +45,7 @@ class Tokens(TrainerCallback):
         trainer.add_callback(self)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.of_steps.append(self._trainer._dwl.step_counts.tolist()[: len(NAMES)])
+        self.of_steps.append(self._trainer._dwl.step_counts[0].tolist()[: len(NAMES)])
 
 
 def test_alpha_is_the_papers_update_of_the_plain_nll_over_whole_windows(configure: Configure) -> None:

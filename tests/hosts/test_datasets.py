@@ -254,3 +254,21 @@ def test_batches_of_batch_flattening_carry_class_ids(model_folder: Path) -> None
     expected = [-100 if label == -100 else int(not number) for label, number in zip(labels, numbers, strict=True)]
     assert {0, 1, -100} == set(expected)
     assert [at % 2**62 if at >= 0 else at for at in batch[CLASS_IDS][0].tolist()] == expected
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean_token_sum", "sample_mean"])
+def test_a_row_that_is_full_keeps_its_class_ids(model_folder: Path, reduction: str) -> None:
+    """Axolotl's collator takes one that it has nothing to pad with through float64."""
+    from axolotl.utils.collators import V2BatchSamplerDataCollatorForSeq2Seq
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    block = parse({"loss": "dwl", "dwl": {"classes": CLASSES, "reduction": reduction}})
+    assert block is not None
+    labeller = labeller_of(block, tokenizer)
+    assert labeller is not None
+    ids = tokenizer("7 and a word, 12 make 19")["input_ids"]
+    sample = {"input_ids": ids, "labels": list(ids), "attention_mask": [1] * len(ids)}
+    collate = V2BatchSamplerDataCollatorForSeq2Seq(tokenizer, return_tensors="pt", pad_to_multiple_of=2 * len(ids))
+    batch = LabellingCollator(collate, labeller, packed=True)([[sample, sample]])
+    assert batch[CLASS_IDS].tolist() == [labeller(ids, ids).tolist() * 2]

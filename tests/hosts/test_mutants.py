@@ -123,8 +123,8 @@ def shift_classes(patch: pytest.MonkeyPatch, _: str) -> None:
         moved = np.roll(classes, 1)
         return np.where(np.asarray(labels) != -100, np.where(moved < 0, rest, moved), -100)
 
-    def wrong(self: Any, samples: Any) -> Any:
-        found = zip(right(self, samples), samples, strict=True)
+    def wrong(self: Any, samples: Any, codes: Any = ()) -> Any:
+        found = zip(right(self, samples, codes), samples, strict=True)
         return [off_by_one(classes, labels, len(self.names) - 1) for classes, (_, labels, _) in found]
 
     patch.setattr(labeller.Labeller, "label_samples", wrong)

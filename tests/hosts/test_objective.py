@@ -107,7 +107,12 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(
     ("reduction", "overlap"),
-    [("token_mean", "first"), ("weighted_mean", "first"), ("class_mean", "first"), ("sequence_mean_token_sum", "sum")],
+    [
+        ("class_mean", "first"),
+        ("sequence_mean_token_sum", "sum"),
+        pytest.param("token_mean", "first", marks=pytest.mark.slow),
+        pytest.param("weighted_mean", "first", marks=pytest.mark.slow),
+    ],
 )
 def test_layout_of_a_step_changes_neither_loss_nor_gradient(
     configure: Configure, tmp_path: Any, reduction: str, overlap: str

@@ -242,3 +242,28 @@ def test_a_row_that_cannot_be_tokenised_is_named_before_a_model_is_loaded(config
     settings = configure(loss="dft", **{key: entry}, dataset_prepared_path=str(tmp_path / "prepared"))
     with pytest.raises(ConfigError, match=r"row 4 of .*bad\.jsonl: its `messages` is empty"):
         train(settings)
+
+
+def test_a_weight_that_axolotl_makes_1_of_is_said_once_at_the_start(
+    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = [{"type": "text", "text": "It is"}, {"type": "text", "text": " 7.", "weight": 0.3}]
+    weighed = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": content}]}
+    data = write_rows(tmp_path / "weighed.jsonl", [*rows(3), weighed, weighed])
+    for written, lines in (({}, 1), ({"dwl": {"data_weights": False}}, 0)):
+        capsys.readouterr()
+        train(configure(data=data, loss="nll", max_steps=1, out=tmp_path / str(lines), **written))
+        said = [line for line in capsys.readouterr().out.splitlines() if "as 1" in line]
+        assert len(said) == lines
+        if said:
+            assert f"[dwl] {data}, row 4, messages[1].content[1]: Axolotl trains `weight: 0.3` as 1; write" in said[0]
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_factor_that_is_not_finite_stops_the_run_though_its_reader_makes_null_of_it(configure: Configure, tmp_path: Path) -> None:
+    answers = [{"role": "assistant", "content": "7", "weight": weight} for weight in (0.5, float("nan"))]
+    weighed = [{"messages": [{"role": "user", "content": "NaN: NaN Infinity?"}, answer]} for answer in answers]
+    data = write_rows(tmp_path / "weighed.jsonl", [*rows(3), *weighed])
+    (said,) = problems_of(configure(data=data, loss="nll", dwl={"data_weights": True})).values()
+    assert "row 5 of" in said
+    assert "`messages[1].weight`: has to be finite" in said

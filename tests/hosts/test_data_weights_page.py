@@ -1,0 +1,37 @@
+"""Every YAML of the page on weights in the data trains on the rows that the page shows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.hosts import harness
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data-weights.md").read_text(encoding="utf-8")
+ROWS = "".join(re.findall(r"```json\n(.*?)```", PAGE, re.S))
+CONFIGS = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.S)]
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("_axolotl")]
+
+
+def test_the_page_has_rows_and_configs() -> None:
+    assert len(ROWS.splitlines()) >= 4
+    assert len(CONFIGS) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
+def test_it_trains_as_the_page_says(config: dict[str, Any], configure: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    names = [entry["path"] for entry in config.get("datasets", [])] or ["rows.jsonl"]
+    datasets = config.get("datasets") or [{"path": "rows.jsonl", "type": "chat_template"}]
+    for name in names:
+        (tmp_path / name).write_text(ROWS, encoding="utf-8")
+    local = [{**entry, "path": str(tmp_path / entry["path"])} for entry in datasets]
+    run = harness.train(configure(**{**config, "datasets": local, "dataset_prepared_path": str(tmp_path / "prepared")}))
+    assert len(run.logged("nll")) == 2
+    assert run.logged("dwl/factor") or not config["dwl"].get("data_weights")
