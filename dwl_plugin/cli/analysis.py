@@ -1,5 +1,5 @@
-"""What `check`, `inspect` and `preflight` find out of a config, in three stages: the file is read, Axolotl and the tokenizer
-validate it, and rows are looked at. Each stage works on what the one before it left, so that one mistake hides little else.
+"""What `check`, `inspect`, `preflight` and `score` find out of a config, in three stages: the file is read, Axolotl and the
+tokenizer validate it, and rows are looked at. Each stage works on what the one before left, so that one mistake hides little else.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +16,7 @@ import numpy as np
 
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.classes import ClassSurvey, Labeller, empty_class_problems, survey, trained_on
+from dwl_plugin.classes.data_codes import DATA_CODES
 from dwl_plugin.cli.config_file import read_config
 from dwl_plugin.cli.output import Console
 from dwl_plugin.cli.trust import Danger, dangers
@@ -27,6 +28,7 @@ from dwl_plugin.config.salvage import salvage
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
 from dwl_plugin.hosts import axolotl_preview as host
 from dwl_plugin.hosts.axolotl_args import fused_losses_asked_for
+from dwl_plugin.hosts.axolotl_data import data_set_names
 from dwl_plugin.hosts.axolotl_keys import dropped_keys
 from dwl_plugin.hosts.axolotl_preview import Rows
 from dwl_plugin.hosts.incompatible import refused
@@ -39,8 +41,12 @@ if TYPE_CHECKING:
 
     from dwl_plugin.loss.reduction import ClassWeight
 
-__all__ = ["ClassFigures", "Findings", "LookedAt", "analyse", "looking"]
+Raw = dict[str, Any]
+"""A config as it is written."""
 
+__all__ = ["WITHOUT_LOSS", "ClassFigures", "Findings", "LookedAt", "Raw", "analyse", "looking"]
+
+WITHOUT_LOSS = "this config has no `loss`, so dwl_plugin does nothing in it"
 _ROWS = [{"path": "json", "type": "alpaca"}]
 _STAND_INS = {
     "learning_rate": 1e-5,
@@ -77,11 +83,12 @@ class Findings:
 
 
 class ClassFigures(NamedTuple):
-    """A class in the rows looked at. `weight` and `alpha_end`: under `loss: dwl` without problems."""
+    """A class in the rows looked at. `mass` is Σ|v|, as in a survey; `weight`, `alpha_end`: under `loss: dwl` without problems."""
 
     name: str
     tokens: int
     token_share: float
+    mass: float
     rows_without: int
     weight: ClassWeight | None
     alpha_end: float
@@ -89,9 +96,10 @@ class ClassFigures(NamedTuple):
 
 @dataclass(frozen=True)
 class LookedAt:
-    """A config as Axolotl would train it, and rows of its data; `block` and `labeller` are of the classes that the tokenizer can
-    serve, `survey` and `figures` of these in the rows, if there are any to look for."""
+    """A config as it is written and as Axolotl would train it, and rows of its data; `block` and `labeller` are of the classes that
+    the tokenizer can serve, `survey` and `figures` of these in the rows, if there are any to look for."""
 
+    raw: Mapping[str, Any]
     cfg: Any
     tokenizer: Any
     block: Block | None
@@ -111,14 +119,19 @@ class LookedAt:
         target_T = trained_on(sample)
         if self.labeller is None:
             return np.atleast_2d(target_T)
-        found_KT = self.labeller.members(sample["input_ids"], sample["labels"], sample.get("position_ids")) & target_T
+        found_KT = (
+            self.labeller.members(sample["input_ids"], sample["labels"], sample.get("position_ids"), sample.get(DATA_CODES))
+            & target_T
+        )
         rest_1T = (target_T & ~found_KT.any(0))[None]
         if not matched and self.labeller.overlap == "first":
             found_KT &= np.cumsum(found_KT, axis=0) == 1
         return np.concatenate([found_KT, rest_1T])
 
 
-def analyse(path: Path, samples: int, trust: bool, to_run: bool = False, spread: bool = False) -> tuple[Findings, LookedAt | None]:
+def analyse(
+    path: Path, samples: int, trust: bool, to_run: bool = False, spread: bool = False, change: Callable[[Raw], Raw] = dict
+) -> tuple[Findings, LookedAt | None]:
     """Go through the stages as far as it goes.
 
     Args:
@@ -127,11 +140,12 @@ def analyse(path: Path, samples: int, trust: bool, to_run: bool = False, spread:
         trust: go on although the config could run code or fetch things.
         to_run: the model is about to be loaded here.
         spread: take the rows from all over the data, as a run does that looks at it before its first step; else from its head.
+        change: what to read in place of the file's mapping.
     """
     found = Findings(path)
     with Console(stderr=True).status("") as status:
         try:
-            raw, block = _read(path, found, trust)
+            raw, block = _read(path, found, trust, change)
             if found.dangers or any(problem.path in MODELS for problem in found.problems):
                 return found, None
             status.update("Axolotl reads the config …")
@@ -143,16 +157,17 @@ def analyse(path: Path, samples: int, trust: bool, to_run: bool = False, spread:
                 lost.append("; without it there is no data either")
                 tokenizer = host.load_tokenizer(cfg)
                 found.looked_at.append("the tokenizer")
-                block, labeller = _labeller(block, tokenizer, found)
-                found.problems[:] = [problem for problem in found.problems if not _prepared_anyway(problem, cfg, tokenizer)]
+                block, labeller = _labeller(block, tokenizer, cfg, found)
+                found.problems[:] = [problem for problem in found.problems if not _prepared_anyway(problem, cfg, tokenizer, block)]
                 if any(problem.path.startswith(_ROWS_OF) for problem in found.problems):
                     return found, None
                 status.update(f"{samples} rows …")
                 lost.append("")
-                rows = host.load_rows(cfg, tokenizer, samples, spread=spread)
+                rows = host.load_rows(cfg, tokenizer, samples, block, spread=spread)
                 found.looked_at.append(f"{rows.looked_at:,} rows")
+                _dropped_weights(rows, raw, block, found)
                 found.problems.extend(host.vocabulary_problems(cfg, tokenizer, rows.samples))
-                return found, _look_at(LookedAt(cfg, tokenizer, block, labeller, rows, run_length(cfg, rows)), found)
+                return found, _look_at(LookedAt(raw, cfg, tokenizer, block, labeller, rows, run_length(cfg, rows)), found)
         except ConfigError as error:
             found.add(error)
         except ImportError as error:
@@ -178,7 +193,7 @@ def looking(found: Findings, trust: bool) -> Iterator[list[str]]:
     found.dangers.extend(refused)
 
 
-def _read(path: Path, found: Findings, trust: bool) -> tuple[dict[str, Any], Block | None]:
+def _read(path: Path, found: Findings, trust: bool, change: Callable[[Raw], Raw]) -> tuple[Raw, Block | None]:
     """The file, with what the environment sets over it; where there are problems, the block is what is left of ours."""
     raw, odd = read_config(path)
     found.hints.extend(odd)
@@ -188,6 +203,7 @@ def _read(path: Path, found: Findings, trust: bool) -> tuple[dict[str, Any], Blo
         found.notes.extend(map(str, overrides))
     except ConfigError as error:
         found.add(error)
+    raw = change(raw)
     found.dangers.extend([] if trust else dangers(raw))
     packs = [danger.path for danger in found.dangers if danger.path.startswith("dwl.")]
     found.looked_at.append(f"`loss`, `dft` and `dwl`{' without its packs' if packs else ''}")
@@ -202,8 +218,7 @@ def _read(path: Path, found: Findings, trust: bool) -> tuple[dict[str, Any], Blo
             found.notes.append(f"a run switches {' and '.join(fused)} off: `loss: {loss}` is computed in its place")
     elif all(raw.get(key) is None for key in Block.model_fields):
         close = [f"`{key}`: {hint}" for key in raw if (hint := did_you_mean(key, list(Block.model_fields)))]
-        message = "this config has no `loss`, so dwl_plugin does nothing in it"
-        found.problems.append(Problem("loss", message, allowed="nll, dft, dwl", hint="; ".join(close)))
+        found.problems.append(Problem("loss", WITHOUT_LOSS, allowed="nll, dft, dwl", hint="; ".join(close)))
     return raw, block
 
 
@@ -261,11 +276,11 @@ def _plugin_line(raw: Mapping[str, Any], found: Findings, active: bool) -> None:
         )
 
 
-def _labeller(block: Block | None, tokenizer: Any, found: Findings) -> tuple[Block | None, Labeller | None]:
+def _labeller(block: Block | None, tokenizer: Any, cfg: Any, found: Findings) -> tuple[Block | None, Labeller | None]:
     """The labeller of the classes that the tokenizer can serve, and their block."""
-    while block is not None and block.class_configs:
+    while block is not None and block.labels_tokens:
         try:
-            return block, labeller_of(block, tokenizer)
+            return block, labeller_of(block, tokenizer, data_set_names(cfg, block))
         except ConfigError as error:
             found.add(error)
             left, _ = salvage(block.dump(), leave_out=[problem.path for problem in error.problems])
@@ -273,6 +288,16 @@ def _labeller(block: Block | None, tokenizer: Any, found: Findings) -> tuple[Blo
                 break
             block = left
     return block, None
+
+
+def _dropped_weights(rows: Rows, raw: Mapping[str, Any], block: Block | None, found: Findings) -> None:
+    """Weights of the data that change nothing; not where the config says `data_weights: false`, or means to read them."""
+    written = raw.get("dwl")
+    weights = None if block is None else block.data_weights
+    if weights is None and isinstance(written, Mapping) and written.get("data_weights") is not None:
+        return
+    for weight in rows.dropped:
+        (found.hints if weight.is_certain else found.notes).append(weight.sentence(weights, raw.get("loss") is not None))
 
 
 def _look_at(seen: LookedAt, found: Findings) -> LookedAt:
@@ -291,7 +316,7 @@ def _look_at(seen: LookedAt, found: Findings) -> LookedAt:
     try:
         classes = survey(seen.labeller, rows.samples)
         if not classes.targets:
-            found.problems.append(no_targets(classes.rows))
+            found.problems.append(no_targets(classes.rows, taken_out=classes.taken_out[-1]))
             return seen
         _empty_classes(classes, block, rows, found)
     except ConfigError as error:  # a pattern that backtracks
@@ -301,17 +326,18 @@ def _look_at(seen: LookedAt, found: Findings) -> LookedAt:
     try:
         alpha_at = alpha_of(block, length)
         start, end = alpha_at(0), alpha_at(length.total_steps or 0)
-        lines = hints(block, None if classes is None else classes.counts, alpha_at, length, picks)
+        lines = hints(block, classes, alpha_at, length, picks)
         found.hints.extend(line.removeprefix("hint: ") for line in lines)
     except ConfigError as error:
         found.add(error)
     if classes is None or seen.labeller is None:
         return seen
     weighed = block.loss == "dwl" and not found.problems
-    weights = class_weight_table(block.reduction, block.class_names, start, classes.counts)
+    weights = class_weight_table(block.reduction, block.class_names, start, classes.counts, classes.masses)
+    columns = zip(weights, end, classes.tokens, classes.mass, classes.rows_without, strict=False)
     figures = tuple(
-        ClassFigures(weight.name, tokens, weight.token_share, without, weight if weighed else None, alpha_end)
-        for weight, alpha_end, tokens, without in zip(weights, end, classes.tokens, classes.rows_without, strict=True)
+        ClassFigures(weight.name, tokens, weight.token_share, mass, without, weight if weighed else None, alpha_end)
+        for weight, alpha_end, tokens, mass, without in columns
     )
     return replace(seen, survey=classes, figures=figures)
 
@@ -338,10 +364,10 @@ def run_length(cfg: Any, rows: Rows) -> RunLength:
     return RunLength(total, per_epoch)
 
 
-def _prepared_anyway(problem: Problem, cfg: Any, tokenizer: Any) -> bool:
+def _prepared_anyway(problem: Problem, cfg: Any, tokenizer: Any, block: Block | None) -> bool:
     """Whether rows are missing that a run does not ask for, as those made of them are there."""
     key = problem.path.partition("[")[0]
-    return problem.message in MISSING_DATA and key in ("datasets", "test_datasets") and host.is_prepared(cfg, tokenizer, key)
+    return problem.message in MISSING_DATA and key in ("datasets", "test_datasets") and host.is_prepared(cfg, tokenizer, key, block)
 
 
 def _beside(config: Path, problem: Problem) -> Problem:

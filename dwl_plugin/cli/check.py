@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dwl_plugin.cli.analysis import ClassFigures, Findings, LookedAt, analyse
-from dwl_plugin.cli.output import number, print_json, printable, say, table_of_classes
+from dwl_plugin.cli.analysis import WITHOUT_LOSS, ClassFigures, Findings, LookedAt, analyse
+from dwl_plugin.cli.data_table import data_figures
+from dwl_plugin.cli.output import fixed, number, print_json, printable, say, table_of_classes
 from dwl_plugin.errors import Problem
 
 if TYPE_CHECKING:
@@ -34,7 +35,14 @@ def check(console: Console, config: Path, samples: int, trust: bool, as_json: bo
     if not as_json:
         if seen is not None and seen.survey is not None:
             console.print(class_table(seen.survey, seen.figures))
-            _print_overlaps(console, seen)
+            if figures := data_figures(seen):
+                if seen.block is not None and seen.block.data_weights is not None:
+                    console.print(figures.table())
+                for table in figures.group_tables():
+                    console.print(table)
+                _print_list(console, "", list(figures.sentences()))
+            if len(seen.class_names) > 1:
+                _print_overlaps(console, seen)
         _print_list(console, "Hints", found.hints)
         _print_list(console, "Notes", found.notes + _row_notes(seen))
         say(console, *_verdict(found))
@@ -69,7 +77,8 @@ def print_findings(console: Console, found: Findings, seen: LookedAt | None, as_
 
 def _print_list(console: Console, title: str, lines: list[str]) -> None:
     if lines:
-        say(console, title, "bold")
+        if title:
+            say(console, title, "bold")
         for line in lines:
             say(console, f"  · {line}")
         console.print()
@@ -78,10 +87,18 @@ def _print_list(console: Console, title: str, lines: list[str]) -> None:
 def class_table(survey: ClassSurvey, figures: Sequence[ClassFigures]) -> Table:
     """The classes in the rows looked at, and what α does to each."""
     table = table_of_classes(f"{survey.targets:,} target tokens in {survey.rows:,} rows")
-    for name in ("tokens", "share", "rows without", *(_ALPHA_COLUMNS if figures[0].weight is not None else ())):
+    weighs = survey.mass[-1] != survey.targets
+    for name in (
+        "tokens",
+        "share",
+        *(["Σ|w|"] if weighs else []),
+        "rows without",
+        *(_ALPHA_COLUMNS if figures[0].weight is not None else ()),
+    ):
         table.add_column(name, justify="right", no_wrap=name == "α")
     for row in figures:
-        cells = [f"{row.tokens:,}", f"{row.token_share:.1%}", f"{row.rows_without:,}"]
+        mass = [fixed(row.mass, 1)] if weighs else []
+        cells = [f"{row.tokens:,}", f"{row.token_share:.1%}", *mass, f"{row.rows_without:,}"]
         if row.weight is not None:
             alpha = number(row.weight.alpha) + (f" → {number(row.alpha_end)}" if row.alpha_end != row.weight.alpha else "")
             cells += [alpha, f"{row.weight.one_token:.2f}×", f"{row.weight.weight_share:.1%}"]
@@ -124,6 +141,8 @@ def _row_notes(seen: LookedAt | None) -> list[str]:
 
 
 def _verdict(found: Findings) -> tuple[str, str]:
+    if found.problems and all(problem.message == WITHOUT_LOSS for problem in found.problems):
+        return "This config would train, and without this package.", "bold yellow"
     if found.status == 1:
         return "This config would not train.", "bold red"
     if found.status == 2:
@@ -147,13 +166,20 @@ def as_dict(found: Findings, seen: LookedAt | None) -> dict[str, Any]:
             "rows": seen.survey.rows,
             "targets": seen.survey.targets,
             "classes": [_figures(row) for row in seen.figures],
+            **({"data": figures.as_dict()} if (figures := data_figures(seen)) else {}),
             "overlaps": [{"classes": [first, second], "tokens": count} for first, second, count in overlaps(seen)],
         }
     return out
 
 
 def _figures(row: ClassFigures) -> dict[str, Any]:
-    plain = {"name": row.name, "tokens": row.tokens, "token_share": row.token_share, "rows_without": row.rows_without}
+    plain = {
+        "name": row.name,
+        "tokens": row.tokens,
+        "token_share": row.token_share,
+        "mass": row.mass,
+        "rows_without": row.rows_without,
+    }
     if (weight := row.weight) is not None:
         plain |= {"alpha": weight.alpha, "alpha_end": row.alpha_end}
         plain |= {"one_token_vs_sft": weight.one_token, "weight_share": weight.weight_share}

@@ -52,9 +52,9 @@ def print_json(console: rich.console.Console, data: object) -> None:
     console.print_json(data=finite, highlight=False, ensure_ascii=True)
 
 
-def table_of_classes(title: str, show_edge: bool = True) -> Table:
+def table_of_classes(title: str, show_edge: bool = True, *, of: str = "class") -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=show_edge)
-    table.add_column("class", overflow="fold")
+    table.add_column(of, overflow="fold")
     return table
 
 

@@ -17,11 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from dwl_plugin.classes import FOLLOWS, trained_on
+from dwl_plugin.classes.survey import predicted
 from dwl_plugin.cli.analysis import LookedAt, analyse, looking
 from dwl_plugin.cli.check import print_findings
+from dwl_plugin.cli.nll import measuring
 from dwl_plugin.cli.output import Console, number, print_json, say, table_of_classes
-from dwl_plugin.errors import ConfigError
-from dwl_plugin.values import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -81,38 +82,18 @@ def _model(seen: LookedAt) -> Any:
 
 
 def measure(model: Any, seen: LookedAt) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """−log p in nats of every target, (N,), and its classes, (C, N): one sample after the other, without gradients and without
-    full logits. A label at the head of a row is no target: nothing predicts it."""
-    import torch
-
-    from dwl_plugin.hosts.axolotl_preview import quiet
-    from dwl_plugin.loss.seam import Seam
-    from dwl_plugin.loss.spec import LossSpec, PendingLoss
-
+    """−log p in nats of every target, (N,), and its classes, (C, N), one row after the other. A token that the data gives a factor
+    of 0 is no target."""
     nlls: list[NDArray[np.float64]] = [np.zeros(0)]
     members: list[NDArray[np.bool_]] = [np.zeros((len(seen.class_names), 0), np.bool_)]
-    device = model.get_input_embeddings().weight.device
-    seam = Seam(model, lambda line: None)
-
-    def keep(tokens: Any) -> None:
-        nlls.append(tokens.nll_N[tokens.members.is_target].double().cpu().numpy())
-
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar, measuring(model) as nll_of:
         for sample in bar.track(seen.rows.samples, description="Measuring p"):
-            packed = sample.get("position_ids", []).count(0) > 1  # several samples, told apart by their positions
-            keys = ("input_ids", "labels", "position_ids") if packed else ("input_ids", "labels")
-            given = {key: torch.tensor([sample[key]], device=device) for key in keys}
-            predicted_T = np.asarray(sample["labels"]) != IGNORE_INDEX
-            predicted_T[0] = False
-            if predicted_T.any():
-                with torch.no_grad(), quiet(), seam.armed(PendingLoss(LossSpec(), labels=given["labels"], on_tokens=keep)):
-                    try:
-                        model(**given)
-                    except (RuntimeError, NotImplementedError, MemoryError) as error:
-                        raise ConfigError.at("base_model", f"cannot be run: {error}") from error
-                members.append(seen.members(sample)[:, predicted_T])
-    seam.detach()
+            sample = {**sample, FOLLOWS: False}  # nothing stands before it here, so nothing predicts its first token
+            predicted_T, trained_T = predicted(sample), trained_on(sample)
+            if trained_T.any():
+                nlls.append(nll_of([sample])[0][trained_T[predicted_T]].astype(np.float64))
+                members.append(seen.members(sample)[:, trained_T])
     return np.concatenate(nlls), np.concatenate(members, 1)
 
 

@@ -313,7 +313,17 @@ def test_before_a_pack_is_fetched_what_does_not_need_it_is_checked(dwl: Check, w
     assert paths(result) == {"dwl.reduction"}
 
 
-@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.name != "quickstart.yml"], ids=lambda path: path.name)
+OWN_DATA = ("quickstart.yml", "dwl-data-weights-qlora.yml")
+"""Their rows are made, or written by whoever trains."""
+
+
+def test_an_example_on_rows_that_are_yet_to_be_written(dwl: Check) -> None:
+    result = dwl("check", next(path for path in EXAMPLES if path.name == OWN_DATA[1]), "--json")
+    assert result.exit_code == 1
+    assert paths(result) == {"datasets[0].path"}
+
+
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.name not in OWN_DATA], ids=lambda path: path.name)
 def test_an_example_whose_model_is_out_of_reach(dwl: Check, path: Path) -> None:
     result = dwl("check", path)
     assert result.exit_code == 2, result.output

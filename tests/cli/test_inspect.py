@@ -166,3 +166,73 @@ def test_a_sample_cannot_drive_the_terminal() -> None:
 
 def test_no_two_of_thirty_classes_look_alike() -> None:
     assert len({look(index) for index in range(30)}) == 30
+
+
+def weighed_rows(folder: Path) -> Path:
+    """Four rows of factors 1, 0.3, 0 and, in their second half, −1; the second is marked."""
+    plain, fainter, none, pushed = harness.rows(4)
+    answer = pushed["messages"][1]["content"]
+    parts = [{"type": "text", "text": answer[:8]}, {"type": "text", "text": answer[8:], "weight": -1}]
+    pushed["messages"][1]["content"] = parts
+    return harness.write_rows(
+        folder / "weighed.jsonl", [plain, {**fainter, "weight": 0.3, "mark": "critical"}, {**none, "weight": 0}, pushed]
+    )
+
+
+WEIGHED = {"classes": {**CLASSES, "critical": {"marked": "critical"}}, "data_weights": {"allow_negative": True}}
+
+
+def test_the_factor_of_each_token_and_what_else_the_data_says(page: Callable[..., Page], tmp_path: Path) -> None:
+    shown = page(4, data=weighed_rows(tmp_path), loss="dwl", dwl=WEIGHED, shuffle_merged_datasets=False)
+    begins = [k for k, (_, text) in enumerate(shown.tokens) if text == "<|im_start|>"][::2]  # of a user and an assistant
+    tokens = [attributes for attributes, _ in shown.tokens]
+    plain, fainter, none, pushed = (tokens[a:b] for a, b in zip(begins, [*begins[1:], None], strict=True))
+    assert {token.get("data-says") for token in plain} == {None}
+    assert {token.get("data-says") for token in fainter} == {"0.3"}
+    assert {token.get("data-marks") for token in fainter} == {"critical"}
+    assert {token.get("data-says") for token in pushed} == {None, "-1"}
+
+    def of_targets(tokens: list[dict[str, str | None]]) -> set[str]:
+        return {str(token["class"]).split()[1] for token in tokens if token["data-class"]}
+
+    assert [of_targets(tokens) for tokens in (plain, fainter, none)] == [{"f4"}, {"f2"}, set()]
+    assert of_targets(pushed) == {"f4", "neg"}
+    out, masked = ([token for token in none if ("data-out" in token) is there] for there in (True, False))
+    assert {str(token["class"]) for token in out} == {"t f0 m"}  # struck out, where the host's own mask is only grey
+    assert {str(token["class"]) for token in masked} == {"t m"}
+    assert [mark["data-factor"] for mark in shown.named("i") if mark.get("class") == "factor"] == [
+        *("×-1", "×0", "×0.3", "×1"),  # the legend
+        *("×0.3", "×0", "×-1", "×1"),  # the rows, each of which begins with 1
+    ]
+
+
+def test_what_a_token_weighs_is_its_classes_weight_times_its_factor(page: Callable[..., Page], tmp_path: Path) -> None:
+    alpha = {"control": 2, "number": 1, "critical": 0, "rest": 1}
+    shown = page(4, data=weighed_rows(tmp_path), loss="dwl", dwl={**WEIGHED, "alpha": alpha})
+    found = {
+        (token["data-class"], token.get("data-says"), token.get("data-weight")) for token, _ in shown.tokens if token["data-class"]
+    }
+    assert found == {
+        *(("control", None, "0.5"), ("number", None, "0.25"), ("rest", None, "0.25")),
+        *(("control, also critical", "0.3", "0.15"), ("number, also critical", "0.3", "0.075"), ("critical", "0.3", "0")),
+        *(("number", "-1", "-0.25"), ("rest", "-1", "-0.25")),
+    }
+
+
+def test_in_the_terminal_a_run_of_one_factor_begins_with_it(dwl: Run, write_config: Write, tmp_path: Path) -> None:
+    config = write_config(data=weighed_rows(tmp_path), loss="nll", dwl=WEIGHED, shuffle_merged_datasets=False)
+    said = dwl("inspect", config, "--samples", 4).output
+    assert "×₀taken out by the data" in said
+    one, fainter, none, pushed = said.split("row 1 of 4")[1].split("tokens ─")[1:]
+    assert "×" not in one
+    assert [re.findall("×[₀-₉₋.]+", row) for row in (fainter, none, pushed)] == [["×₀.₃"], ["×₀"], ["×₋₁", "×₁"]]
+
+
+@pytest.mark.parametrize("html", [True, False])
+def test_where_the_data_says_nothing_no_factor_is_shown(dwl: Run, write_config: Write, tmp_path: Path, html: bool) -> None:
+    config = write_config(loss="nll", dwl={"classes": CLASSES, "data_weights": True})
+    result = dwl("inspect", config, "--samples", 2, *(["--html", tmp_path / "page.html"] if html else []))
+    shown = (tmp_path / "page.html").read_text(encoding="utf-8").partition("<body>")[2] if html else result.output
+    assert "×1" not in shown
+    assert "×₁" not in shown
+    assert "from × on" not in shown

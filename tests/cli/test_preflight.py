@@ -120,3 +120,33 @@ def test_the_mean_is_of_p_and_a_class_without_tokens_has_none() -> None:
     assert one.histogram[0] + one.histogram[1] == 1
     assert (none.tokens, math.isnan(none.mean)) == (0, True)
     assert everything.tokens == 3
+
+
+def test_what_the_data_takes_out_is_not_measured(dwl: Run, write_config: Write, little_model: Path, tmp_path: Path) -> None:
+    rows = harness.rows(5)
+    weighed = [{**row, "weight": weight, "mark": "m"} for row, weight in zip(rows, (1, 0.5, 2, 0, 0), strict=True)]
+    data = harness.write_rows(tmp_path / "weighed.jsonl", weighed)
+    block = {"classes": {"end": {"all": [{"tokens": ["<|im_end|>"]}, {"marked": "m"}]}}, "data_weights": True}
+    result = dwl("preflight", write_config(data=data, loss="nll", dwl=block, shuffle_merged_datasets=False), "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    everything, ends = p_by_hand(little_model, 3)
+    assert found["all"]["tokens"] == len(everything)
+    assert found["all"]["mean_p"] == pytest.approx(np.mean(everything), rel=1e-4)
+    end, rest = found["classes"]
+    assert (end["tokens"], rest["tokens"]) == (3, len(everything) - 3)
+    assert end["mean_p"] == pytest.approx(np.mean(ends), rel=1e-4)
+
+
+def test_the_first_token_of_a_row_is_measured_in_no_pack(dwl: Run, write_config: Write, little_model: Path, tmp_path: Path) -> None:
+    """In the run the row before it in the pack predicts it; here every row stands alone."""
+    from transformers import AutoTokenizer
+
+    texts = ["The answer is 42.", "It is 7.", "So it is."]
+    data = harness.write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    source = {"path": str(data), "ds_type": "json", "type": "completion"}
+    config = write_config(loss="dwl", dwl={"classes": {"number": {"regex": r"\d+"}}}, datasets=[source], sample_packing=True)
+    result = dwl("preflight", config, "--json")
+    assert result.exit_code == 0, result.output
+    tokenizer = AutoTokenizer.from_pretrained(little_model)
+    assert json.loads(result.stdout)["all"]["tokens"] == sum(len(tokenizer.encode(text)) for text in texts)  # and an end of text

@@ -152,6 +152,46 @@ def test_what_moves_beside_alpha_is_in_the_terminal_and_on_the_page(tmp_path: Pa
         assert page.read_text().count(f'aria-label="{title}"') == 1
 
 
+def test_data_sets_are_a_table_and_factors_move_in_the_terminal_and_on_the_page(tmp_path: Path) -> None:
+    def of(at: int) -> Entry:
+        sums = {"nll": 2.0 - at / 10, "p": 0.25, "token_share": 0.75, "loss_share": 0.5 + at / 100}
+        named = {f"dwl/dataset/{what}/sums": value for what, value in sums.items()}
+        path = {f"dwl/dataset/{what}//data/words {{}}.jsonl": 1 - value for what, value in sums.items() if "share" in what}
+        factors = {"dwl/factor/number": 0.5, "dwl/factor/rest": 1.0, "dwl/p_negative/number": 0.1}
+        return {**step(at), **named, **path, **factors}
+
+    held_out = {"eval_dwl/dataset/nll/<unseen>": 3.0, "eval_dwl/dataset/token_share/<unseen>": 1.0}
+    history = [of(0), evaluation(0, 3.0, 1.0) | held_out, of(5), of(10), evaluation(10, 3.0, 1.0) | held_out]
+    folder, page = write_run(tmp_path / "run", history), tmp_path / "page.html"
+    result = dwl(folder, "--html", page)
+    assert cells_of(result, "sums") == ["75.0 %", "50 % → 60 %", "2.00 → 1.00", "0.25 → 0.25", "–"]
+    assert cells_of(result, "/data/words") == ["25.0 %", "50 % → 40 %", "–", "–", "–"]
+    assert cells_of(result, "<unseen>") == ["–", "–", "–", "–", "3.00 → 3.00"]
+    assert "Mean factor: number 0.500 → 0.500, rest 1.000 → 1.000." in result.output
+    assert "p where the factor is below 0: number 0.100 → 0.100." in result.output
+    written = page.read_text()
+    assert "<td>sums</td><td>75.0 %</td><td>50 % → 60 %</td><td>2.00 → 1.00</td>" in written
+    assert "<td>&lt;unseen&gt;</td>" in written
+    assert written.count('aria-label="Mean factor"') == 1
+    assert "<th>class</th>" in written
+
+
+def test_shares_of_data_sets_add_up_where_a_step_has_none_of_one(tmp_path: Path) -> None:
+    def of(at: int, **shares: float) -> Entry:
+        return {
+            **step(at),
+            **{f"dwl/dataset/{what}_share/{name}": share for name, share in shares.items() for what in ("token", "loss")},
+        }
+
+    result = dwl(write_run(tmp_path / "run", [of(0, a=1.0), of(5, b=1.0), of(10, a=0.5, b=0.5)]))
+    assert cells_of(result, "a") == ["50.0 %", "100 % → 50 %", "–", "–", "–"]
+    assert cells_of(result, "b") == ["50.0 %", "0.0 % → 50 %", "–", "–", "–"]
+
+
+def test_of_one_data_set_there_is_no_table(run: Path) -> None:
+    assert "data set" not in dwl(run).output
+
+
 def test_under_nll_classes_have_no_alpha(tmp_path: Path) -> None:
     entries = [{**step(at), "dwl/alpha/number": 1.0, "dwl/alpha/rest": 1.0} for at in (1, 2)]
     measured = {"loss": "nll", "dwl": {"classes": DWL["dwl"]["classes"]}}  # type: ignore[index]

@@ -23,7 +23,10 @@ function point(token) {
   token.classList.add("at");
   const list = document.createElement("dl");
   line(list, "token", token.dataset.id);
-  line(list, "class", token.dataset.class || "not trained on");
+  line(list, "class", token.dataset.class || ("out" in token.dataset ? "taken out by the data" : "not trained on"));
+  line(list, "factor", token.dataset.says && token.dataset.says + "×");
+  line(list, "marks", token.dataset.marks);
+  line(list, "data set", token.dataset.set);
   line(list, "weight", token.dataset.weight && token.dataset.weight + "×");
   tip.replaceChildren(Object.assign(document.createElement("b"), { textContent: JSON.stringify(token.textContent) }), list);
   tip.hidden = false;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from importlib import resources
 from importlib.metadata import version
@@ -16,7 +17,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from dwl_plugin.cli.analysis import LookedAt
-from dwl_plugin.cli.inspect.rows import MASKED, ShownRow, look, row_notes
+from dwl_plugin.cli.inspect.rows import MASKED, ShownRow, factors_in, look, row_notes
+from dwl_plugin.cli.output import fixed
 
 __all__ = ["render_page"]
 
@@ -39,6 +41,11 @@ def render_page(title: str, seen: LookedAt, rows: Sequence[ShownRow]) -> str:
         figures=seen.figures,
         weighted=any(figures.weight is not None for figures in seen.figures),
         survey=seen.survey,
+        massed=seen.survey is not None and seen.survey.mass[-1] != seen.survey.targets,
+        factors=_few(factors_in(rows)),
+        data_sets=0 if seen.labeller is None else len(seen.labeller.data_sets),
+        shade=_shade,
+        fixed=fixed,
         rows=rows,
         packed=any(len(row.samples) > 1 for row in rows),
         notes=row_notes(seen),
@@ -63,6 +70,21 @@ def _class_styles(count: int) -> str:
             f"body:has(#k{index}:not(:checked)) .t.c{index}::before{{content:none}}"
         )
     return "\n".join(rules)
+
+
+_SHADES = (0.25, 0.5, 0.999, 1.001, 2.0)
+
+
+def _shade(factor: float) -> str:
+    """The style of a target with this factor of the data: fainter below 1, bolder above."""
+    if factor == 0:
+        return "f0"
+    return f"{'neg ' if factor < 0 else ''}f{1 + bisect_left(_SHADES, abs(factor))}"
+
+
+def _few(factors: Sequence[float]) -> list[float]:
+    """Of many factors, the first of each shade."""
+    return sorted({_shade(factor): factor for factor in reversed(factors)}.values()) if len(factors) > 8 else list(factors)
 
 
 def _visible(text: str) -> Markup:

@@ -91,6 +91,7 @@ class Run:
     """What a run logged. `train` and `evals` are its log entries in the order of their steps, one a step.
 
     `token_share` is a class's mean share of the targets, of the training batches where there are any; NaN if it was never logged.
+    `data_sets` are there where several were told apart, in the order in which they appeared.
     `files` are those that a report reads, or would read next time.
     """
 
@@ -101,6 +102,7 @@ class Run:
     record: Record | None
     classes: tuple[str, ...]
     token_share: Mapping[str, float]
+    data_sets: tuple[str, ...]
     train: tuple[Entry, ...]
     evals: tuple[Entry, ...]
     step: int
@@ -160,10 +162,14 @@ def _read(folder: Path, name: str) -> Run:
     if (count := len(classes)) > MOST_CLASSES:
         classes = tuple(largest(classes, shares, MOST_CLASSES))
         notes.append(f"Of {count:,} classes the {MOST_CLASSES} with the most tokens are shown.")
+    data_sets = _data_sets((*train, *evals))
+    if (count := len(data_sets)) > MOST_CLASSES:
+        data_sets = data_sets[:MOST_CLASSES]
+        notes.append(f"Of {count:,} data sets the first {MOST_CLASSES} are shown.")
     files = (*written, *([] if config is None else [config]))
     token_share = {name: shares.get(name, math.nan) for name in classes}
     max_steps = state.max_steps or 0
-    return Run(name, state.path, files, block, record, classes, token_share, train, evals, step, max_steps, _few(notes))
+    return Run(name, state.path, files, block, record, classes, token_share, data_sets, train, evals, step, max_steps, _few(notes))
 
 
 def largest(names: Sequence[str], share: Mapping[str, float], limit: int) -> list[str]:
@@ -366,6 +372,12 @@ def _classes(block: Block | None, entries: Iterable[Entry]) -> tuple[str, ...]:
     }
     named = dict.fromkeys([*(block.class_names if block is not None else ()), *logged])
     return tuple(sorted(named, key=lambda name: name == REST))
+
+
+def _data_sets(entries: Iterable[Entry]) -> tuple[str, ...]:
+    before = "dwl/dataset/token_share/"
+    keys = (key.removeprefix("eval_") for entry in entries for key in entry)
+    return tuple(dict.fromkeys(key.removeprefix(before) for key in keys if key.startswith(before)))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -12,13 +12,34 @@ from rich.table import Table
 from rich.text import Text
 
 from dwl_plugin.cli.output import fixed, number, printable, say, short, table_of_classes
-from dwl_plugin.cli.report.run import MOST_CLASSES, Run, largest
+from dwl_plugin.cli.report.run import MOST_CLASSES, LoggedCurve, Run, largest
 from dwl_plugin.values import REST
 
-__all__ = ["ComparedRow", "Row", "called", "compared", "facts", "made_of", "print_comparison", "print_run", "rows_of", "shown_of"]
+__all__ = [
+    "ComparedRow",
+    "DataSetRow",
+    "Row",
+    "called",
+    "compared",
+    "data_sets_of",
+    "facts",
+    "made_of",
+    "print_comparison",
+    "print_run",
+    "rows_of",
+    "shown_of",
+]
 
 NONE = "–"
-MOVING = {"signal": "Signal", "exponent": "Exponent of dft", "min_weight": "Least weight of dft", "kl": "KL to the base model"}
+MOVING = {
+    "signal": "Signal",
+    "exponent": "Exponent of dft",
+    "min_weight": "Least weight of dft",
+    "kl": "KL to the base model",
+    "factor": "Mean factor",
+    "p_negative": "p where the factor is below 0",
+}
+DATA_SET_COLUMNS = ("tokens", "share of loss", "training nll", "p", "held-out nll")
 
 Ends = tuple[float, float]
 
@@ -57,6 +78,43 @@ def rows_of(run: Run) -> list[Row]:
         for name in run.classes
     ]
     return [*(rows if len(rows) > 1 else ()), Row(None, 1.0, unknown, unknown, run.nll(None))]
+
+
+@dataclass(frozen=True)
+class DataSetRow:
+    """One data set from the start of a run to its end; all but `held_out` in training. A NaN was never logged."""
+
+    name: str
+    token_share: float
+    loss_share: Ends
+    nll: Ends
+    p: Ends
+    held_out: Ends
+    """Its nll."""
+
+    @property
+    def cells(self) -> list[str]:
+        means = [arrow(ends, partial(fixed, digits=2)) for ends in (self.nll, self.p, self.held_out)]
+        return [percent(self.token_share), arrow(self.loss_share, _brief), *means]
+
+
+def data_sets_of(run: Run) -> list[DataSetRow]:
+    """Where several were told apart."""
+
+    told = [entry for entry in run.train if any(f"dwl/dataset/token_share/{name}" in entry for name in run.data_sets)]
+
+    def shares(what: str, name: str) -> LoggedCurve:
+        """0 in batches that had none of it, unless none had."""
+        key = f"dwl/dataset/{what}/{name}"
+        missing = 0.0 if any(key in entry for entry in told) else math.nan
+        return LoggedCurve(tuple(range(len(told))), tuple(entry.get(key, missing) for entry in told))
+
+    def row(name: str) -> DataSetRow:
+        share, loss = (shares(what, name) for what in ("token_share", "loss_share"))
+        nll, p = (run.curve(f"dwl/dataset/{what}/{name}") for what in ("nll", "p"))
+        return DataSetRow(name, share.mean, loss.tenths, nll.tenths, p.tenths, run.eval_curve(f"dwl/dataset/nll/{name}").ends)
+
+    return [row(name) for name in run.data_sets]
 
 
 def moving(run: Run) -> Iterator[tuple[str, list[tuple[str, Ends]]]]:
@@ -98,6 +156,13 @@ def print_run(console: Console, run: Run) -> None:
         )
         _add_row(table, row.name, [*map(Text, cells), Text(change_of(row.nll), style=_colour(row.nll))])
     console.print(table)
+    if data_sets := data_sets_of(run):
+        table = table_of_classes("", show_edge=False, of="data set")
+        for title in DATA_SET_COLUMNS:
+            table.add_column(title, justify="right", no_wrap=True)
+        for data_set in data_sets:
+            _add_row(table, short(data_set.name, 36), [*map(Text, data_set.cells)])
+        console.print(table)
     if loss := run.curve("loss"):
         say(console, f"In training: loss {arrow(loss.tenths)}, nll {arrow(run.curve('nll').tenths)}.")
     for title, by_class in moving(run):
