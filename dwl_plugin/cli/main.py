@@ -114,6 +114,23 @@ def preflight(config: Path, samples: int, trust: bool, as_json: bool) -> None:
 
 @main.command()
 @_config
+@click.option("--out", type=_FOLDER, required=True, help="Folder for the scored rows; of a run that was cut off, the same again.")
+@click.option("--model", help="Score under this one instead: a model, a checkpoint or an adapter, with the tokenizer of CONFIG.")
+@click.option("--rows", type=_COUNT, help="Score only so many rows of the data.", show_default="all")
+@click.option("--batch-tokens", type=_COUNT, default=4096, help="Tokens of a batch, padding counted.")
+@_trust
+def score(config: Path, out: Path, model: str | None, rows: int | None, batch_tokens: int, trust: bool) -> None:
+    """Write the training data of CONFIG with nll and p of each target under its model, as `datasets` of another run.
+
+    Loads the model as training would. A run that was cut off goes on where it was.
+    """
+    from dwl_plugin.cli.score import score
+
+    sys.exit(score(_console(), config, out, rows, model, batch_tokens, trust))
+
+
+@main.command()
+@_config
 @click.option("--steps", type=_COUNT, help="Optimizer steps of the run, where the YAML has no max_steps.")
 @click.option("--epoch-steps", type=_COUNT, help="Optimizer steps of one epoch.")
 @click.option("--plot", type=_OUTPUT, help="Draw the curves here: .png, .svg or .pdf.")

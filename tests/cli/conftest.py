@@ -15,13 +15,18 @@ from tests.hosts import harness
 
 @pytest.fixture(scope="session")
 def host() -> None:
-    """Axolotl, imported once for all; what it warns about then is its own."""
+    """Axolotl, imported once for all, and kept out of the collections that every loaded model asks for; what it warns about is its
+    own."""
+    import gc
     import warnings
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import axolotl.cli.config
+        import axolotl.loaders
         import axolotl.utils.data.sft  # noqa: F401
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
