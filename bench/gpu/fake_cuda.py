@@ -56,6 +56,8 @@ class Call:
     objective: str = "plain"
     anchor: str | None = None
     """None, or whose head its base model has: "ours" or "its own"."""
+    unlikely: bool = False
+    """Some of the tokens are to become unlikely."""
     targets: int | None = None
 
 
@@ -240,6 +242,8 @@ def _options(call: Call, bias: torch.Tensor | None) -> dict[str, Any]:
         found["terms"] = [Term(loss, numbers()) for loss in losses]
     elif call.objective == "eaft":
         found["terms"] = [Term(EntropyGate(1.0, 20), numbers())]
+    if call.unlikely:
+        found["unlikelihood"] = numbers()
     if call.anchor:
         own = torch.empty(call.V, call.H, device="cuda", dtype=call.weight)
         base = torch.empty(call.N, call.H, device="cuda", dtype=call.hidden)
