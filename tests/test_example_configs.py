@@ -29,8 +29,8 @@ def load(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def test_there_are_nine() -> None:
-    assert len(EXAMPLES) == 9, "a new example needs a line in the README and a number here"
+def test_there_are_ten() -> None:
+    assert len(EXAMPLES) == 10, "a new example needs a line in the README and a number here"
 
 
 @each
@@ -130,16 +130,18 @@ def test_axolotl_accepts_it_on_a_consumer_gpu(path: Path) -> None:
 
 
 def rows(dataset: dict[str, Any]) -> list[dict[str, Any]]:
-    """Word problems in the data set's own form, with an answer in each notation that an example looks for."""
+    """Word problems in the data set's own form, with an answer in each notation that an example looks for, and a word of the data's
+    own on what they count."""
     field = dataset.get("field_messages", "messages")
     keys = dataset.get("message_property_mappings", {"role": "role", "content": "content"})
     out = []
-    for problem in generate(64, seed=3):
+    for number, problem in enumerate(generate(64, seed=3)):
         messages = problem.row()["messages"]
         notations = f"\n\\boxed{{{problem.answer}}}\nThe answer is: {problem.answer}\n#### "
         call = f'<tool_call>\n{{"name": "add", "arguments": {{"to": {problem.answer}}}}}\n</tool_call>'
         messages[1]["content"] = messages[1]["content"].replace("\n#### ", notations).replace("#### ", f"{call}\n#### ")
-        out.append({field: [{theirs: message[ours] for ours, theirs in keys.items()} for message in messages]})
+        own = {"weight": 0.5, "mark": "critical"} if number % 3 == 0 else {}
+        out.append({field: [{theirs: message[ours] for ours, theirs in keys.items()} for message in messages], **own})
     return out
 
 
