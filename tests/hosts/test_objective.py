@@ -108,8 +108,8 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     ("reduction", "overlap"),
     [
-        ("class_mean", "first"),
         ("sequence_mean_token_sum", "sum"),
+        pytest.param("class_mean", "first", marks=pytest.mark.slow),
         pytest.param("token_mean", "first", marks=pytest.mark.slow),
         pytest.param("weighted_mean", "first", marks=pytest.mark.slow),
     ],
