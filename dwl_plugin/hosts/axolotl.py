@@ -23,7 +23,7 @@ from dwl_plugin.hosts.as_it_ran import config_as_it_ran, without_password
 from dwl_plugin.hosts.axolotl_args import block_of, fused_losses_asked_for
 from dwl_plugin.hosts.axolotl_data import data_set_names, prepare_as_ever, read_what_is_prepared, reading_data
 from dwl_plugin.hosts.axolotl_fields import DroppedWeight, NumberedRow, dropped_weights, watching
-from dwl_plugin.hosts.axolotl_preview import dropped_all, packs_of, require_rows_that_tokenise, vocabulary_problems
+from dwl_plugin.hosts.axolotl_preview import dropped_all, is_stream, packs_of, require_rows_that_tokenise, vocabulary_problems
 from dwl_plugin.hosts.checkpoints import choose_checkpoint
 from dwl_plugin.hosts.dropped_options import dropped_options
 from dwl_plugin.hosts.four_bits import keep_the_training_format
@@ -113,10 +113,10 @@ class DWLPlugin(BasePlugin):
         def see(rows: Sequence[NumberedRow], source: Any) -> None:
             dropped.extend(dropped_weights(rows, source, block.data_weights, bool(cfg.train_on_inputs)))
 
-        is_table = not (cfg.streaming or cfg.pretraining_dataset)  # what makes tokens of a stream's rows goes to workers
         cli_args, _ = HfArgumentParser(TrainerCliArgs).parse_args_into_dataclasses(return_remaining_strings=True)
         try:
-            with watching(see) if is_table else nullcontext():
+            # what makes tokens of a stream's rows goes to workers
+            with nullcontext() if is_stream(cfg) else watching(see):
                 meta = load_datasets(cfg=cfg, cli_args=cli_args)
         except StopIteration:  # of a reader of the `datasets` library
             why = "a file of the training or evaluation data is empty"

@@ -28,6 +28,7 @@ from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.hosts.axolotl_args import block_of
 from dwl_plugin.hosts.axolotl_fields import not_finite
 from dwl_plugin.hosts.axolotl_rows import with_codes
+from dwl_plugin.hosts.instead import instead
 from dwl_plugin.run.row_codes import MARK, DataSet, RowCodes, RowError, row_number
 
 __all__ = ["data_set_names", "prepare_as_ever", "read_what_is_prepared", "reading_data"]
@@ -48,25 +49,14 @@ def reading_data(cfg: Any, block: Block | None) -> Iterator[None]:
     text = DataSet(codes, _KEYS[0], names[0] if names else "", min(len(names), 1))
     hash_with_codes = _Hash(shared.generate_dataset_hash_from_config, codes, names)
     with (
-        _instead(sft, "get_dataset_wrapper", _Tokenise(sft.get_dataset_wrapper, codes, names)),
-        _instead(sft, "generate_dataset_hash_from_config", hash_with_codes),
-        _instead(shared, "generate_dataset_hash_from_config", hash_with_codes),
-        _instead(streaming, "encode_packed_streaming", _Packed(streaming.encode_packed_streaming)),
-        _instead(streaming, "encode_streaming", _Joined(streaming.encode_streaming, text)),
-        _instead(utils, "_deduplicate_dataset", _Deduplicate(utils._deduplicate_dataset)),
+        instead(sft, "get_dataset_wrapper", _Tokenise(sft.get_dataset_wrapper, codes, names)),
+        instead(sft, "generate_dataset_hash_from_config", hash_with_codes),
+        instead(shared, "generate_dataset_hash_from_config", hash_with_codes),
+        instead(streaming, "encode_packed_streaming", _Packed(streaming.encode_packed_streaming)),
+        instead(streaming, "encode_streaming", _Joined(streaming.encode_streaming, text)),
+        instead(utils, "_deduplicate_dataset", _Deduplicate(utils._deduplicate_dataset)),
     ):
         yield
-
-
-@contextlib.contextmanager
-def _instead(module: Any, name: str, ours: Any) -> Iterator[None]:
-    """While entered, `ours` stands in the place of what `module` calls `name`."""
-    theirs = getattr(module, name)
-    setattr(module, name, ours)
-    try:
-        yield
-    finally:
-        setattr(module, name, theirs)
 
 
 def read_what_is_prepared() -> None:
@@ -172,7 +162,7 @@ class _Tokenise:
             return wrap(with_codes(strategy, source), rows, **kwargs)
 
         try:
-            with _instead(wrappers, "wrap_dataset_for_tokenized_prompt", wrap_with_codes):
+            with instead(wrappers, "wrap_dataset_for_tokenized_prompt", wrap_with_codes):
                 made, prompter = self.host(dataset_config=dataset_config, cfg=cfg, dataset=dataset, **how)
         except RowError as error:
             raise _numbered(error, dataset) from None
@@ -236,8 +226,7 @@ class _OfTokens:
         row = dict(row)
 
         def nothing() -> tuple[()]:
-            for column, value in row.items():
-                self.source.codes.require_none_in(value, column)
+            self.source.codes.require_none_beside(row)
             return ()
 
         return {DATA_CODES: self.source.of(row, len(row["input_ids"]), nothing, number)}

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, TypeGuard
 
 from dwl_plugin.config.block import USUAL_NAMES, Block, DataWeights
 from dwl_plugin.errors import ConfigError, Problem, shortened
+from dwl_plugin.hosts.instead import instead
 from dwl_plugin.run.dataset_check import SURVEY_ROWS, picked_rows
 from dwl_plugin.run.row_codes import MARK, Level, RowCodes, RowError, row_number
 
@@ -266,11 +267,8 @@ def watching(see: Callable[[Sequence[NumberedRow], Any], None]) -> Iterator[None
         see(_some_of(dataset), dataset_config)
         return tokenise(dataset_config=dataset_config, dataset=dataset, **how)
 
-    sft.get_dataset_wrapper = show_and_tokenise
-    try:
+    with instead(sft, "get_dataset_wrapper", show_and_tokenise):
         yield
-    finally:
-        sft.get_dataset_wrapper = tokenise
 
 
 def _some_of(dataset: Any) -> list[NumberedRow]:

@@ -44,6 +44,7 @@ from dwl_plugin.hosts.axolotl_fields import (
     watching,
     wrong_values,
 )
+from dwl_plugin.hosts.instead import instead
 from dwl_plugin.run.dataset_check import ids_outside, no_rows, no_targets, picked_rows
 from dwl_plugin.run.row_codes import RowCodes, RowError, row_number
 from dwl_plugin.values import IGNORE_INDEX
@@ -631,13 +632,10 @@ def _raw_datasets(cfg: Any, tokenizer: Any, key: str = "datasets") -> list[tuple
         sources.append((dataset, functools.partial(tokenise, **how)))
         return dataset, None
 
-    sft.get_dataset_wrapper = keep
-    try:
+    with instead(sft, "get_dataset_wrapper", keep):
         for config in datasets_with_name_generator(cfg[key] or []):
             split = "train" if key == "datasets" else "test"
             sft._load_and_process_single_dataset(dataset_config=config, cfg=cfg, tokenizer=tokenizer, split=split, seed=cfg.seed)
-    finally:
-        sft.get_dataset_wrapper = tokenise
     return sources
 
 

@@ -56,9 +56,7 @@ class WithCodes:
         return self.data_set.of(row, len(ids), lambda: self._spans(row, ids))
 
     def _spans(self, row: Row, ids: Sequence[int]) -> Iterable[Span]:
-        for column, value in row.items():
-            if isinstance(value, (dict, list)):
-                self.data_set.codes.require_none_in(value, column)
+        self.data_set.codes.require_none_beside(row)
         return ()
 
 
@@ -67,7 +65,7 @@ class OfSegments(WithCodes):
 
     def _spans(self, row: Row, ids: Sequence[int]) -> Iterable[Span]:
         codes, segments = self.data_set.codes, row["segments"]
-        super()._spans({column: value for column, value in row.items() if column != "segments"}, ids)
+        codes.require_none_beside(row, ["segments"])
         if codes.message != codes.part:
             codes.require_none_in(segments, "segments", [codes.message])
         if any(codes.says(segment, "part") for segment in segments):
@@ -90,13 +88,11 @@ class OfMessages(WithCodes):
         from axolotl.utils.dict import remove_none_values
 
         codes, strategy, prompter = self.data_set.codes, self.strategy, self.strategy.prompter
-        name, read = prompter.field_messages, (prompter.field_messages, prompter.field_tools)
-        super()._spans({column: value for column, value in row.items() if column not in read}, ids)
+        name = prompter.field_messages
+        codes.require_none_beside(row, (name, prompter.field_tools))
         messages = strategy._get_messages(row)
         for at, message in enumerate(messages):
-            for field, value in message.items():
-                if isinstance(value, (dict, list)) and field not in (self.content, self.thinking, "tool_calls"):
-                    codes.require_none_in(value, f"{name}[{at}].{field}")
+            codes.require_none_beside(message, (self.content, self.thinking, "tool_calls"), f"{name}[{at}].")
         if not any(map(self._says, messages)):
             return ()
         row = {column: remove_none_values([value])[0] for column, value in row.items()}  # as the host does

@@ -106,15 +106,11 @@ class _OfRow:
     def _spans(self, row: Row) -> Iterable[Span]:
         reader, codes = self.reader, self.reader.codes
         columns = [name for name in (("prompt", "completion") if "prompt" in row else ("messages",)) if _is_chat(row.get(name))]
-        for name, value in row.items():
-            if name not in (*columns, "tools"):
-                codes.require_none_in(value, name)
+        codes.require_none_beside(row, (*columns, "tools"))
         places = [f"{name}[{number}]" for name in columns for number in range(len(row[name]))]
         messages = [message for name in columns for message in row[name]]
         for place, message in zip(places, messages, strict=True):
-            for name, value in message.items():
-                if name not in (*_FIELDS, "tool_calls"):
-                    codes.require_none_in(value, f"{place}.{name}")
+            codes.require_none_beside(message, (*_FIELDS, "tool_calls"), f"{place}.")
         tools, options = row.get("tools"), row.get("chat_template_kwargs") or {}
         options = {
             "tools": json.loads(tools) if isinstance(tools, str) else tools,

@@ -100,6 +100,12 @@ class RowCodes:
         """The marks of a row, message or part, which is at `at`. Raises `ConfigError`."""
         return self._bits_of(said.get(MARK), f"{at}.{MARK}".lstrip(".")) if self.marks else 0
 
+    def require_none_beside(self, said: Mapping[str, Any], read: Collection[str] = (), at: str = "") -> None:
+        """As `require_none_in`, for the fields of a row or a message that are not `read`; `at` stands before their names."""
+        for name, value in said.items():
+            if name not in read:
+                self.require_none_in(value, f"{at}{name}")
+
     def require_none_in(self, value: Any, at: str, fields: Collection[str | None] | None = None) -> None:
         """Raise `ConfigError` for a message's or part's factor, or a mark that is asked for, anywhere in `value`, where nothing
         reads it. `fields`: only these."""
