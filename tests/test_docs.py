@@ -80,3 +80,17 @@ def test_links_into_a_document_find_their_heading() -> None:
         for path, anchor in re.findall(r"\]\(([^)#\s:]*)#([^)]+)\)", text(document)):
             target = (document.parent / path).resolve() if path else document
             assert anchor in headings[target], f"{document.name} links to {path}#{anchor}"
+
+
+def test_a_hundred_tokens_count_what_the_page_says() -> None:
+    """`docs/choosing.md`: ten numbers, ninety others, α 0.6 and 0.4."""
+    torch = pytest.importorskip("torch")
+    from dwl_plugin.loss.reduction import class_weights
+
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| (\d+) % \| ([\d.]+) \|$", text(ROOT / "docs" / "choosing.md"), re.M)
+    assert [name for name, *_ in rows] == ["weighted_mean", "token_mean", "class_mean"]
+    alpha, counts = torch.tensor([0.6, 0.4], dtype=torch.float64), torch.tensor([10.0, 90.0, 100.0, 4.0])
+    for name, *said in rows:
+        number, other = class_weights(name, alpha, counts).tolist()
+        total = (10 * number + 90 * other) / 100
+        assert said == [f"{number:.3g}", f"{other:.2g}", f"{10 * number / total:.0f}", f"{total:.2g}"], name

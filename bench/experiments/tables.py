@@ -1,0 +1,321 @@
+"""Tables and figures of docs/evidence.md from results/runs.csv.
+
+    python -m bench.experiments.tables            # write them
+    python -m bench.experiments.tables --check    # fail where they are not what the CSV says
+
+A difference is arm minus baseline with the same seed, the mean over the seeds; ± is half of its 95 % interval by Student's t.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scipy import stats
+
+from bench.experiments.arms import EXPERIMENTS, PARTS_MEASURED, POINTS, Experiment, Measures, mean_of_parts
+from bench.experiments.run import PACKAGES, RESULTS, Done, Job, finished, measures, tests_of, untrained
+
+ROOT = Path(__file__).parents[2]
+PAGE, IMAGES = ROOT / "docs" / "evidence.md", ROOT / "docs" / "images" / "evidence"
+
+Measure = Callable[[Measures], float]
+
+
+class Column(NamedTuple):
+    """Of a table."""
+
+    head: str
+    of: Measure
+    digits: int = 3
+    scale: float = 1.0
+
+
+def nll(key: str, head: str) -> Column:
+    return Column(head, lambda found: found[f"nll/{key}" if key else "nll"])
+
+
+def percent(key: str, head: str) -> Column:
+    return Column(head, lambda found: found[key], 1, 100.0)
+
+
+COLUMNS: dict[str, tuple[Column, ...]] = {
+    "rare_class": (
+        percent("exact/call", "calls word for word, %"),
+        nll("call/arguments", "nll of arguments"),
+        nll("call", "nll of calls"),
+        nll("maths", "nll of maths"),
+    ),
+    "controllers": (
+        Column("mean of parts", mean_of_parts),
+        *(
+            nll(part.removeprefix("nll/"), part.removeprefix("nll/").removeprefix("call/").removeprefix("maths/"))
+            for part in PARTS_MEASURED
+        ),
+    ),
+    "ends_of_turns": (
+        Column("p of the end", lambda found: found["p/end"]),
+        percent("ended/call", "calls that end, %"),
+        nll("end", "nll of the end"),
+        nll("", "nll"),
+    ),
+    "dft_step_size": (
+        nll("", "nll"),
+        Column("p", lambda found: found["p"]),
+        percent("exact/call", "calls word for word, %"),
+        nll("prose", "nll of other text"),
+    ),
+}
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half of the 95 % interval of Student's t."""
+    mean, count = statistics.mean(differences), len(differences)
+    return mean, float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(differences) / count**0.5
+
+
+def against(jobs: Sequence[Job], base: Sequence[Job], done: Done, of: Measure) -> list[float]:
+    """Per seed, one arm minus another."""
+    ours, theirs = ({job.seed: of(measures(done[job])) for job in some} for some in (jobs, base))
+    assert ours.keys() == theirs.keys(), f"{jobs[0].arm} and {base[0].arm} have other seeds"
+    for one, other in ((job, twin) for job in jobs for twin in base if job.seed == twin.seed):
+        for what in ("targets", "steps", *PACKAGES):
+            assert done[one].get(what) == done[other].get(what), f"{one} and {other} differ in {what}"
+    return [ours[seed] - theirs[seed] for seed in sorted(ours)]
+
+
+def cell(column: Column, jobs: Sequence[Job], base: Sequence[Job], done: Done) -> str:
+    """Mean, and unless it is the baseline's own the paired difference, in bold where its interval leaves out 0."""
+    mean = statistics.mean(column.of(measures(done[job])) for job in jobs) * column.scale
+    if list(jobs) == list(base):
+        return f"{mean:.{column.digits}f}"
+    difference, half = (round(value * column.scale, column.digits) for value in interval(against(jobs, base, done, column.of)))
+    text = f"{difference:+.{column.digits}f} ± {half:.{column.digits}f}".replace("-", "−")
+    return f"{mean:.{column.digits}f} ({f'**{text}**' if abs(difference) > half else text})"
+
+
+def label(arm: str) -> str:
+    return f"`{arm.removeprefix('end: ')}`"
+
+
+def table(name: str, done: Done, columns: Sequence[Column] | None = None, arms: Iterable[str] | None = None) -> list[str]:
+    """The table of an experiment, the row before training first."""
+    experiment, columns = EXPERIMENTS[name], columns or COLUMNS[name]
+    before = measures(done[untrained(experiment)])
+    out = [
+        f"| | learning rate | {' | '.join(column.head for column in columns)} |",
+        f"|---|---:|{'---:|' * len(columns)}",
+        f"| before training | | {' | '.join(f'{column.of(before) * column.scale:.{column.digits}f}' for column in columns)} |",
+    ]
+    for arm in arms or experiment.arms:
+        by_lr: dict[float, list[Job]] = {}
+        for job in tests_of(experiment, arm, done):
+            by_lr.setdefault(job.lr, []).append(job)
+        for lr, jobs in by_lr.items():
+            base = [job for job in tests_of(experiment, experiment.baseline, done) if experiment.wants is not None or job.lr == lr]
+            cells = [cell(column, jobs, base, done) for column in columns]
+            out.append(f"| {label(arm)} | {lr:g} | {' | '.join(cells)} |")
+    return out
+
+
+def steering_table(done: Done) -> list[str]:
+    """Nll of the class and of the rest, α by α."""
+    experiment = EXPERIMENTS["steering"]
+    base = tests_of(experiment, "sft", done)
+    out = ["| class | reduction | α | learning rate | nll of the class | nll of the rest |", "|---|---|---:|---:|---:|---:|"]
+    for name in ("arguments", "answer"):
+        columns = steered_columns(name)
+        out.append(f"| {name} | `loss: nll` | | {base[0].lr:g} | {' | '.join(cell(c, base, base, done) for c in columns)} |")
+        for of, alpha, reduction in POINTS:
+            if of == name:
+                jobs = tests_of(experiment, f"{name} {alpha} {reduction}", done)
+                cells = " | ".join(cell(column, jobs, base, done) for column in columns)
+                out.append(f"| {name} | `{reduction}` | {alpha} | {jobs[0].lr:g} | {cells} |")
+    return out
+
+
+def steered_columns(name: str) -> tuple[Column, Column]:
+    return nll({"arguments": "call/arguments", "answer": "maths/answer"}[name], "class"), nll(f"without {name}", "rest")
+
+
+def complete(experiment: Experiment, done: Done) -> bool:
+    jobs = [job for arm in experiment.arms for job in tests_of(experiment, arm, done) or [None]]
+    return None not in jobs and all(job in done for job in [untrained(experiment), *jobs])
+
+
+def minutes(name: str, done: Done) -> list[str]:
+    """How many runs an experiment took, and how long they would on two cores if nothing else needed them."""
+    experiment = EXPERIMENTS[name]
+    jobs = {untrained(experiment), *(job for arm in experiment.arms for job in tests_of(experiment, arm, done))}
+    if experiment.wants is not None:
+        jobs |= {job for job in done if job.split == "tune" and job.arm in experiment.arms and job.lr in experiment.lrs}
+    seconds = sum(float(done[job]["seconds"]) for job in jobs)
+    some = done[untrained(experiment)]
+    versions = ", ".join(f"{package} {some[package]}" for package in ("axolotl", "torch", "transformers", "peft"))
+    dates = sorted({done[job]["date"] for job in jobs})
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    return [f"{len(jobs)} runs, {seconds / 120:.0f} minutes on two cores ({some['device']}; {versions}; {when})."]
+
+
+# Figures
+
+
+def figure(draw: Callable[[Any, Any], None], width: float, height: float, columns: int = 1) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.style.context("dwl_plugin.cli.plots"):
+        made, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+        draw(made, axes[0])
+    return made
+
+
+def differences_figure(name: str, done: Done, columns: Sequence[Column]) -> Any:
+    """An arm a line: every seed's difference to the baseline, their mean and its interval."""
+    from dwl_plugin.cli.plots import INK, PALETTE
+
+    experiment = EXPERIMENTS[name]
+    base = tests_of(experiment, experiment.baseline, done)
+    arms = [arm for arm in experiment.arms if arm != experiment.baseline]
+
+    def draw(_: Any, axes: Any) -> None:
+        for panel, column in zip(axes, columns, strict=True):
+            for at, arm in enumerate(reversed(arms)):
+                found = [value * column.scale for value in against(tests_of(experiment, arm, done), base, done, column.of)]
+                mean, half = interval(found)
+                panel.plot(found, [at] * len(found), "o", color=PALETTE[0], alpha=0.45, markersize=4, linewidth=0)
+                panel.errorbar(mean, at, xerr=half, color=INK, marker="d", markersize=5, capsize=3)
+            panel.axvline(0, color=INK, linewidth=0.8)
+            panel.set_title(f"{column.head}, against {experiment.baseline.removeprefix('end: ')}", loc="left", fontsize=9)
+            panel.set_yticks(range(len(arms)), [arm.removeprefix("end: ") for arm in reversed(arms)])
+            panel.set_ylim(-0.6, len(arms) - 0.4)
+        for panel in axes[1:]:
+            panel.set_yticklabels([])
+
+    return figure(draw, 3.8 * len(columns), 0.9 + 0.34 * len(arms), len(columns))
+
+
+def steering_figure(done: Done) -> Any:
+    """The class against the rest: a front for each reduction."""
+    from dwl_plugin.cli.plots import INK, look_of
+
+    experiment = EXPERIMENTS["steering"]
+
+    def mean(arm: str, column: Column) -> float:
+        return statistics.mean(column.of(measures(done[job])) for job in tests_of(experiment, arm, done))
+
+    def draw(_: Any, axes: Any) -> None:
+        for panel, name in zip(axes, ("arguments", "answer"), strict=True):
+            of_class, of_rest = steered_columns(name)
+            reductions = list(dict.fromkeys(reduction for of, _, reduction in POINTS if of == name))
+            for index, reduction in enumerate(reductions):
+                alphas = [alpha for of, alpha, by in POINTS if of == name and by == reduction]
+                xs, ys = ([mean(f"{name} {alpha} {reduction}", column) for alpha in alphas] for column in (of_class, of_rest))
+                panel.plot(xs, ys, marker="o", markersize=4, label=reduction, **look_of(index))
+                if index == 0:
+                    for alpha, x, y in zip(alphas, xs, ys, strict=True):
+                        panel.annotate(f"α {alpha}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+            panel.plot(
+                mean("sft", of_class), mean("sft", of_rest), marker="*", markersize=11, color=INK, linewidth=0, label="loss: nll"
+            )
+            panel.set_xlabel(f"held-out nll of {name}")
+            panel.set_ylabel("held-out nll of the rest")
+            panel.legend(fontsize=8)
+
+    return figure(draw, 9.2, 4.0, 2)
+
+
+def step_size_figure(done: Done) -> Any:
+    """Over the learning rate, and what is forgotten against what is learned."""
+    from dwl_plugin.cli.plots import INK, look_of
+
+    experiment = EXPERIMENTS["dft_step_size"]
+    target, _, right, prose = COLUMNS["dft_step_size"]
+
+    def draw(_: Any, axes: Any) -> None:
+        for index, arm in enumerate(experiment.arms):
+            look = look_of(index)
+            found = {lr: [measures(done[job]) for job in tests_of(experiment, arm, done) if job.lr == lr] for lr in experiment.lrs}
+            means = {
+                column: [statistics.mean(map(column.of, some)) * column.scale for some in found.values()]
+                for column in (target, right, prose)
+            }
+            axes[0].plot(experiment.lrs, means[target], marker="o", markersize=4, label=arm, **look)
+            axes[1].plot(experiment.lrs, means[right], marker="o", markersize=4, **look)
+            axes[2].plot(means[target], means[prose], marker="o", markersize=4, **look)
+        before = measures(done[untrained(experiment)])
+        axes[2].plot(before["nll"], before["nll/prose"], marker="*", markersize=11, color=INK, linewidth=0)
+        axes[2].annotate(
+            "before training",
+            (before["nll"], before["nll/prose"]),
+            textcoords="offset points",
+            xytext=(-6, 8),
+            ha="right",
+            fontsize=8,
+        )
+        for panel in axes[:2]:
+            panel.set_xscale("log")
+            panel.set_xlabel("learning rate")
+        for panel, text in zip(axes, (target.head, right.head, prose.head), strict=True):
+            panel.set_title(text, loc="left", fontsize=9)
+        axes[2].set_xlabel("nll of the targets")
+        axes[0].legend(fontsize=8)
+
+    return figure(draw, 10.2, 3.4, 3)
+
+
+def figures(done: Done) -> dict[str, Any]:
+    made: dict[str, Callable[[], Any]] = {
+        "steering": lambda: steering_figure(done),
+        "rare_class": lambda: differences_figure("rare_class", done, COLUMNS["rare_class"][:2]),
+        "dft_step_size": lambda: step_size_figure(done),
+        "ends_of_turns": lambda: differences_figure("ends_of_turns", done, COLUMNS["ends_of_turns"][:2]),
+        "controllers": lambda: differences_figure("controllers", done, COLUMNS["controllers"][::5]),
+    }
+    return {name: draw() for name, draw in made.items() if complete(EXPERIMENTS[name], done)}
+
+
+def blocks(done: Done) -> dict[str, list[str]]:
+    """What stands between `<!-- evidence: NAME -->` and `<!-- end of evidence -->`."""
+    out = {}
+    for name, experiment in EXPERIMENTS.items():
+        if complete(experiment, done):
+            made = steering_table(done) if name == "steering" else table(name, done)
+            out[name] = [*minutes(name, done), "", *made]
+    return out
+
+
+def filled(text: str, made: dict[str, list[str]]) -> str:
+    def fill(match: re.Match[str]) -> str:
+        name = match.group(1)
+        return f"<!-- evidence: {name} -->\n{chr(10).join(made[name])}\n<!-- end of evidence -->" if name in made else match.group()
+
+    return re.sub(r"<!-- evidence: (\w+) -->\n.*?<!-- end of evidence -->", fill, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is not what the CSV says")
+    options = parser.parse_args()
+    done = finished(RESULTS / "runs.csv")
+    made = blocks(done)
+    text = PAGE.read_text(encoding="utf-8")
+    if filled(text, made) != text:
+        if options.check:
+            sys.exit(f"{PAGE.relative_to(ROOT)} is not what {parser.prog} makes of the CSV; run it")
+        PAGE.write_text(filled(text, made), encoding="utf-8")
+    if not options.check:
+        IMAGES.mkdir(parents=True, exist_ok=True)
+        for name, drawn in figures(done).items():
+            drawn.savefig(IMAGES / f"{name}.png", dpi=160)
+
+
+if __name__ == "__main__":
+    main()
