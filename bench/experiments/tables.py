@@ -12,13 +12,13 @@ import argparse
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scipy import stats
 
-from bench.experiments.arms import EXPERIMENTS, PARTS_MEASURED, POINTS, Experiment, Measures, mean_of_parts
+from bench.experiments.arms import EXPERIMENTS, PARTS_MEASURED, POINTS, STEERED, Experiment, Measures, mean_of_parts
 from bench.experiments.run import PACKAGES, RESULTS, Done, Job, finished, measures, tests_of, untrained
 
 ROOT = Path(__file__).parents[2]
@@ -100,10 +100,11 @@ def cell(column: Column, jobs: Sequence[Job], base: Sequence[Job], done: Done) -
 
 
 def label(arm: str) -> str:
-    return f"`{arm.removeprefix('end: ')}`"
+    """Its name, without what all arms of its experiment begin with."""
+    return arm.removeprefix("end: ")
 
 
-def table(name: str, done: Done, columns: Sequence[Column] | None = None, arms: Iterable[str] | None = None) -> list[str]:
+def table(name: str, done: Done, columns: Sequence[Column] | None = None) -> list[str]:
     """The table of an experiment, the row before training first."""
     experiment, columns = EXPERIMENTS[name], columns or COLUMNS[name]
     before = measures(done[untrained(experiment)])
@@ -112,14 +113,14 @@ def table(name: str, done: Done, columns: Sequence[Column] | None = None, arms: 
         f"|---|---:|{'---:|' * len(columns)}",
         f"| before training | | {' | '.join(f'{column.of(before) * column.scale:.{column.digits}f}' for column in columns)} |",
     ]
-    for arm in arms or experiment.arms:
+    for arm in experiment.arms:
         by_lr: dict[float, list[Job]] = {}
         for job in tests_of(experiment, arm, done):
             by_lr.setdefault(job.lr, []).append(job)
         for lr, jobs in by_lr.items():
             base = [job for job in tests_of(experiment, experiment.baseline, done) if experiment.wants is not None or job.lr == lr]
             cells = [cell(column, jobs, base, done) for column in columns]
-            out.append(f"| {label(arm)} | {lr:g} | {' | '.join(cells)} |")
+            out.append(f"| `{label(arm)}` | {lr:g} | {' | '.join(cells)} |")
     return out
 
 
@@ -128,7 +129,7 @@ def steering_table(done: Done) -> list[str]:
     experiment = EXPERIMENTS["steering"]
     base = tests_of(experiment, "sft", done)
     out = ["| class | reduction | α | learning rate | nll of the class | nll of the rest |", "|---|---|---:|---:|---:|---:|"]
-    for name in ("arguments", "answer"):
+    for name in STEERED:
         columns = steered_columns(name)
         out.append(f"| {name} | `loss: nll` | | {base[0].lr:g} | {' | '.join(cell(c, base, base, done) for c in columns)} |")
         for of, alpha, reduction in POINTS:
@@ -140,7 +141,7 @@ def steering_table(done: Done) -> list[str]:
 
 
 def steered_columns(name: str) -> tuple[Column, Column]:
-    return nll({"arguments": "call/arguments", "answer": "maths/answer"}[name], "class"), nll(f"without {name}", "rest")
+    return nll(STEERED[name][1].removeprefix("nll/"), "class"), nll(f"without {name}", "rest")
 
 
 def complete(experiment: Experiment, done: Done) -> bool:
@@ -193,8 +194,8 @@ def differences_figure(name: str, done: Done, columns: Sequence[Column]) -> Any:
                 panel.plot(found, [at] * len(found), "o", color=PALETTE[0], alpha=0.45, markersize=4, linewidth=0)
                 panel.errorbar(mean, at, xerr=half, color=INK, marker="d", markersize=5, capsize=3)
             panel.axvline(0, color=INK, linewidth=0.8)
-            panel.set_title(f"{column.head}, against {experiment.baseline.removeprefix('end: ')}", loc="left", fontsize=9)
-            panel.set_yticks(range(len(arms)), [arm.removeprefix("end: ") for arm in reversed(arms)])
+            panel.set_title(f"{column.head}, against {label(experiment.baseline)}", loc="left", fontsize=9)
+            panel.set_yticks(range(len(arms)), [label(arm) for arm in reversed(arms)])
             panel.set_ylim(-0.6, len(arms) - 0.4)
         for panel in axes[1:]:
             panel.set_yticklabels([])
@@ -212,7 +213,7 @@ def steering_figure(done: Done) -> Any:
         return statistics.mean(column.of(measures(done[job])) for job in tests_of(experiment, arm, done))
 
     def draw(_: Any, axes: Any) -> None:
-        for panel, name in zip(axes, ("arguments", "answer"), strict=True):
+        for panel, name in zip(axes, STEERED, strict=True):
             of_class, of_rest = steered_columns(name)
             reductions = list(dict.fromkeys(reduction for of, _, reduction in POINTS if of == name))
             for index, reduction in enumerate(reductions):
