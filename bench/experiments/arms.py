@@ -10,7 +10,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
+
+from dwl_plugin.values import Reduction
 
 LRS = (0.001, 0.003, 0.01)
 SEEDS = (0, 1, 2, 3, 4)
@@ -77,13 +79,8 @@ def _steered(name: str, selector: dict[str, Any], measured: str, alpha: float, r
 
 ALPHAS = (0.05, 0.2, 0.5, 0.8, 0.95)
 POINTS = [
-    *(("arguments", alpha, reduction) for reduction in ("weighted_mean", "class_mean") for alpha in ALPHAS),
-    *(
-        ("arguments", alpha, reduction)
-        for reduction in ("token_mean", "sequence_mean_token_sum", "sample_mean", "sample_sqrt")
-        for alpha in ALPHAS[-1:]
-    ),
-    *(("answer", alpha, "weighted_mean") for alpha in ALPHAS[::2]),
+    *(("arguments", alpha, reduction) for reduction in get_args(Reduction) for alpha in ALPHAS),
+    *(("answer", alpha, reduction) for reduction in ("weighted_mean", "class_mean") for alpha in ALPHAS[::2]),
 ]
 STEERED = {"arguments": (ARGUMENTS, "nll/call/arguments"), "answer": (ANSWER, "nll/maths/answer")}
 
@@ -160,8 +157,7 @@ def _named(prefix: str) -> tuple[str, ...]:
 EXPERIMENTS = {
     "steering": Experiment(("sft", *(f"{name} {alpha} {reduction}" for name, alpha, reduction in POINTS)), both_kinds),
     "rare_class": Experiment(("sft", *_named("calls: "), "weighted_mean, leaning", "class_mean"), lambda found: found["nll/call"]),
-    "dft_step_size": Experiment(("sft", "dft"), lrs=(0.0003, 0.001, 0.003, 0.01)),
-    "a_constant_factor": Experiment(("sft", "nll x mean p"), lrs=(0.003,)),
+    "dft_step_size": Experiment(("sft", "dft", "nll x mean p"), lrs=(0.0003, *LRS)),
     "ends_of_turns": Experiment(_named("end: "), both_kinds, baseline="end: nll"),
     "controllers": Experiment(
         ("sft", "class_mean", "class_mean, leaning", "cosine", "group_dro", "softmax_loss", "dwa", "rlw"), mean_of_parts
