@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
-from bench.experiments.arms import EXPERIMENTS, PARTS_MEASURED, POINTS, STEERED, Experiment, Measures, mean_of_parts
+from bench.experiments.arms import ALPHAS, EXPERIMENTS, PARTS_MEASURED, POINTS, STEERED, Experiment, Measures, mean_of_parts
 from bench.experiments.run import PACKAGES, RESULTS, Done, Job, finished, measures, tests_of, untrained
 
 ROOT = Path(__file__).parents[2]
@@ -166,15 +166,15 @@ def minutes(name: str, done: Done) -> list[str]:
 # Figures
 
 
-def figure(draw: Callable[[Any, Any], None], width: float, height: float, columns: int = 1) -> Any:
+def figure(draw: Callable[[Any], None], width: float, height: float, rows: int = 1, columns: int = 1) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     with plt.style.context("dwl_plugin.cli.plots"):
-        made, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
-        draw(made, axes[0])
+        made, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
+        draw(axes)
     return made
 
 
@@ -186,8 +186,8 @@ def differences_figure(name: str, done: Done, columns: Sequence[Column]) -> Any:
     base = tests_of(experiment, experiment.baseline, done)
     arms = [arm for arm in experiment.arms if arm != experiment.baseline]
 
-    def draw(_: Any, axes: Any) -> None:
-        for panel, column in zip(axes, columns, strict=True):
+    def draw(axes: Any) -> None:
+        for panel, column in zip(axes[0], columns, strict=True):
             for at, arm in enumerate(reversed(arms)):
                 found = [value * column.scale for value in against(tests_of(experiment, arm, done), base, done, column.of)]
                 mean, half = interval(found)
@@ -197,79 +197,93 @@ def differences_figure(name: str, done: Done, columns: Sequence[Column]) -> Any:
             panel.set_title(f"{column.head}, against {label(experiment.baseline)}", loc="left", fontsize=9)
             panel.set_yticks(range(len(arms)), [label(arm) for arm in reversed(arms)])
             panel.set_ylim(-0.6, len(arms) - 0.4)
-        for panel in axes[1:]:
+        for panel in axes[0][1:]:
             panel.set_yticklabels([])
 
-    return figure(draw, 3.8 * len(columns), 0.9 + 0.34 * len(arms), len(columns))
+    return figure(draw, 3.8 * len(columns), 0.9 + 0.34 * len(arms), columns=len(columns))
 
 
 def steering_figure(done: Done) -> Any:
-    """The class against the rest: a front for each reduction."""
-    from dwl_plugin.cli.plots import INK, look_of
+    """What α gives the class and takes from the rest, against `loss: nll`: a front for each reduction, the others' in grey."""
+    from dwl_plugin.cli.plots import INK, PALETTE
 
     experiment = EXPERIMENTS["steering"]
+    base = tests_of(experiment, experiment.baseline, done)
+    fronts = list(dict.fromkeys((name, reduction) for name, _, reduction in POINTS))
+    found = {
+        (name, alpha, reduction): [
+            interval(against(tests_of(experiment, f"{name} {alpha} {reduction}", done), base, done, column.of))
+            for column in steered_columns(name)
+        ]
+        for name, alpha, reduction in POINTS
+    }
 
-    def mean(arm: str, column: Column) -> float:
-        return statistics.mean(column.of(measures(done[job])) for job in tests_of(experiment, arm, done))
+    def draw(axes: Any) -> None:
+        first: dict[str, Any] = {}
+        for panel, (name, reduction) in zip(axes.flat, fronts, strict=True):
+            if first.setdefault(name, panel) is not panel:
+                panel.sharex(first[name])
+                panel.sharey(first[name])
+            panel.margins(0.15, 0.1)
+            for other in (*(other for other in fronts if other[0] == name and other[1] != reduction), (name, reduction)):
+                points = [(alpha, found[of, alpha, by]) for of, alpha, by in POINTS if (of, by) == other]
+                (xs, x_halves), (ys, y_halves) = (zip(*(both[at] for _, both in points), strict=True) for at in (0, 1))
+                if other[1] != reduction:
+                    panel.plot(xs, ys, color=INK, alpha=0.15)
+                    continue
+                panel.errorbar(xs, ys, y_halves, x_halves, color=PALETTE[0], marker="o", markersize=4, elinewidth=0.6, capsize=2)
+                for (alpha, _), x, y in zip(points, xs, ys, strict=True):
+                    if alpha in ALPHAS[::2]:
+                        panel.annotate(f"α {alpha}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+            panel.axvline(0, color=INK, linewidth=0.6)
+            panel.axhline(0, color=INK, linewidth=0.6)
+            panel.set_title(f"{name}, {reduction}", loc="left", fontsize=8)
+        for row in axes:
+            row[0].set_ylabel("nll of the rest, minus SFT's")
+        for panel in axes[-1]:
+            panel.set_xlabel("nll of the class, minus SFT's")
 
-    def draw(_: Any, axes: Any) -> None:
-        for panel, name in zip(axes, STEERED, strict=True):
-            of_class, of_rest = steered_columns(name)
-            reductions = list(dict.fromkeys(reduction for of, _, reduction in POINTS if of == name))
-            for index, reduction in enumerate(reductions):
-                alphas = [alpha for of, alpha, by in POINTS if of == name and by == reduction]
-                xs, ys = ([mean(f"{name} {alpha} {reduction}", column) for alpha in alphas] for column in (of_class, of_rest))
-                panel.plot(xs, ys, marker="o", markersize=4, label=reduction, **look_of(index))
-                if index == 0:
-                    for alpha, x, y in zip(alphas, xs, ys, strict=True):
-                        panel.annotate(f"α {alpha}", (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
-            panel.plot(
-                mean("sft", of_class), mean("sft", of_rest), marker="*", markersize=11, color=INK, linewidth=0, label="loss: nll"
-            )
-            panel.set_xlabel(f"held-out nll of {name}")
-            panel.set_ylabel("held-out nll of the rest")
-            panel.legend(fontsize=8)
-
-    return figure(draw, 9.2, 4.0, 2)
+    return figure(draw, 12.0, 6.4, rows=2, columns=len(fronts) // 2)
 
 
 def step_size_figure(done: Done) -> Any:
-    """Over the learning rate, and what is forgotten against what is learned."""
+    """Over the learning rate, and what is forgotten against what is learned; every seed a dot."""
     from dwl_plugin.cli.plots import INK, look_of
 
     experiment = EXPERIMENTS["dft_step_size"]
-    target, _, right, prose = COLUMNS["dft_step_size"]
+    *learned, prose = COLUMNS["dft_step_size"]
+    before = measures(done[untrained(experiment)])
 
-    def draw(_: Any, axes: Any) -> None:
+    def draw(axes: Any) -> None:
+        *over_lr, forgetting = axes[0]
         for index, arm in enumerate(experiment.arms):
             look = look_of(index)
-            found = {lr: [measures(done[job]) for job in tests_of(experiment, arm, done) if job.lr == lr] for lr in experiment.lrs}
-            means = {
-                column: [statistics.mean(map(column.of, some)) * column.scale for some in found.values()]
-                for column in (target, right, prose)
-            }
-            axes[0].plot(experiment.lrs, means[target], marker="o", markersize=4, label=arm, **look)
-            axes[1].plot(experiment.lrs, means[right], marker="o", markersize=4, **look)
-            axes[2].plot(means[target], means[prose], marker="o", markersize=4, **look)
-        before = measures(done[untrained(experiment)])
-        axes[2].plot(before["nll"], before["nll/prose"], marker="*", markersize=11, color=INK, linewidth=0)
-        axes[2].annotate(
-            "before training",
-            (before["nll"], before["nll/prose"]),
-            textcoords="offset points",
-            xytext=(-6, 8),
-            ha="right",
-            fontsize=8,
-        )
-        for panel in axes[:2]:
-            panel.set_xscale("log")
-            panel.set_xlabel("learning rate")
-        for panel, text in zip(axes, (target.head, right.head, prose.head), strict=True):
-            panel.set_title(text, loc="left", fontsize=9)
-        axes[2].set_xlabel("nll of the targets")
-        axes[0].legend(fontsize=8)
+            by_lr = [[measures(done[job]) for job in tests_of(experiment, arm, done) if job.lr == lr] for lr in experiment.lrs]
 
-    return figure(draw, 10.2, 3.4, 3)
+            def values(column: Column, by_lr: Any = by_lr) -> list[list[float]]:
+                return [[column.of(found) * column.scale for found in some] for some in by_lr]
+
+            def means(column: Column, values: Any = values) -> list[float]:
+                return [statistics.mean(some) for some in values(column)]
+
+            for panel, column in zip(over_lr, learned, strict=True):
+                panel.plot(experiment.lrs, means(column), marker="o", markersize=4, label=arm, **look)
+                for lr, some in zip(experiment.lrs, values(column), strict=True):
+                    panel.plot([lr] * len(some), some, "o", color=look["color"], alpha=0.3, markersize=3, linewidth=0)
+            forgetting.plot(means(learned[1]), means(prose), marker="o", markersize=4, **look)
+        forgetting.plot(before["p"], prose.of(before), marker="*", markersize=11, color=INK, linewidth=0)
+        forgetting.annotate("before", (before["p"], prose.of(before)), textcoords="offset points", xytext=(8, -3), fontsize=8)
+        for panel in over_lr:
+            panel.set_xscale("log")
+            panel.set_xticks(experiment.lrs, [f"{lr:g}" for lr in experiment.lrs])
+            panel.minorticks_off()
+            panel.set_xlabel("learning rate")
+        for panel, column in zip(axes[0], (*learned, prose), strict=True):
+            panel.set_title(column.head, loc="left", fontsize=9)
+        forgetting.set_xlabel("p of the targets")
+        over_lr[0].legend(fontsize=8)
+
+    return figure(draw, 13.0, 3.4, columns=4)
 
 
 def figures(done: Done) -> dict[str, Any]:
