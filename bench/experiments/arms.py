@@ -7,6 +7,7 @@ adapter, so two arms of one seed differ in nothing else.
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -77,10 +78,29 @@ def _steered(name: str, selector: dict[str, Any], measured: str, alpha: float, r
     )
 
 
+ENDS: dict[str, dict[str, Any]] = {
+    "nll": {"loss": "nll"},
+    "dft": {"loss": "dft"},
+    "dft, end by nll": _dwl(token_loss="dft", classes={"end": {"tokens": ["END"], "token_loss": "nll"}}, reduction="weighted_mean"),
+    "dft, min_weight 0.1": {"loss": "dft", "dft": {"min_weight": 0.1}},
+    "nll to dft": {
+        "loss": "dft",
+        "dft": {"exponent": 0, "schedule": {"type": "linear", "to": {"exponent": 1}, "start": "10%", "end": "60%"}},
+    },
+}
+"""What can be done for the ends of turns under DFT, with `END` for the token."""
+
+
+def _ended(keys: dict[str, Any], end: str) -> Arm:
+    return Arm(json.loads(json.dumps(keys).replace("END", end)), end=end, decodes=True)
+
+
 ALPHAS = (0.05, 0.2, 0.5, 0.8, 0.95)
+MAIN: tuple[Reduction, ...] = ("weighted_mean", "class_mean")
 POINTS = [
-    *(("arguments", alpha, reduction) for reduction in get_args(Reduction) for alpha in ALPHAS),
-    *(("answer", alpha, reduction) for reduction in ("weighted_mean", "class_mean") for alpha in ALPHAS[::2]),
+    *(("arguments", alpha, reduction) for reduction in MAIN for alpha in ALPHAS),
+    *(("arguments", alpha, reduction) for reduction in get_args(Reduction) if reduction not in MAIN for alpha in ALPHAS[::2]),
+    *(("answer", alpha, reduction) for reduction in MAIN for alpha in ALPHAS[::2]),
 ]
 STEERED = {"arguments": (ARGUMENTS, "nll/call/arguments"), "answer": (ANSWER, "nll/maths/answer")}
 
@@ -106,23 +126,9 @@ ARMS: dict[str, Arm] = {
     # DFT; 0.6 is what the model believes of these targets before it is trained, on average
     "dft": Arm({"loss": "dft"}),
     "nll x mean p": Arm(_dwl(data_weights={"row": "weight"}, reduction="token_mean"), weights={"call": 0.6, "maths": 0.6}),
-    # turns that end in a token the model does not know
-    "end: nll": Arm({"loss": "nll"}, end=UNKNOWN_END, decodes=True),
-    "end: dft": Arm({"loss": "dft"}, end=UNKNOWN_END, decodes=True),
-    "end: dft, end by nll": Arm(
-        _dwl(token_loss="dft", classes={"end": {"tokens": [UNKNOWN_END], "token_loss": "nll"}}, reduction="weighted_mean"),
-        end=UNKNOWN_END,
-        decodes=True,
-    ),
-    "end: dft, min_weight 0.1": Arm({"loss": "dft", "dft": {"min_weight": 0.1}}, end=UNKNOWN_END, decodes=True),
-    "end: nll to dft": Arm(
-        {
-            "loss": "dft",
-            "dft": {"exponent": 0, "schedule": {"type": "linear", "to": {"exponent": 1}, "start": "10%", "end": "60%"}},
-        },
-        end=UNKNOWN_END,
-        decodes=True,
-    ),
+    # turns that end as the model's own do, and in a token it has never used
+    **{f"turns: {name}": _ended(keys, TURN_END) for name, keys in ENDS.items()},
+    **{f"end: {name}": _ended(keys, UNKNOWN_END) for name, keys in ENDS.items()},
     # one class, its α
     **{f"{name} {alpha} {reduction}": _steered(name, *STEERED[name], alpha, reduction) for name, alpha, reduction in POINTS},
 }
@@ -137,6 +143,11 @@ def mean_of_parts(found: Measures) -> float:
 def both_kinds(found: Measures) -> float:
     """As if there were as many targets of calls as of maths."""
     return (found["nll/call"] + found["nll/maths"]) / 2
+
+
+def believed(found: Measures) -> float:
+    """What DFT asks for, p, so that its rate is not chosen by what NLL asks for; again calls and maths alike."""
+    return -(found["p/call"] + found["p/maths"]) / 2
 
 
 @dataclass(frozen=True)
@@ -158,7 +169,8 @@ EXPERIMENTS = {
     "steering": Experiment(("sft", *(f"{name} {alpha} {reduction}" for name, alpha, reduction in POINTS)), both_kinds),
     "rare_class": Experiment(("sft", *_named("calls: "), "weighted_mean, leaning", "class_mean"), lambda found: found["nll/call"]),
     "dft_step_size": Experiment(("sft", "dft", "nll x mean p"), lrs=(0.0003, *LRS)),
-    "ends_of_turns": Experiment(_named("end: "), both_kinds, baseline="end: nll"),
+    "ends_of_turns": Experiment(_named("turns: "), believed, baseline="turns: nll"),
+    "unknown_ends": Experiment(_named("end: "), both_kinds, baseline="end: nll"),
     "controllers": Experiment(
         ("sft", "class_mean", "class_mean, leaning", "cosine", "group_dro", "softmax_loss", "dwa", "rlw"), mean_of_parts
     ),

@@ -61,9 +61,11 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     "ends_of_turns": (
         Column("p of the end", lambda found: found["p/end"]),
         percent("ended/call", "calls that end, %"),
-        nll("end", "nll of the end"),
+        percent("accepted/call", "calls that are right, %"),
+        Column("p", lambda found: found["p"]),
         nll("", "nll"),
     ),
+    "unknown_ends": (nll("end", "nll of the end"), percent("ended/call", "calls that end, %"), nll("", "nll")),
     "dft_step_size": (
         nll("", "nll"),
         Column("p", lambda found: found["p"]),
@@ -101,7 +103,7 @@ def cell(column: Column, jobs: Sequence[Job], base: Sequence[Job], done: Done) -
 
 def label(arm: str) -> str:
     """Its name, without what all arms of its experiment begin with."""
-    return arm.removeprefix("end: ")
+    return arm.removeprefix("turns: ").removeprefix("end: ")
 
 
 def table(name: str, done: Done, columns: Sequence[Column] | None = None) -> list[str]:
@@ -291,7 +293,7 @@ def figures(done: Done) -> dict[str, Any]:
         "steering": lambda: steering_figure(done),
         "rare_class": lambda: differences_figure("rare_class", done, COLUMNS["rare_class"][:2]),
         "dft_step_size": lambda: step_size_figure(done),
-        "ends_of_turns": lambda: differences_figure("ends_of_turns", done, COLUMNS["ends_of_turns"][:2]),
+        "ends_of_turns": lambda: differences_figure("ends_of_turns", done, COLUMNS["ends_of_turns"][:3]),
         "controllers": lambda: differences_figure("controllers", done, COLUMNS["controllers"][::5]),
     }
     return {name: draw() for name, draw in made.items() if complete(EXPERIMENTS[name], done)}
