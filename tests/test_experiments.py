@@ -360,14 +360,12 @@ def test_differences_are_of_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
         tables.against(ours, theirs, done, column.of)
 
 
-def test_the_pages_are_what_the_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("at", "number"), [(0, "12.8"), (1, "81 runs")])
+def test_the_pages_are_what_the_results_say(monkeypatch: pytest.MonkeyPatch, at: int, number: str) -> None:
     monkeypatch.setattr("sys.argv", ["tables", "--check"])
     tables.main()
-    page = tables.PAGE.read_text(encoding="utf-8")
-    monkeypatch.setattr(tables, "PAGE", _with(page.replace("before training", "after training"), tables.PAGE))
+    text = tables.PAGES[at].read_text(encoding="utf-8")
+    page = SimpleNamespace(read_text=lambda encoding: text.replace(number, "7"), relative_to=tables.PAGES[at].relative_to)
+    monkeypatch.setattr(tables, "PAGES", (page,))
     with pytest.raises(SystemExit, match="is not what"):
         tables.main()
-
-
-def _with(text: str, path: Path) -> Any:
-    return SimpleNamespace(read_text=lambda encoding: text, relative_to=path.relative_to)

@@ -1,4 +1,4 @@
-"""Tables and figures of docs/evidence.md from results/runs.csv.
+"""Tables and figures of docs/evidence.md, and the table of the README, from results/runs.csv.
 
     python -m bench.experiments.tables            # write them
     python -m bench.experiments.tables --check    # fail where they are not what the CSV says
@@ -22,7 +22,8 @@ from bench.experiments.arms import ALPHAS, EXPERIMENTS, PARTS_MEASURED, POINTS, 
 from bench.experiments.run import PACKAGES, RESULTS, Done, Job, finished, measures, tests_of, untrained
 
 ROOT = Path(__file__).parents[2]
-PAGE, IMAGES = ROOT / "docs" / "evidence.md", ROOT / "docs" / "images" / "evidence"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
+IMAGES = ROOT / "docs" / "images" / "evidence"
 
 Measure = Callable[[Measures], float]
 
@@ -67,9 +68,9 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     ),
     "unknown_ends": (nll("end", "nll of the end"), percent("ended/call", "calls that end, %"), nll("", "nll")),
     "dft_step_size": (
-        nll("", "nll"),
-        Column("p", lambda found: found["p"]),
         percent("exact/call", "calls word for word, %"),
+        Column("p", lambda found: found["p"]),
+        nll("", "nll"),
         nll("prose", "nll of other text"),
     ),
 }
@@ -144,6 +145,30 @@ def steering_table(done: Done) -> list[str]:
 
 def steered_columns(name: str) -> tuple[Column, Column]:
     return nll(STEERED[name][1].removeprefix("nll/"), "class"), nll(f"without {name}", "rest")
+
+
+SHOWN = {
+    "`loss: nll`": ("steering", "sft"),
+    "`loss: dwl`, `weighted_mean`, α 0.95 on arguments": ("steering", "arguments 0.95 weighted_mean"),
+    "`loss: dwl`, `class_mean`, α 0.5 on arguments": ("steering", "arguments 0.5 class_mean"),
+    "`loss: dft`": ("ends_of_turns", "turns: dft"),
+    "`loss: dft`, `dft: {min_weight: 0.1}`": ("ends_of_turns", "turns: dft, min_weight 0.1"),
+}
+"""The rows of the README's table; both baselines are the same runs, `loss: nll`."""
+
+
+def readme_table(done: Done) -> list[str]:
+    columns = (
+        nll("call/arguments", "nll of arguments"),
+        nll("without arguments", "nll of the rest"),
+        Column("p of a target", lambda found: found["p"]),
+        percent("exact/call", "calls word for word, %"),
+    )
+    out = [f"| | {' | '.join(column.head for column in columns)} |", f"|---|{'---:|' * len(columns)}"]
+    for text, (name, arm) in SHOWN.items():
+        jobs, base = (tests_of(EXPERIMENTS[name], some, done) for some in (arm, EXPERIMENTS[name].baseline))
+        out.append(f"| {text} | {' | '.join(cell(column, jobs, base, done) for column in columns)} |")
+    return out
 
 
 def complete(experiment: Experiment, done: Done) -> bool:
@@ -274,7 +299,7 @@ def step_size_figure(done: Done) -> Any:
                     panel.plot([lr] * len(some), some, "o", color=look["color"], alpha=0.3, markersize=3, linewidth=0)
             forgetting.plot(means(learned[1]), means(prose), marker="o", markersize=4, **look)
         forgetting.plot(before["p"], prose.of(before), marker="*", markersize=11, color=INK, linewidth=0)
-        forgetting.annotate("before", (before["p"], prose.of(before)), textcoords="offset points", xytext=(8, -3), fontsize=8)
+        forgetting.annotate("before", (before["p"], prose.of(before)), textcoords="offset points", xytext=(-5, 9), fontsize=8)
         for panel in over_lr:
             panel.set_xscale("log")
             panel.set_xticks(experiment.lrs, [f"{lr:g}" for lr in experiment.lrs])
@@ -306,6 +331,8 @@ def blocks(done: Done) -> dict[str, list[str]]:
         if complete(experiment, done):
             made = steering_table(done) if name == "steering" else table(name, done)
             out[name] = [*minutes(name, done), "", *made]
+    if all(name in out for name, _ in SHOWN.values()):
+        out["readme"] = readme_table(done)
     return out
 
 
@@ -323,11 +350,12 @@ def main() -> None:
     options = parser.parse_args()
     done = finished(RESULTS / "runs.csv")
     made = blocks(done)
-    text = PAGE.read_text(encoding="utf-8")
-    if filled(text, made) != text:
-        if options.check:
-            sys.exit(f"{PAGE.relative_to(ROOT)} is not what {parser.prog} makes of the CSV; run it")
-        PAGE.write_text(filled(text, made), encoding="utf-8")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if filled(text, made) != text:
+            if options.check:
+                sys.exit(f"{page.relative_to(ROOT)} is not what {parser.prog} makes of the CSV; run it")
+            page.write_text(filled(text, made), encoding="utf-8")
     if not options.check:
         IMAGES.mkdir(parents=True, exist_ok=True)
         for name, drawn in figures(done).items():
