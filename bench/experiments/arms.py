@@ -170,7 +170,7 @@ EXPERIMENTS = {
     "rare_class": Experiment(("sft", *_named("calls: "), "weighted_mean, leaning", "class_mean"), lambda found: found["nll/call"]),
     "dft_step_size": Experiment(("sft", "dft", "nll x mean p"), lrs=(0.0003, *LRS)),
     "ends_of_turns": Experiment(_named("turns: "), believed, baseline="turns: nll"),
-    "unknown_ends": Experiment(_named("end: "), both_kinds, baseline="end: nll"),
+    "unknown_ends": Experiment(_named("end: "), believed, baseline="end: nll"),
     "controllers": Experiment(
         ("sft", "class_mean", "class_mean, leaning", "cosine", "group_dro", "softmax_loss", "dwa", "rlw"), mean_of_parts
     ),

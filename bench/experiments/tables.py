@@ -45,34 +45,35 @@ def percent(key: str, head: str) -> Column:
     return Column(head, lambda found: found[key], 1, 100.0)
 
 
+def probability(key: str, head: str) -> Column:
+    return Column(head, lambda found: found[f"p/{key}" if key else "p"])
+
+
+RIGHT = percent("exact/call", "calls word for word, %")
+FORGOTTEN = nll("prose", "nll of other text")
+MEAN_OF_PARTS = Column("mean of parts", mean_of_parts)
+PARTS_OF_REPLIES = tuple(nll(part.removeprefix("nll/"), part.rpartition("/")[2]) for part in PARTS_MEASURED)
+
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "rare_class": (
-        percent("exact/call", "calls word for word, %"),
+        RIGHT,
+        probability("call/end", "p of a call's end"),
         nll("call/arguments", "nll of arguments"),
         nll("call", "nll of calls"),
         nll("maths", "nll of maths"),
     ),
-    "controllers": (
-        Column("mean of parts", mean_of_parts),
-        *(
-            nll(part.removeprefix("nll/"), part.removeprefix("nll/").removeprefix("call/").removeprefix("maths/"))
-            for part in PARTS_MEASURED
-        ),
-    ),
+    "controllers": (MEAN_OF_PARTS, *PARTS_OF_REPLIES),
     "ends_of_turns": (
-        Column("p of the end", lambda found: found["p/end"]),
+        probability("end", "p of the end"),
         percent("ended/call", "calls that end, %"),
         percent("accepted/call", "calls that are right, %"),
-        Column("p", lambda found: found["p"]),
+        RIGHT,
+        probability("", "p"),
         nll("", "nll"),
+        FORGOTTEN,
     ),
     "unknown_ends": (nll("end", "nll of the end"), percent("ended/call", "calls that end, %"), nll("", "nll")),
-    "dft_step_size": (
-        percent("exact/call", "calls word for word, %"),
-        Column("p", lambda found: found["p"]),
-        nll("", "nll"),
-        nll("prose", "nll of other text"),
-    ),
+    "dft_step_size": (RIGHT, probability("call", "p of calls"), probability("maths", "p of maths"), nll("", "nll"), FORGOTTEN),
 }
 
 
@@ -107,8 +108,8 @@ def label(arm: str) -> str:
     return arm.removeprefix("turns: ").removeprefix("end: ")
 
 
-def table(name: str, done: Done, columns: Sequence[Column] | None = None) -> list[str]:
-    """The table of an experiment, the row before training first."""
+def table(name: str, done: Done, columns: Sequence[Column] | None = None, baseline: str | None = None) -> list[str]:
+    """The table of an experiment, the row before training first; differences are to its own baseline, or to another of its arms."""
     experiment, columns = EXPERIMENTS[name], columns or COLUMNS[name]
     before = measures(done[untrained(experiment)])
     out = [
@@ -121,7 +122,9 @@ def table(name: str, done: Done, columns: Sequence[Column] | None = None) -> lis
         for job in tests_of(experiment, arm, done):
             by_lr.setdefault(job.lr, []).append(job)
         for lr, jobs in by_lr.items():
-            base = [job for job in tests_of(experiment, experiment.baseline, done) if experiment.wants is not None or job.lr == lr]
+            base = tests_of(experiment, baseline or experiment.baseline, done)
+            if experiment.wants is None:
+                base = [job for job in base if job.lr == lr]
             cells = [cell(column, jobs, base, done) for column in columns]
             out.append(f"| `{label(arm)}` | {lr:g} | {' | '.join(cells)} |")
     return out
@@ -161,8 +164,8 @@ def readme_table(done: Done) -> list[str]:
     columns = (
         nll("call/arguments", "nll of arguments"),
         nll("without arguments", "nll of the rest"),
-        Column("p of a target", lambda found: found["p"]),
-        percent("exact/call", "calls word for word, %"),
+        probability("", "p of a target"),
+        RIGHT,
     )
     out = [f"| | {' | '.join(column.head for column in columns)} |", f"|---|{'---:|' * len(columns)}"]
     for text, (name, arm) in SHOWN.items():
@@ -274,15 +277,15 @@ def steering_figure(done: Done) -> Any:
 
 
 def step_size_figure(done: Done) -> Any:
-    """Over the learning rate, and what is forgotten against what is learned; every seed a dot."""
+    """Over the learning rate, every seed a dot; and what is forgotten against what is learned."""
     from dwl_plugin.cli.plots import INK, look_of
 
     experiment = EXPERIMENTS["dft_step_size"]
-    *learned, prose = COLUMNS["dft_step_size"]
+    *over_lr, learned, forgotten = COLUMNS["dft_step_size"]
     before = measures(done[untrained(experiment)])
 
     def draw(axes: Any) -> None:
-        *over_lr, forgetting = axes[0]
+        *panels, last = axes[0]
         for index, arm in enumerate(experiment.arms):
             look = look_of(index)
             by_lr = [[measures(done[job]) for job in tests_of(experiment, arm, done) if job.lr == lr] for lr in experiment.lrs]
@@ -293,30 +296,31 @@ def step_size_figure(done: Done) -> Any:
             def means(column: Column, values: Any = values) -> list[float]:
                 return [statistics.mean(some) for some in values(column)]
 
-            for panel, column in zip(over_lr, learned, strict=True):
+            for panel, column in zip(panels, over_lr, strict=True):
                 panel.plot(experiment.lrs, means(column), marker="o", markersize=4, label=arm, **look)
                 for lr, some in zip(experiment.lrs, values(column), strict=True):
                     panel.plot([lr] * len(some), some, "o", color=look["color"], alpha=0.3, markersize=3, linewidth=0)
-            forgetting.plot(means(learned[1]), means(prose), marker="o", markersize=4, **look)
-        forgetting.plot(before["p"], prose.of(before), marker="*", markersize=11, color=INK, linewidth=0)
-        forgetting.annotate("before", (before["p"], prose.of(before)), textcoords="offset points", xytext=(-5, 9), fontsize=8)
-        for panel in over_lr:
+            last.plot(means(learned), means(forgotten), marker="o", markersize=4, **look)
+        point = learned.of(before), forgotten.of(before)
+        last.plot(*point, marker="*", markersize=11, color=INK, linewidth=0)
+        last.annotate("before", point, textcoords="offset points", xytext=(8, -3), fontsize=8)
+        for panel, column in zip(panels, over_lr, strict=True):
             panel.set_xscale("log")
             panel.set_xticks(experiment.lrs, [f"{lr:g}" for lr in experiment.lrs])
             panel.minorticks_off()
             panel.set_xlabel("learning rate")
-        for panel, column in zip(axes[0], (*learned, prose), strict=True):
             panel.set_title(column.head, loc="left", fontsize=9)
-        forgetting.set_xlabel("p of the targets")
-        over_lr[0].legend(fontsize=8)
+        last.set_title(forgotten.head, loc="left", fontsize=9)
+        last.set_xlabel("nll of the targets")
+        panels[0].legend(fontsize=8)
 
-    return figure(draw, 13.0, 3.4, columns=4)
+    return figure(draw, 13.0, 3.4, columns=len(over_lr) + 1)
 
 
 def figures(done: Done) -> dict[str, Any]:
     made: dict[str, Callable[[], Any]] = {
         "steering": lambda: steering_figure(done),
-        "rare_class": lambda: differences_figure("rare_class", done, COLUMNS["rare_class"][:2]),
+        "rare_class": lambda: differences_figure("rare_class", done, (RIGHT, nll("call/arguments", "nll of arguments"))),
         "dft_step_size": lambda: step_size_figure(done),
         "ends_of_turns": lambda: differences_figure("ends_of_turns", done, COLUMNS["ends_of_turns"][:3]),
         "controllers": lambda: differences_figure("controllers", done, COLUMNS["controllers"][::5]),
@@ -331,6 +335,9 @@ def blocks(done: Done) -> dict[str, list[str]]:
         if complete(experiment, done):
             made = steering_table(done) if name == "steering" else table(name, done)
             out[name] = [*minutes(name, done), "", *made]
+    if "controllers" in out:
+        arguments, *_, words, _ = PARTS_OF_REPLIES
+        out["against_a_constant"] = table("controllers", done, (MEAN_OF_PARTS, arguments, words), "class_mean")
     if all(name in out for name, _ in SHOWN.values()):
         out["readme"] = readme_table(done)
     return out
