@@ -355,6 +355,10 @@ def test_differences_are_of_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
         "| `sft` | 0.003 | 20.200 (**+0.160 ± 0.068**) |",
         "| `dft` | 0.001 | 20.040 |",
     ]
+    assert tables.table("tuned", done, [column], baseline="sft")[3:] == [
+        "| `sft` | 0.003 | 20.200 |",
+        "| `dft` | 0.001 | 20.040 (**−0.160 ± 0.068**) |",
+    ]
     twin["targets"] = "7"
     with pytest.raises(AssertionError, match="differ in targets"):
         tables.against(ours, theirs, done, column.of)

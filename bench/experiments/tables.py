@@ -152,8 +152,10 @@ def steered_columns(name: str) -> tuple[Column, Column]:
 
 SHOWN = {
     "`loss: nll`": ("steering", "sft"),
-    "`loss: dwl`, `weighted_mean`, α 0.95 on arguments": ("steering", "arguments 0.95 weighted_mean"),
-    "`loss: dwl`, `class_mean`, α 0.5 on arguments": ("steering", "arguments 0.5 class_mean"),
+    "`loss: dwl`, `weighted_mean`, α 0.95 on answers": ("steering", "answer 0.95 weighted_mean"),
+    "`loss: dwl`, `class_mean`, α 0.5 on answers": ("steering", "answer 0.5 class_mean"),
+    "`loss: dwl`, `weighted_mean`, α 0.8 on arguments": ("steering", "arguments 0.8 weighted_mean"),
+    "`loss: dwl`, `weighted_mean`, α 0.2 on arguments": ("steering", "arguments 0.2 weighted_mean"),
     "`loss: dft`": ("ends_of_turns", "turns: dft"),
     "`loss: dft`, `dft: {min_weight: 0.1}`": ("ends_of_turns", "turns: dft, min_weight 0.1"),
 }
@@ -161,12 +163,7 @@ SHOWN = {
 
 
 def readme_table(done: Done) -> list[str]:
-    columns = (
-        nll("call/arguments", "nll of arguments"),
-        nll("without arguments", "nll of the rest"),
-        probability("", "p of a target"),
-        RIGHT,
-    )
+    columns = (nll("maths/answer", "nll of answers"), nll("call/arguments", "nll of arguments"), nll("", "nll of all"), RIGHT)
     out = [f"| | {' | '.join(column.head for column in columns)} |", f"|---|{'---:|' * len(columns)}"]
     for text, (name, arm) in SHOWN.items():
         jobs, base = (tests_of(EXPERIMENTS[name], some, done) for some in (arm, EXPERIMENTS[name].baseline))
