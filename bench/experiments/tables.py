@@ -131,18 +131,18 @@ def table(name: str, done: Done, columns: Sequence[Column] | None = None, baseli
 
 
 def steering_table(done: Done) -> list[str]:
-    """Nll of the class and of the rest, α by α."""
+    """Nll of the class and of the rest, α by α, against SFT; SFT also at the other rates that arms have, where another experiment ran it."""
     experiment = EXPERIMENTS["steering"]
     base = tests_of(experiment, "sft", done)
     out = ["| class | reduction | α | learning rate | nll of the class | nll of the rest |", "|---|---|---:|---:|---:|---:|"]
     for name in STEERED:
-        columns = steered_columns(name)
-        out.append(f"| {name} | `loss: nll` | | {base[0].lr:g} | {' | '.join(cell(c, base, base, done) for c in columns)} |")
-        for of, alpha, reduction in POINTS:
-            if of == name:
-                jobs = tests_of(experiment, f"{name} {alpha} {reduction}", done)
-                cells = " | ".join(cell(column, jobs, base, done) for column in columns)
-                out.append(f"| {name} | `{reduction}` | {alpha} | {jobs[0].lr:g} | {cells} |")
+        arms = [(f"`{by}`", str(alpha), tests_of(experiment, f"{of} {alpha} {by}", done)) for of, alpha, by in POINTS if of == name]
+        rates = sorted({jobs[0].lr for *_, jobs in arms} - {base[0].lr})
+        others = [[job._replace(lr=lr) for job in base] for lr in rates]
+        plain = [("`loss: nll`", "", jobs) for jobs in (base, *others) if all(job in done for job in jobs)]
+        for by, alpha, jobs in (*plain, *arms):
+            cells = " | ".join(cell(column, jobs, base, done) for column in steered_columns(name))
+            out.append(f"| {name} | {by} | {alpha} | {jobs[0].lr:g} | {cells} |")
     return out
 
 
