@@ -131,7 +131,7 @@ def table(name: str, done: Done, columns: Sequence[Column] | None = None, baseli
 
 
 def steering_table(done: Done) -> list[str]:
-    """Nll of the class and of the rest, α by α, against SFT; SFT also at the other rates that arms have, where another experiment ran it."""
+    """Nll of the class and of the rest, α by α, against SFT; and SFT at the other rates that arms have, if it ran."""
     experiment = EXPERIMENTS["steering"]
     base = tests_of(experiment, "sft", done)
     out = ["| class | reduction | α | learning rate | nll of the class | nll of the rest |", "|---|---|---:|---:|---:|---:|"]
