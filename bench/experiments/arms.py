@@ -97,12 +97,16 @@ def _ended(keys: dict[str, Any], end: str) -> Arm:
 
 ALPHAS = (0.05, 0.2, 0.5, 0.8, 0.95)
 MAIN: tuple[Reduction, ...] = ("weighted_mean", "class_mean")
-POINTS = [
-    *(("arguments", alpha, reduction) for reduction in MAIN for alpha in ALPHAS),
-    *(("arguments", alpha, reduction) for reduction in get_args(Reduction) if reduction not in MAIN for alpha in ALPHAS[::2]),
-    *(("answer", alpha, reduction) for reduction in MAIN for alpha in ALPHAS[::2]),
-]
-STEERED = {"arguments": (ARGUMENTS, "nll/call/arguments"), "answer": (ANSWER, "nll/maths/answer")}
+STEERED: dict[tuple[str, float, str], str] = {
+    point: "{} {} {}".format(*point)
+    for point in (
+        *(("arguments", alpha, reduction) for reduction in MAIN for alpha in ALPHAS),
+        *(("arguments", alpha, reduction) for reduction in get_args(Reduction) if reduction not in MAIN for alpha in ALPHAS[::2]),
+        *(("answer", alpha, reduction) for reduction in MAIN for alpha in ALPHAS[::2]),
+    )
+}
+"""The arm of a class, its α and a reduction."""
+STEERED_CLASSES = {"arguments": (ARGUMENTS, "nll/call/arguments"), "answer": (ANSWER, "nll/maths/answer")}
 
 ARMS: dict[str, Arm] = {
     "sft": Arm({"loss": "nll"}),
@@ -130,7 +134,7 @@ ARMS: dict[str, Arm] = {
     **{f"turns: {name}": _ended(keys, TURN_END) for name, keys in ENDS.items()},
     **{f"end: {name}": _ended(keys, UNKNOWN_END) for name, keys in ENDS.items()},
     # one class, its α
-    **{f"{name} {alpha} {reduction}": _steered(name, *STEERED[name], alpha, reduction) for name, alpha, reduction in POINTS},
+    **{arm: _steered(name, *STEERED_CLASSES[name], alpha, by) for (name, alpha, by), arm in STEERED.items()},
 }
 
 PARTS_MEASURED = ("nll/call/arguments", "nll/call/syntax", "nll/maths/answer", "nll/maths/number", "nll/maths/words", "nll/end")
@@ -166,7 +170,7 @@ def _named(prefix: str) -> tuple[str, ...]:
 
 
 EXPERIMENTS = {
-    "steering": Experiment(("sft", *(f"{name} {alpha} {reduction}" for name, alpha, reduction in POINTS)), both_kinds),
+    "steering": Experiment(("sft", *STEERED.values()), both_kinds),
     "rare_class": Experiment(("sft", *_named("calls: "), "weighted_mean, leaning", "class_mean"), lambda found: found["nll/call"]),
     "dft_step_size": Experiment(("sft", "dft", "nll x mean p"), lrs=(0.0003, *LRS)),
     "ends_of_turns": Experiment(_named("turns: "), believed, baseline="turns: nll"),

@@ -18,7 +18,16 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
-from bench.experiments.arms import ALPHAS, EXPERIMENTS, PARTS_MEASURED, POINTS, STEERED, Experiment, Measures, mean_of_parts
+from bench.experiments.arms import (
+    ALPHAS,
+    EXPERIMENTS,
+    PARTS_MEASURED,
+    STEERED,
+    STEERED_CLASSES,
+    Experiment,
+    Measures,
+    mean_of_parts,
+)
 from bench.experiments.run import PACKAGES, RESULTS, Done, Job, finished, measures, tests_of, untrained
 
 ROOT = Path(__file__).parents[2]
@@ -135,8 +144,8 @@ def steering_table(done: Done) -> list[str]:
     experiment = EXPERIMENTS["steering"]
     base = tests_of(experiment, "sft", done)
     out = ["| class | reduction | α | learning rate | nll of the class | nll of the rest |", "|---|---|---:|---:|---:|---:|"]
-    for name in STEERED:
-        arms = [(f"`{by}`", str(alpha), tests_of(experiment, f"{of} {alpha} {by}", done)) for of, alpha, by in POINTS if of == name]
+    for name in STEERED_CLASSES:
+        arms = [(f"`{by}`", str(alpha), tests_of(experiment, arm, done)) for (of, alpha, by), arm in STEERED.items() if of == name]
         rates = sorted({jobs[0].lr for *_, jobs in arms} - {base[0].lr})
         others = [[job._replace(lr=lr) for job in base] for lr in rates]
         plain = [("`loss: nll`", "", jobs) for jobs in (base, *others) if all(job in done for job in jobs)]
@@ -147,7 +156,7 @@ def steering_table(done: Done) -> list[str]:
 
 
 def steered_columns(name: str) -> tuple[Column, Column]:
-    return nll(STEERED[name][1].removeprefix("nll/"), "class"), nll(f"without {name}", "rest")
+    return nll(STEERED_CLASSES[name][1].removeprefix("nll/"), "class"), nll(f"without {name}", "rest")
 
 
 SHOWN = {
@@ -236,13 +245,10 @@ def steering_figure(done: Done) -> Any:
 
     experiment = EXPERIMENTS["steering"]
     base = tests_of(experiment, experiment.baseline, done)
-    fronts = list(dict.fromkeys((name, reduction) for name, _, reduction in POINTS))
+    fronts = list(dict.fromkeys((name, reduction) for name, _, reduction in STEERED))
     found = {
-        (name, alpha, reduction): [
-            interval(against(tests_of(experiment, f"{name} {alpha} {reduction}", done), base, done, column.of))
-            for column in steered_columns(name)
-        ]
-        for name, alpha, reduction in POINTS
+        point: [interval(against(tests_of(experiment, arm, done), base, done, column.of)) for column in steered_columns(point[0])]
+        for point, arm in STEERED.items()
     }
 
     def draw(axes: Any) -> None:
@@ -253,7 +259,7 @@ def steering_figure(done: Done) -> Any:
                 panel.sharey(first[name])
             panel.margins(0.15, 0.1)
             for other in (*(other for other in fronts if other[0] == name and other[1] != reduction), (name, reduction)):
-                points = [(alpha, found[of, alpha, by]) for of, alpha, by in POINTS if (of, by) == other]
+                points = [(alpha, both) for (of, alpha, by), both in found.items() if (of, by) == other]
                 (xs, x_halves), (ys, y_halves) = (zip(*(both[at] for _, both in points), strict=True) for at in (0, 1))
                 if other[1] != reduction:
                     panel.plot(xs, ys, color=INK, alpha=0.15)
@@ -278,7 +284,7 @@ def step_size_figure(done: Done) -> Any:
     from dwl_plugin.cli.plots import INK, look_of
 
     experiment = EXPERIMENTS["dft_step_size"]
-    *over_lr, learned, forgotten = COLUMNS["dft_step_size"]
+    *over_lr, learned, forgotten = columns = COLUMNS["dft_step_size"]
     before = measures(done[untrained(experiment)])
 
     def draw(axes: Any) -> None:
@@ -286,18 +292,13 @@ def step_size_figure(done: Done) -> Any:
         for index, arm in enumerate(experiment.arms):
             look = look_of(index)
             by_lr = [[measures(done[job]) for job in tests_of(experiment, arm, done) if job.lr == lr] for lr in experiment.lrs]
-
-            def values(column: Column, by_lr: Any = by_lr) -> list[list[float]]:
-                return [[column.of(found) * column.scale for found in some] for some in by_lr]
-
-            def means(column: Column, values: Any = values) -> list[float]:
-                return [statistics.mean(some) for some in values(column)]
-
+            values = {column: [[column.of(found) * column.scale for found in some] for some in by_lr] for column in columns}
+            means = {column: [statistics.mean(some) for some in lists] for column, lists in values.items()}
             for panel, column in zip(panels, over_lr, strict=True):
-                panel.plot(experiment.lrs, means(column), marker="o", markersize=4, label=arm, **look)
-                for lr, some in zip(experiment.lrs, values(column), strict=True):
+                panel.plot(experiment.lrs, means[column], marker="o", markersize=4, label=arm, **look)
+                for lr, some in zip(experiment.lrs, values[column], strict=True):
                     panel.plot([lr] * len(some), some, "o", color=look["color"], alpha=0.3, markersize=3, linewidth=0)
-            last.plot(means(learned), means(forgotten), marker="o", markersize=4, **look)
+            last.plot(means[learned], means[forgotten], marker="o", markersize=4, **look)
         point = learned.of(before), forgotten.of(before)
         last.plot(*point, marker="*", markersize=11, color=INK, linewidth=0)
         last.annotate("before", point, textcoords="offset points", xytext=(8, -3), fontsize=8)
