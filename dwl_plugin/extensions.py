@@ -3,7 +3,7 @@
     [project.entry-points."dwl_plugin.schedules"]          # or controllers, token_losses, packs
     bounce = "my_package.schedules:Bounce"
 
-A class has its pydantic model as `Options`. `docs/alpha.md` has an example of each.
+A class has its pydantic model as `Options`. `docs/extending.md` has an example of each.
 """
 
 from __future__ import annotations

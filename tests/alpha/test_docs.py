@@ -1,4 +1,4 @@
-"""The package that docs/alpha.md describes, installed as it says, is usable from a YAML."""
+"""The package that docs/extending.md describes, installed as it says, is usable from a YAML."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dwl_plugin.config import Block, parse
 from dwl_plugin.loss.token_losses import objective_of
 from dwl_plugin.run.moving import alpha_of, controller_of
 
-DOC = (Path(__file__).parents[2] / "docs" / "alpha.md").read_text(encoding="utf-8")
+DOC = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
 LENGTH = RunLength(100, None)
 
 

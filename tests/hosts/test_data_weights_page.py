@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +14,14 @@ import yaml
 from tests.hosts import harness
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data-weights.md").read_text(encoding="utf-8")
-ROWS = "".join(re.findall(r"```json\n(.*?)```", PAGE, re.S))
+ROWS = [json.loads(row) for block in re.findall(r"```json\n(.*?)```", PAGE, re.S) for row in re.split(r"\n(?={)", block)]
 CONFIGS = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.S)]
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("_axolotl")]
 
 
 def test_the_page_has_rows_and_configs() -> None:
-    assert len(ROWS.splitlines()) >= 4
+    assert len(ROWS) == 4
     assert len(CONFIGS) >= 4
 
 
@@ -30,7 +31,7 @@ def test_it_trains_as_the_page_says(config: dict[str, Any], configure: Callable[
     names = [entry["path"] for entry in config.get("datasets", [])] or ["rows.jsonl"]
     datasets = config.get("datasets") or [{"path": "rows.jsonl", "type": "chat_template"}]
     for name in names:
-        (tmp_path / name).write_text(ROWS, encoding="utf-8")
+        (tmp_path / name).write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
     local = [{**entry, "path": str(tmp_path / entry["path"])} for entry in datasets]
     run = harness.train(configure(**{**config, "datasets": local, "dataset_prepared_path": str(tmp_path / "prepared")}))
     assert len(run.logged("nll")) == 2
