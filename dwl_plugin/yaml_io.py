@@ -1,7 +1,7 @@
 """The one reader of YAML: plain values of bounded size, or an error that says where.
 
 PyYAML, because Axolotl reads configs with it: YAML 1.1, where `yes` is true. What is no YAML may be anything, a secret too, if a
-stranger's config names it: an error quotes nothing of it.
+stranger's config names it: the message of an error quotes nothing of it. Its line and hint do, of a file that the user names.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dwl_plugin.errors import ConfigError
+from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.files import UnreadableError, read_regular
+from dwl_plugin.yaml_text import trouble
 
 __all__ = ["Twice", "decoded", "load_plain_yaml", "load_yaml", "read_yaml"]
 
@@ -36,6 +37,9 @@ _MAX_NODES = 200_000
 _MAX_NESTING = 32
 _MAX_DIGITS = 128
 """Python takes the square of the time for a number's digits, and refuses to print more than 4,300."""
+
+_LONGEST = 200
+"""Characters of a line that is shown."""
 
 _FOUND = re.compile(r"(alias|anchor|handle|tag) (['\"])(?!tag:yaml\.org,2002:python/).*\2")
 """What PyYAML quotes of the text, where that is more than one character."""
@@ -66,9 +70,14 @@ def load_yaml(text: str, name: str, twice: list[Twice] | None = None) -> Any:
     try:
         return _loaded(text, [] if twice is None else twice)
     except yaml.YAMLError as error:
-        mark, why = _mark(error), _why(error)
-        where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
-        raise ConfigError.at(name, f"is not YAML: {why}{where}", hint=_trap(why)) from None
+        known = trouble(text, error) if isinstance(error, yaml.MarkedYAMLError) else None
+        why, mark, hint = known or (_why(error), _mark(error), "")
+        if mark is None:
+            raise ConfigError.at(name, f"is not YAML: {why}") from None
+        where, lines = f"line {mark.line + 1}", text.split("\n")
+        line = f"{where}: {lines[mark.line].rstrip()[:_LONGEST]}" if mark.line < len(lines) else ""
+        problem = Problem(name, f"is not YAML: {why} ({where}, column {mark.column + 1})", hint=hint, line=line)
+        raise ConfigError([problem]) from None
 
 
 def load_plain_yaml(text: str, name: str) -> Any:
@@ -148,11 +157,3 @@ def _size(node: yaml.Node, seen: dict[int, float], twice: list[Twice], path: str
         inner = [(item, f"{path}[{index}]") for index, item in enumerate(node.value)]
     seen[id(node)] = 1.0 + sum(_size(child, seen, twice, below) for child, below in inner)
     return seen[id(node)]
-
-
-def _trap(why: str) -> str:
-    if "escape character" in why:
-        return r"in double quotes a backslash begins an escape: write patterns in single quotes, '\d+'"
-    if "cannot start any token" in why and "%" in why:
-        return "put a value that begins with % in quotes"
-    return ""

@@ -27,4 +27,5 @@ def _told(path: str, lines: tuple[int, ...], value: str) -> str:
     often = "twice" if len(lines) == 2 else f"{len(lines)} times"
     where = f"{', '.join(map(str, lines[:-1]))} and {lines[-1]}"
     kept = f"`{path.rpartition('.')[2]}: {value if len(value) < 100 else value[:99] + '…'}` of " if value else ""
-    return f"`{path}` stands {often}, in lines {where}; YAML says nothing and keeps the last, so {kept}line {lines[-1]} counts"
+    kept = f"YAML says nothing and keeps the last, so {kept}line {lines[-1]} counts"
+    return f"`{path}` stands {often}, in lines {where}; {kept}. Delete the other, or give it another name"

@@ -21,8 +21,9 @@ from dwl_plugin.classes import FOLLOWS, trained_on
 from dwl_plugin.classes.survey import predicted
 from dwl_plugin.cli.analysis import LookedAt, analyse, looking
 from dwl_plugin.cli.check import print_findings
+from dwl_plugin.cli.first_look import Teller
 from dwl_plugin.cli.nll import measuring
-from dwl_plugin.cli.output import Console, number, print_json, say, table_of_classes
+from dwl_plugin.cli.output import Console, number, print_json, progress, say, table_of_classes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,13 +52,14 @@ class ClassProbabilities:
 
 def preflight(console: Console, config: Path, samples: int, trust: bool, as_json: bool) -> int:
     """The whole command; the exit status."""
-    found, seen = analyse(config, samples, trust, to_run=True)
+    tell = Teller(None if as_json else console)
+    found, seen = analyse(config, samples, trust, to_run=True, tell=tell)
     measured = None
     if seen is not None and not found.status:
         with looking(found, trust):
             measured = measure(_model(seen), seen)
     if seen is None or measured is None or found.dangers:
-        print_findings(console, found, seen, as_json)
+        print_findings(console, found, seen, as_json, tell)
         return found.status
     rows = len(seen.rows.samples)
     nll_N, members_CN = measured
@@ -77,7 +79,7 @@ def preflight(console: Console, config: Path, samples: int, trust: bool, as_json
 def _model(seen: LookedAt) -> Any:
     from dwl_plugin.hosts import axolotl_preview as host
 
-    with Console(stderr=True).status("The model …"):
+    with progress("The model is loaded"):
         return host.load_model(seen.cfg, seen.tokenizer)
 
 

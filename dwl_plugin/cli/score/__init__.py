@@ -19,10 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dwl_plugin.classes.survey import predicted
-from dwl_plugin.cli.analysis import Findings, LookedAt, analyse, looking
+from dwl_plugin.cli.analysis import LookedAt, analyse, looking
 from dwl_plugin.cli.check import print_findings
+from dwl_plugin.cli.first_look import Findings, Teller
 from dwl_plugin.cli.nll import Measure, batches_of, measuring
-from dwl_plugin.cli.output import Console, number, say, short, table_of_classes
+from dwl_plugin.cli.output import Console, number, progress, say, short, table_of_classes
 from dwl_plugin.cli.score.folder import Folder, digest_of, weights_of
 from dwl_plugin.cli.score.model import config_with, require_same_tokens
 from dwl_plugin.cli.score.rows import FIGURES, table_of
@@ -46,7 +47,8 @@ def score(console: Console, config: Path, out: Path, rows: int | None, model: st
     """The whole command; the exit status."""
     folder = Folder(out)
     change = dict if model is None else functools.partial(config_with, model=model)
-    found, seen = analyse(config, min(rows or _LOOKED_AT, _LOOKED_AT), trust, to_run=True, change=change)
+    tell = Teller(console)
+    found, seen = analyse(config, min(rows or _LOOKED_AT, _LOOKED_AT), trust, to_run=True, change=change, tell=tell)
     scored = None
     if seen is not None and not found.status:
         with looking(found, trust):
@@ -54,7 +56,7 @@ def score(console: Console, config: Path, out: Path, rows: int | None, model: st
                 require_same_tokens(seen, model)
             scored = _scored(console, seen, folder, rows, batch_tokens)
     if seen is None or scored is None or found.dangers:
-        print_findings(console, found, seen, False)
+        print_findings(console, found, seen, tell=tell)
         return found.status
     _print(console, seen, folder, scored, found)
     return 0
@@ -100,7 +102,7 @@ def _settings(seen: LookedAt, rows: int | None, weights: str) -> dict[str, Any]:
 
 
 def _model(seen: LookedAt) -> Any:
-    with Console(stderr=True).status("The model …"):
+    with progress("The model is loaded"):
         return host.load_model(seen.cfg, seen.tokenizer)
 
 
