@@ -34,7 +34,7 @@ _UNSEEN = regex.compile(r"[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]")
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong in a config: `path` is the YAML path, e.g. ``dwl.alpha.nubmer``, `line` that of the file where it is no YAML."""
+    """One thing wrong in a config: `path` is the YAML path, e.g. ``dwl.alpha.nubmer``; `line` stands in a file that is no YAML."""
 
     path: str
     message: str
@@ -77,9 +77,12 @@ class ConfigError(DWLError):
             super().__init__(problems)
             return
         self.problems = tuple(problems)
+        super().__init__(f"{PREFIX} {self.told(' in the config; nothing was trained.')}")
+
+    def told(self, where: str = "") -> str:
+        """Every problem, below how many there are; a command that trains nothing anyway says no more of it."""
         count = len(self.problems)
-        head = f"{PREFIX} {count} problem{'s' if count != 1 else ''} in the config; nothing was trained."
-        super().__init__("\n".join([head, *map(str, self.problems)]).replace("\n", "\n  "))
+        return "\n".join([f"{count} problem{'s' if count != 1 else ''}{where}", *map(str, self.problems)]).replace("\n", "\n  ")
 
     @classmethod
     def at(cls, path: str, message: str, value: Any = _ABSENT, allowed: str = "", hint: str = "") -> ConfigError:

@@ -210,7 +210,8 @@ def _parts(pattern: str) -> int:
 
 def _pattern(value: object) -> object:
     if value is None:
-        raise invalid("the pattern is empty: an unquoted `#` starts a YAML comment, so put the pattern in single quotes")
+        hint = "so put a pattern with a `#` in single quotes, such as `'#### (.+)'`"
+        raise invalid("the pattern is empty: an unquoted `#` starts a YAML comment", hint=hint)
     if isinstance(value, bool):
         raise invalid("YAML read this as a boolean; put the pattern in single quotes")
     if not isinstance(value, str):
@@ -231,7 +232,7 @@ def _pattern(value: object) -> object:
         position = getattr(error, "pos", None)
         at = "" if position is None else f" at position {position}, before {value[position : position + 12]!r}"
         why = f"{getattr(error, 'msg', error)}{' at its end' if position == len(value) else at}"
-        hint = "a character that is meant as it stands has a backslash before it: `\\(`, `\\[`, `\\*`, `\\+`"
+        hint = "close what is open, or write a backslash before a character that is meant as it stands: `\\(`, `\\[`, `\\*`"
         raise invalid(f"this does not compile: {why}", hint=hint) from None
     return value
 
@@ -243,7 +244,7 @@ def _text(value: object) -> object:
     if isinstance(value, bool):
         raise invalid("YAML reads yes, no, on, off, true and false as booleans: put it in quotes")
     if value is None or value == "":
-        raise invalid("empty: an unquoted `#` starts a YAML comment, so put the text in quotes")
+        raise invalid("empty: an unquoted `#` starts a YAML comment, so put the text in quotes", hint="for example `'#'`")
     if isinstance(value, (int, float)):
         raise invalid("YAML read this as a number: put it in quotes")
     return value

@@ -74,7 +74,9 @@ def trouble(text: str, error: yaml.MarkedYAMLError) -> Trouble | None:
     if "while scanning an alias" in context or "while scanning an anchor" in context or "undefined alias" in problem:
         return _to_be_quoted(_line(lines, begin or at), begin or at, "a text that begins with `*` or `&` stands in quotes")
     if "cannot start any token" in problem:
-        return _to_be_quoted(line, at, "a text that begins with one of `%@` and the backtick stands in quotes")
+        return Trouble(
+            "a text that begins with one of `%@` and the backtick stands in quotes", at, _write(_quoted_from(line, at.column))
+        )
     return None
 
 
@@ -102,6 +104,14 @@ def _to_be_quoted(line: str, at: yaml.Mark, why: str) -> Trouble:
     inner = text[1:-1] if text[0] == text[-1] == "'" and len(text) > 1 else text
     after = match["after"] if "after" in match.groupdict() else ""
     return Trouble(why, at, _write(f"{match['before']}{_quoted(inner)}{after}".strip()))
+
+
+def _quoted_from(line: str, column: int) -> str:
+    """A line with the text in quotes that begins there: in brackets it ends with its item."""
+    inside = any(bracket in line[:column] for bracket in "{[")
+    end = re.compile(r"[,\]}]|$" if inside else r"$").search(line, column)
+    assert end is not None
+    return f"{line[:column]}{_quoted(line[column : end.start()].strip())}{line[end.start() :]}".strip()
 
 
 def _without_colon(lines: list[str], at: yaml.Mark) -> Trouble:

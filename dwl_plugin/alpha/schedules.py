@@ -365,10 +365,11 @@ def vectors(written: object, path: str) -> Iterator[tuple[str, Any]]:
 
 def required_vectors(written: object, path: str) -> Iterator[str]:
     """The paths of vectors that a schedule of a known type cannot do without, and that are not there."""
-    if isinstance(written, Mapping) and written.get("type") in SCHEDULES:
-        fields = SCHEDULES[written["type"]].Options.model_fields
-        vectors = SCHEDULES[written["type"]].Options.vector_keys
-        yield from (f"{path}.{key}" for key in vectors if fields[key].is_required() and written.get(key) is None)
+    kind = written.get("type") if isinstance(written, Mapping) else None
+    if isinstance(written, Mapping) and isinstance(kind, str) and kind in SCHEDULES:
+        model = SCHEDULES[kind].Options
+        needed = (key for key in model.vector_keys if model.model_fields[key].is_required())
+        yield from (f"{path}.{key}" for key in needed if written.get(key) is None)
 
 
 def _comes_too_early(later: object, earlier: object) -> bool:

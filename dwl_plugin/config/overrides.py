@@ -127,11 +127,8 @@ def _from_words(text: str, problems: list[Problem]) -> list[Override]:
             if not equals:
                 raise ConfigError.at(VARIABLE, "not an override", whole, allowed="dwl.alpha.number=0.5, or @FILE")
             if rest:
-                why, hint = (
-                    "a blank ends an override, so one with a blank in it stands in quotes",
-                    f'{VARIABLE}="{shlex.quote(whole)}"',
-                )
-                problems.append(Problem(VARIABLE, why, whole, hint=f"write {hint}"))
+                why = "a blank ends an override, so one with a blank in it stands in quotes"
+                problems.append(Problem(VARIABLE, why, whole, hint=f'write {VARIABLE}="{shlex.quote(whole)}"'))
             found.append(Override(path.strip(), load_yaml(value, path), VARIABLE))
     return found
 

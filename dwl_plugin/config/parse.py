@@ -72,6 +72,8 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     ConfigError.raise_any(unique(list(_unfit(ours))))
     straight, problems = straightened(raw)
     ours = {key: straight[key] for key in Block.model_fields if straight.get(key) is not None}
+    if not ours:
+        raise ConfigError(problems)
     if "loss" not in ours:
         which, hint = " and ".join(f"`{key}`" for key in ours), f"add the line `loss: {'dwl' if 'dwl' in ours else 'dft'}`"
         problems.append(Problem(next(iter(ours)), f"{which} without `loss` would change nothing", allowed=_LOSSES, hint=hint))

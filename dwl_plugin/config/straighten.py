@@ -50,6 +50,8 @@ def _loss(left: dict[str, Any]) -> Iterator[Problem]:
         meant = closest(name, _LOSSES)
     hint = f"{to_write('loss', meant)}{', ' if hint else ''}{hint}" if meant else ""
     yield Problem("loss", "not a known value", loss, ", ".join(_LOSSES), hint)
+    if name in TOKEN_LOSSES and meant == "dwl" and left.get("dwl") is None:
+        left["dwl"] = {"token_loss": name}
     left["loss"] = meant or ("dwl" if "dwl" in left else "dft")
 
 

@@ -108,12 +108,8 @@ def _data_problems(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
     name = entry.get("path")
     if name is None and entry.get("data_files") is None and any(isinstance(value, str) for value in entry.values()):
         other = next((key for key in entry if key in _FOR_PATH or closest(key, ["path"])), None)
-        write = (
-            f"write `path: {entry[other]}` in place of `{other}`"
-            if other
-            else "write `path: rows.jsonl`, or the name of a data set"
-        )
-        yield Problem(path, "has no `path`", hint=write)
+        hint = f"write `path: {entry[other]}` in place of `{other}`" if other else "write `path: rows.jsonl`, or a name on the hub"
+        yield Problem(path, "has no `path`", hint=hint)
     if not isinstance(name, str) or not name:
         return
     if os.path.exists(name):
