@@ -40,9 +40,7 @@ def __getattr__(name: str) -> Any:
 
         return version("axolotl-dwl")
     if name not in _HOME:
-        from dwl_plugin.errors import did_you_mean
-
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r} {did_you_mean(name, __all__)}".rstrip())
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value

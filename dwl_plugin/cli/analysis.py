@@ -18,7 +18,7 @@ from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.classes import ClassSurvey, Labeller, empty_class_problems, survey, trained_on
 from dwl_plugin.classes.data_codes import DATA_CODES
 from dwl_plugin.cli.first_look import Findings, Raw, Teller, first_look
-from dwl_plugin.cli.output import progress
+from dwl_plugin.cli.progress import progress
 from dwl_plugin.cli.trust import dangers
 from dwl_plugin.cli.wall import came_from_wall, look_only
 from dwl_plugin.config import Block

@@ -238,7 +238,7 @@ def schema(axolotl: bool) -> None:
     """The JSON Schema of `loss`, `dft` and `dwl`, for editors."""
     import json
 
-    from dwl_plugin.cli.output import progress
+    from dwl_plugin.cli.progress import progress
     from dwl_plugin.config.schema import json_schema, merged_into
     from dwl_plugin.hosts.axolotl_preview import host_schema
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import rich.console
@@ -19,7 +17,7 @@ from rich.text import Text
 
 from dwl_plugin.errors import printable
 
-__all__ = ["Console", "fixed", "number", "print_json", "printable", "progress", "say", "short", "table_of_classes"]
+__all__ = ["Console", "fixed", "number", "print_json", "printable", "say", "short", "table_of_classes"]
 
 
 class Console(rich.console.Console):
@@ -46,20 +44,6 @@ def short(text: str, letters: int) -> str:
 def say(console: rich.console.Console, line: object, style: str | None = None) -> None:
     """Print one line: without markup, wrapped by nothing but the terminal, and still one where a stranger's name has line ends."""
     console.out(printable(str(line), keep="\t"), style=style, highlight=False)
-
-
-@contextmanager
-def progress(what: str) -> Iterator[Callable[[str], None]]:
-    """Say on stderr what is going on, and with what is given back what comes next: in one line that moves, or in plain lines where
-    nobody watches."""
-    console = Console(stderr=True)
-    console.file = sys.stderr  # also while a host's own output is kept from it
-    if console.is_terminal:
-        with console.status(f"{what} …") as status:
-            yield lambda what: status.update(f"{what} …")
-    else:
-        say(console, f"{what} …")
-        yield lambda what: say(console, f"{what} …")
 
 
 def print_json(console: rich.console.Console, data: object) -> None:

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from dwl_plugin.cli.main import main
-from dwl_plugin.cli.output import progress
+from dwl_plugin.cli.progress import progress
 
 
 def test_the_versions_are_those_installed() -> None:

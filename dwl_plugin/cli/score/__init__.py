@@ -4,9 +4,7 @@ before training. In order: the config and its rows as in the run, `folder` for w
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from dwl_plugin.classes.survey import predicted
 from dwl_plugin.cli.analysis import LookedAt, analyse, looking
 from dwl_plugin.cli.check import print_findings
 from dwl_plugin.cli.first_look import Findings, Teller
 from dwl_plugin.cli.nll import Measure, batches_of, measuring
-from dwl_plugin.cli.output import Console, number, progress, say, short, table_of_classes
+from dwl_plugin.cli.output import Console, number, say, short, table_of_classes
+from dwl_plugin.cli.progress import counted, progress
 from dwl_plugin.cli.score.folder import Folder, digest_of, weights_of
 from dwl_plugin.cli.score.model import config_with, require_same_tokens
 from dwl_plugin.cli.score.rows import FIGURES, table_of
@@ -39,7 +36,6 @@ PART_ROWS = 256
 """Of the data, in each file: what a run that is killed loses at most."""
 
 _LOOKED_AT = 64
-_SAY_EVERY = 10.0
 _HARDEST, _LETTERS = 10, 48
 
 
@@ -79,7 +75,7 @@ def _scored(console: Console, seen: LookedAt, folder: Folder, rows: int | None, 
     if done and todo:
         say(console, f"{done:,} of {total:,} rows were scored before.")
     if todo:
-        with measuring(loaded or _model(seen)) as measure, _progress(done, total) as advance:
+        with measuring(loaded or _model(seen)) as measure, counted("Scoring", done, total) as advance:
             for at in todo:
                 samples = parts[at].samples()
                 advance(parts[at].rows - len(samples))
@@ -122,36 +118,6 @@ def _measured(
         advance(len(batch))
     advance(len(samples) - len(found))
     return found
-
-
-class _Speed(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:,.1f} rows/s")
-
-
-@contextmanager
-def _progress(done: int, total: int) -> Iterator[Callable[[int], None]]:
-    """What is told of rows that are done; where nobody watches a bar, a line now and then."""
-    console = Console(stderr=True)
-    columns = (TextColumn("Scoring"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task, began = bar.add_task("", completed=done, total=total), time.monotonic()
-        fresh, said = 0, began
-
-        def advance(rows: int) -> None:
-            nonlocal fresh, said
-            bar.advance(task, rows)
-            fresh, now = fresh + rows, time.monotonic()
-            if not console.is_terminal and rows and now - said >= _SAY_EVERY:
-                said, speed = now, fresh / (now - began)
-                left = _minutes((total - done - fresh) / speed)
-                say(console, f"{done + fresh:,} of {total:,} rows, {speed:,.1f} rows/s, {left} left")
-
-        yield advance
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:,.0f} min"
 
 
 def _print(console: Console, seen: LookedAt, folder: Folder, rows: pa.Table, found: Findings) -> None:
