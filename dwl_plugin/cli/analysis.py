@@ -122,7 +122,7 @@ def analyse(
     found = Findings(path)
     try:
         raw, block = first_look(found, trust, tell or Teller(None), change)
-        with progress("Axolotl is loaded to look at the rest, which takes 10 to 20 seconds") as step:
+        with progress("Axolotl is being loaded to look at the rest, 10 to 20 seconds") as step:
             found.dangers.extend([] if trust else dangers(raw))
             if found.dangers or any(problem.path in MODELS for problem in found.problems):
                 return found, None
@@ -138,7 +138,7 @@ def analyse(
                 found.problems[:] = [problem for problem in found.problems if not _prepared_anyway(problem, cfg, tokenizer, block)]
                 if any(problem.path.startswith(_ROWS_OF) for problem in found.problems):
                     return found, None
-                step(f"{samples:,} rows are tokenised and looked at")
+                step(f"Up to {samples:,} rows are tokenised and looked at")
                 lost.append("")
                 rows = host.load_rows(cfg, tokenizer, samples, block, spread=spread)
                 found.looked_at.append(f"{rows.looked_at:,} rows")

@@ -243,7 +243,7 @@ def schema(axolotl: bool) -> None:
     from dwl_plugin.hosts.axolotl_preview import host_schema
 
     if axolotl:
-        with progress("Axolotl is loaded for its schema, which takes 10 to 20 seconds"):
+        with progress("Axolotl is being loaded for its schema, 10 to 20 seconds"):
             found = merged_into(host_schema())
     else:
         found = json_schema()

@@ -79,7 +79,7 @@ def preflight(console: Console, config: Path, samples: int, trust: bool, as_json
 def _model(seen: LookedAt) -> Any:
     from dwl_plugin.hosts import axolotl_preview as host
 
-    with progress("The model is loaded"):
+    with progress("The model is being loaded"):
         return host.load_model(seen.cfg, seen.tokenizer)
 
 

@@ -172,17 +172,17 @@ AT_ONCE = [
     ),
     Mistake(
         "classes as a list",
-        _class(f"    - number: {{regex: 'x'}}\n    - ending: {{tokens: ['<|im_end|>']}}\n{ALPHA}"),
+        _class(f"    - number: {{regex: 'a'}}\n    - ending: {{tokens: ['<|im_end|>']}}\n{ALPHA}"),
         "dwl.classes",
         "a mapping from names to selectors",
-        "leave the dashes out: write `classes: {number: {regex: x}, ending: {tokens: ['<|im_end|>']}}`",
+        "leave the dashes out: write `classes: {number: {regex: a}, ending: {tokens: ['<|im_end|>']}}`",
     ),
     Mistake(
         "classes with names inside",
-        _class("    - name: number\n      regex: 'x'\n  alpha: {number: 4, rest: 1}"),
+        _class("    - name: number\n      regex: 'a'\n  alpha: {number: 4, rest: 1}"),
         "dwl.classes",
         "a mapping from names to selectors",
-        "write `classes: {number: {regex: x}}`",
+        "write `classes: {number: {regex: a}}`",
     ),
     Mistake(
         "classes as names alone",
@@ -407,10 +407,10 @@ AT_ONCE = [
     ),
     Mistake(
         "classes and alpha at the top level",
-        "loss: dwl\nclasses:\n  number: {regex: 'x'}\nalpha: {number: 4, rest: 1}\n",
+        "loss: dwl\nclasses:\n  number: {regex: 'a'}\nalpha: {number: 4, rest: 1}\n",
         "classes",
         "`classes` and `alpha` at the top level",
-        "write `dwl: {classes: {number: {regex: x}}, alpha: {number: 4, rest: 1}}`",
+        "write `dwl: {classes: {number: {regex: a}}, alpha: {number: 4, rest: 1}}`",
     ),
     Mistake(
         "alpha among the classes",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import Result
 
 from tests.cli.mistakes import AFTER_LOADING, AT_ONCE, HINTED, Mistake
@@ -90,12 +91,34 @@ def test_what_may_be_meant_is_a_hint(mistake: Mistake, said: dict[str, str]) -> 
     assert mistake.path in hints
 
 
+def read_on(mistake: Mistake) -> bool:
+    """Whether there is something to go on with once the mistake is told."""
+    return mistake.path not in ("train.yml", "DWL_OVERRIDES") and not mistake.path.startswith("datasets")
+
+
+ALSO_QUICK = ("plugins: dwl_plugin.DwlPlugin", "plugins without a dash", "classes and alpha at the top level", "loss: DWL")
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        pytest.param(mistake, id=mistake.name, marks=() if mistake.name in ALSO_QUICK else pytest.mark.slow)
+        for mistake in filter(read_on, AT_ONCE)
+    ],
+)
+def test_what_comes_after_a_mistake_complains_of_nothing(
+    mistake: Mistake, dwl: Callable[..., Result], write_config: Callable[..., Path]
+) -> None:
+    written = yaml.safe_load(mistake.config)
+    result = dwl("check", write_config(**{key: written[key] for key in written if key not in ("base_model", "datasets")}))
+    require(mistake, the_problem(result.stdout))
+    assert "Not looked at" not in result.stdout
+
+
 @pytest.mark.parametrize("mistake", AFTER_LOADING, ids=lambda mistake: mistake.name)
 def test_a_mistake_that_only_the_tokenizer_or_the_rows_show(
     mistake: Mistake, dwl: Callable[..., Result], write_config: Callable[..., Path]
 ) -> None:
-    import yaml
-
     config = write_config(**{"max_steps": 20, **yaml.safe_load(mistake.text)})
     require(mistake, the_problem(dwl("check", config).stdout))
 
@@ -109,4 +132,4 @@ def test_the_message_is_out_before_a_host_is_imported(command: list[str], folder
     done = python(_STOP_AT_HOSTS, folder, *command, "misspelt.yml")
     assert done.returncode == 7, "no host was asked for"
     require(mistake, the_problem(done.stdout))
-    assert "Axolotl is loaded to look at the rest" in done.stderr
+    assert "Axolotl is being loaded to look at the rest" in done.stderr

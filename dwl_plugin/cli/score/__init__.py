@@ -98,7 +98,7 @@ def _settings(seen: LookedAt, rows: int | None, weights: str) -> dict[str, Any]:
 
 
 def _model(seen: LookedAt) -> Any:
-    with progress("The model is loaded"):
+    with progress("The model is being loaded"):
         return host.load_model(seen.cfg, seen.tokenizer)
 
 
