@@ -210,7 +210,7 @@ def _parts(pattern: str) -> int:
 
 def _pattern(value: object) -> object:
     if value is None:
-        hint = "so put a pattern with a `#` in single quotes, such as `'#### (.+)'`"
+        hint = "put a pattern with a `#` in single quotes, such as `'#### (.+)'`"
         raise invalid("the pattern is empty: an unquoted `#` starts a YAML comment", hint=hint)
     if isinstance(value, bool):
         raise invalid("YAML read this as a boolean; put the pattern in single quotes")

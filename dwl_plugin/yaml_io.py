@@ -14,7 +14,7 @@ import yaml
 
 from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.files import UnreadableError, read_regular
-from dwl_plugin.yaml_text import trouble
+from dwl_plugin.yaml_text import lines_of, trouble
 
 __all__ = ["CutOff", "Odd", "Twice", "decoded", "load_plain_yaml", "load_yaml", "read_yaml"]
 
@@ -89,7 +89,7 @@ def load_yaml(text: str, name: str, odd: Odd | None = None) -> Any:
         why, mark, hint = known or (_why(error), _mark(error), "")
         if mark is None:
             raise ConfigError.at(name, f"is not YAML: {why}") from None
-        where, lines = f"line {mark.line + 1}", text.split("\n")
+        where, lines = f"line {mark.line + 1}", lines_of(text)
         line = f"{where}: {lines[mark.line].rstrip()[:_LONGEST]}" if _CONFIG.search(text) and mark.line < len(lines) else ""
         problem = Problem(name, f"is not YAML: {why} ({where}, column {mark.column + 1})", hint=hint, line=line)
         raise ConfigError([problem]) from None

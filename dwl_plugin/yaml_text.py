@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-__all__ = ["Trouble", "as_flow", "trouble"]
+__all__ = ["Trouble", "as_flow", "lines_of", "trouble"]
 
 _PLAIN = re.compile(r"[A-Za-z_][\w./-]*|\d+(%|ep)")
 _NO_TEXT = frozenset(("y", "n", "yes", "no", "on", "off", "true", "false", "null"))
@@ -44,12 +44,17 @@ class Trouble(NamedTuple):
     hint: str = ""
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines as PyYAML counts them."""
+    return re.split("\r\n|[\n\r\x85\u2028\u2029]", text)
+
+
 def trouble(text: str, error: yaml.MarkedYAMLError) -> Trouble | None:
     """What PyYAML's error means to whoever wrote the text; None where that is not known."""
     problem, context, at, begin = str(error.problem), str(error.context), error.problem_mark, error.context_mark
     if at is None:
         return None
-    lines = text.split("\n")
+    lines = lines_of(text)
     line = _line(lines, at)
     if r"'\t'" in problem:
         return Trouble("a tab: YAML is indented by blanks alone", at, _write(line.replace("\t", "  ")))
@@ -57,8 +62,7 @@ def trouble(text: str, error: yaml.MarkedYAMLError) -> Trouble | None:
         why = "in double quotes a backslash begins an escape, and this one is none"
         return Trouble(why, at, f"patterns stand in single quotes: {_write(_in_single_quotes(line, begin.column))}")
     if "while scanning a quoted scalar" in context and begin is not None:
-        hint = "close it where the text ends; inside single quotes a `'` is written twice"
-        return Trouble("the quote that begins here is not closed", begin, hint)
+        return Trouble("the quote that begins here is not closed", begin, _write(_closed(_line(lines, begin), begin.column)))
     if "expected ':'" in problem and begin is not None:
         return _without_colon(lines, begin)
     if "while parsing a flow" in context and begin is not None:
@@ -71,8 +75,8 @@ def trouble(text: str, error: yaml.MarkedYAMLError) -> Trouble | None:
             why = "a text that begins with a bracket or a quote, or has `: ` in it, stands in quotes as a whole"
             return _to_be_quoted(line, at, why)
         return Trouble("the line is not as far in as the line that it belongs to", at, _further_in(lines, at.line))
-    if "while scanning an alias" in context or "while scanning an anchor" in context or "undefined alias" in problem:
-        return _to_be_quoted(_line(lines, begin or at), begin or at, "a text that begins with `*` or `&` stands in quotes")
+    if re.search(r"scanning (an alias|an anchor|a block scalar|a tag)", context) or "undefined alias" in problem:
+        return _to_be_quoted(_line(lines, begin or at), begin or at, "a text that begins with one of `*&|>!` stands in quotes")
     if "cannot start any token" in problem:
         return Trouble(
             "a text that begins with one of `%@` and the backtick stands in quotes", at, _write(_quoted_from(line, at.column))
@@ -81,7 +85,7 @@ def trouble(text: str, error: yaml.MarkedYAMLError) -> Trouble | None:
 
 
 def _line(lines: list[str], mark: yaml.Mark) -> str:
-    return lines[mark.line].rstrip("\r") if mark.line < len(lines) else ""
+    return lines[mark.line] if mark.line < len(lines) else ""
 
 
 def _write(line: str) -> str:
@@ -104,6 +108,13 @@ def _to_be_quoted(line: str, at: yaml.Mark, why: str) -> Trouble:
     inner = text[1:-1] if text[0] == text[-1] == "'" and len(text) > 1 else text
     after = match["after"] if "after" in match.groupdict() else ""
     return Trouble(why, at, _write(f"{match['before']}{_quoted(inner)}{after}".strip()))
+
+
+def _closed(line: str, begin: int) -> str:
+    """A line with a second quote at its end: in brackets before those that close."""
+    text = line[begin:].rstrip()
+    inside = text.rstrip("}] ") if any(bracket in line[:begin] for bracket in "{[") else text
+    return f"{line[:begin]}{inside}{line[begin]}{text[len(inside) :]}".strip()
 
 
 def _quoted_from(line: str, column: int) -> str:

@@ -106,7 +106,7 @@ def _choose(models: Mapping[str, type[_Model]], noun: str, value: object, info: 
     if len(found) > 1:
         one_each = [{key: value[key]} for key in value if key in found]
         both = {"any": one_each} | {key: value[key] for key in value if key not in found}
-        hint = "for tokens of either; with `all` for tokens of both; or make them two classes"
+        hint = "which takes tokens of either (`all`: of both); or make them two classes"
         raise invalid(f"{noun} has one selector, this one has {' and '.join(found)}", hint=hint, write=both)
     if not found:
         options = {name for model in models.values() for name in model.model_fields}

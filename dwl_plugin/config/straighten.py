@@ -39,19 +39,17 @@ def _loss(left: dict[str, Any]) -> Iterator[Problem]:
     loss = left.get("loss")
     if loss is None or loss in _LOSSES:
         return
-    name, hint = str(loss).strip().lower(), ""
-    if name in NLL_NAMES:
-        meant = "nll"
-        hint = "which measures by class and trains as Axolotl does; without a `loss` dwl_plugin does nothing"
-    elif name in TOKEN_LOSSES:
-        meant = name if name in _LOSSES else "dwl"
-        hint = "" if name in _LOSSES else f"and below it `dwl: {{token_loss: {name}}}`"
+    name, dwl = str(loss).strip().lower(), left.get("dwl")
+    if name in NLL_NAMES and isinstance(dwl, Mapping) and dwl.get("alpha") is not None:
+        meant, more = "dwl", ", whose `alpha` stands below; plain cross-entropy is `loss: nll`, without an `alpha`"
+    elif name in NLL_NAMES:
+        meant, more = "nll", ", which measures by class and trains as Axolotl does; without a `loss` dwl_plugin does nothing"
+    elif name in TOKEN_LOSSES and name not in _LOSSES:
+        meant, more = "dwl", f", and below it `dwl: {{token_loss: {name}}}`"
+        left["dwl"] = dwl or {"token_loss": name}
     else:
-        meant = closest(name, _LOSSES)
-    hint = f"{to_write('loss', meant)}{', ' if hint else ''}{hint}" if meant else ""
-    yield Problem("loss", "not a known value", loss, ", ".join(_LOSSES), hint)
-    if name in TOKEN_LOSSES and meant == "dwl" and left.get("dwl") is None:
-        left["dwl"] = {"token_loss": name}
+        meant, more = closest(name, _LOSSES), ""
+    yield Problem("loss", "not a known value", loss, ", ".join(_LOSSES), f"{to_write('loss', meant)}{more}" if meant else "")
     left["loss"] = meant or ("dwl" if "dwl" in left else "dft")
 
 
@@ -69,7 +67,10 @@ def _above_dwl(left: dict[str, Any]) -> Iterator[Problem]:
     left["dwl"] = inside | moved
     names, they = " and ".join(f"`{key}`" for key in moved), "it" if len(moved) == 1 else "them"
     hint = f"move {they} below `dwl`"
-    hint += f", as far in as `{next(iter(inside))}`" if inside else f": {to_write('dwl', moved)}"
+    if inside:
+        hint += f", as far in as `{next(iter(inside))}`: {' and '.join(to_write(key, moved[key]) for key in moved)}"
+    else:
+        hint += f": {to_write('dwl', moved)}"
     yield Problem(next(iter(moved)), f"{names} at the top level: nothing reads {they} there", hint=hint)
 
 
@@ -146,7 +147,7 @@ def _dft(left: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("dft", "is a mapping of options", dft, hint=to_write("dft", left["dft"]))
         return
     del left["dft"]
-    alone = "delete this line, which `loss` does without"
+    alone = "delete this line: `loss: dft` is enough" if left.get("loss") == "dft" else "delete this line"
     if left.get("loss") is None and left.get("dwl") is None:
         left["loss"], alone = "dft", "write `loss: dft` in its place"
     yield Problem("dft", "is a mapping of options", dft, hint=f"{alone}; for another exponent {to_write('dft', {'exponent': 0.5})}")

@@ -108,7 +108,8 @@ AT_ONCE = [
         r"write `number: {regex: '\d{2}'}`",
     ),
     Mistake("a percent sign", _class("    percent: {tokens: [%]}"), YAML, "`%@`", "write `percent: {tokens: ['%']}`"),
-    Mistake("a star", _class("    word:\n      regex: *x"), YAML, "begins with `*`", "write `regex: '*x'`"),
+    Mistake("a star", _class("    word:\n      regex: *x"), YAML, "begins with one of `*&|>!`", "write `regex: '*x'`"),
+    Mistake("a greater-than", _class("    more:\n      regex: >x"), YAML, "begins with one of", "write `regex: '>x'`"),
     Mistake(
         "a quote in quotes",
         _class("    it:\n      regex: 'it's'"),
@@ -117,7 +118,13 @@ AT_ONCE = [
         "write `regex: 'it''s'`",
     ),
     Mistake("no blank after a colon", "loss:dwl\ndwl: {}\n", YAML, "a blank is missing after the colon", "write `loss: dwl`"),
-    Mistake("a quote that is not closed", _class("    number: {regex: 'x}"), YAML, "that begins here is not closed", "close it"),
+    Mistake(
+        "a quote that is not closed",
+        _class("    number: {regex: 'x}"),
+        YAML,
+        "that begins here is not closed",
+        "write `number: {regex: 'x'}`",
+    ),
     Mistake(
         "a brace that is not closed",
         _class("    number: {regex: 'x'\n  alpha: {number: 1, rest: 1}"),
@@ -198,7 +205,7 @@ AT_ONCE = [
         "a mapping with one selector",
         r"write `number: {regex: '\d+'}`",
     ),
-    Mistake("dft: true", "loss: dft\ndft: true\n", "dft", "a mapping of options", "delete this line"),
+    Mistake("dft: true", "loss: dft\ndft: true\n", "dft", "a mapping of options", "delete this line: `loss: dft` is enough"),
     Mistake("dft: 0.5", "loss: dft\ndft: 0.5\n", "dft", "a mapping of options", "write `dft: {exponent: 0.5}`"),
     Mistake("dwl: true", "loss: dwl\ndwl: true\n", "dwl", "a mapping, with `classes` below it", "write `dwl: {classes: {number:"),
     Mistake(
@@ -227,6 +234,9 @@ AT_ONCE = [
     Mistake("loss: Dwl", (CLASSES + ALPHA).replace("loss: dwl", "loss: Dwl"), "loss", "(got 'Dwl')", "write `loss: dwl`"),
     Mistake("loss: sft", "loss: sft\n", "loss", "not a known value", "write `loss: nll`"),
     Mistake("loss: ce", "loss: ce\n", "loss", "not a known value", "write `loss: nll`"),
+    Mistake(
+        "loss: ce above alpha", (CLASSES + ALPHA).replace("loss: dwl", "loss: ce"), "loss", "a known", "write `loss: dwl`, whose"
+    ),
     Mistake("loss: cross_entropy", "loss: cross_entropy\n", "loss", "not a known value", "write `loss: nll`"),
     Mistake(
         "loss: focal", "loss: focal\n", "loss", "not a known value", "write `loss: dwl`, and below it `dwl: {token_loss: focal}`"
@@ -403,7 +413,7 @@ AT_ONCE = [
         f"{CLASSES}alpha: {{number: 4, ending: 2, rest: 1}}\n",
         "alpha",
         "`alpha` at the top level",
-        "move it below `dwl`, as far in as `classes`",
+        "move it below `dwl`, as far in as `classes`: write `alpha: {number: 4, ending: 2, rest: 1}`",
     ),
     Mistake(
         "classes and alpha at the top level",
