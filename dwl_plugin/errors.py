@@ -17,6 +17,7 @@ __all__ = [
     "NotFiniteError",
     "Problem",
     "RunError",
+    "closest",
     "did_you_mean",
     "first_line",
     "printable",
@@ -33,13 +34,14 @@ _UNSEEN = regex.compile(r"[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]")
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong in a config: `path` is the YAML path, e.g. ``dwl.alpha.nubmer``."""
+    """One thing wrong in a config: `path` is the YAML path, e.g. ``dwl.alpha.nubmer``; `line` stands in a file that is no YAML."""
 
     path: str
     message: str
     value: Any = _ABSENT
     allowed: str = ""
     hint: str = ""
+    line: str = ""
 
     @property
     def has_value(self) -> bool:
@@ -48,9 +50,10 @@ class Problem:
 
     def __str__(self) -> str:
         received = f" (got {shortened(self.value)})" if self.has_value else ""
+        line = [f"    {self.line}"] if self.line else []
         allowed = [f"    allowed: {self.allowed}"] if self.allowed else []
         hint = [f"    hint: {self.hint}"] if self.hint else []
-        return "\n".join(map(printable, (f"{self.path}: {self.message}{received}", *allowed, *hint)))
+        return "\n".join(map(printable, (f"{self.path}: {self.message}{received}", *line, *allowed, *hint)))
 
 
 class DWLError(Exception):
@@ -74,9 +77,12 @@ class ConfigError(DWLError):
             super().__init__(problems)
             return
         self.problems = tuple(problems)
+        super().__init__(f"{PREFIX} {self.told(' in the config; nothing was trained.')}")
+
+    def told(self, where: str = "") -> str:
+        """Every problem, below how many there are; a command that trains nothing anyway says no more of it."""
         count = len(self.problems)
-        head = f"{PREFIX} {count} problem{'s' if count != 1 else ''} in the config; nothing was trained."
-        super().__init__("\n".join([head, *map(str, self.problems)]).replace("\n", "\n  "))
+        return "\n".join([f"{count} problem{'s' if count != 1 else ''}{where}", *map(str, self.problems)]).replace("\n", "\n  ")
 
     @classmethod
     def at(cls, path: str, message: str, value: Any = _ABSENT, allowed: str = "", hint: str = "") -> ConfigError:
@@ -114,12 +120,18 @@ def did_you_mean(word: object, known: Sequence[str]) -> str:
 
     A word with other digits is another word: `load_in_16bit` is no slip of `load_in_8bit`.
     """
+    name = closest(word, known)
+    return f"did you mean `{name}`?" if name else ""
+
+
+def closest(word: object, known: Sequence[str]) -> str:
+    """The known word that `did_you_mean` names."""
     given = _plain(word)
     allowed = (len(given) > 1) + (len(given) > 9)
     near = [(plain, name) for name in known if abs(len(plain := _plain(name)) - len(given)) <= allowed]
     close = [(_slips(given, plain), name) for plain, name in near if _digits(plain) == _digits(given)]
-    slips, closest = min(close, default=(allowed + 1, ""))
-    return f"did you mean `{closest}`?" if slips <= allowed else ""
+    slips, nearest = min(close, default=(allowed + 1, ""))
+    return nearest if slips <= allowed else ""
 
 
 def _plain(word: object) -> str:

@@ -113,7 +113,10 @@ class ChosenByType:
     def _validated(self, value: object, _: object, info: core_schema.ValidationInfo) -> BaseModel:
         if isinstance(value, self.options):
             return value
-        name = value.get("type") if isinstance(value, Mapping) else None
+        if not isinstance(value, Mapping):
+            why, known = f"a {self.kind.replace('_', ' ')} is a mapping with a `type`", ", ".join(self.built_in)
+            raise ValidationError.from_exception_data(self.kind, [line_error((), why, value, known)])
+        name = value.get("type")
         try:
             model: type[BaseModel] = class_of(self.kind, name, self.built_in, self.options, "type").Options
         except ConfigError as error:

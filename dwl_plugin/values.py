@@ -12,7 +12,7 @@ import regex
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, WithJsonSchema, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError
 
-from dwl_plugin.errors import Problem, did_you_mean
+from dwl_plugin.errors import Problem, closest, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic import ModelWrapValidatorHandler
@@ -62,7 +62,10 @@ REST = "rest"
 """The class of every target token that no other class claims."""
 
 _POSITION = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>%|ep)|(?P<step>\d+)")
+_EXPONENT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+_DECIMAL = re.compile(r"[+-]?(\d{1,100}(\.\d{0,100})?|\.\d{1,100})")
 _FRACTION = re.compile(r"\d*\.\d+")
+_SHARE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(percent|per cent|pct|prozent)", re.IGNORECASE)
 _TOKEN_ID = re.compile(r"(?P<first>\d+)(?:\s*-\s*(?P<last>\d+))?")
 _PIECE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]?|\{(?P<least>\d+)(?:,\d*)?\}|.", re.DOTALL)
 
@@ -70,22 +73,35 @@ _MAX_PARTS = 100_000
 """Of a compiled pattern; ten times as many take a second and 400 MB."""
 
 
-def invalid(message: str, allowed: str = "", hint: str = "") -> PydanticCustomError:
-    """What a validator raises: a `Problem` whose path and value pydantic knows."""
-    return PydanticCustomError("dwl", message, {"allowed": allowed, "hint": hint})
+_NOTHING: Any = object()
 
 
-def line_error(path: Sequence[int | str], message: str, value: object, allowed: str = "", hint: str = "") -> InitErrorDetails:
+def invalid(message: str, allowed: str = "", hint: str = "", write: Any = _NOTHING) -> PydanticCustomError:
+    """What a validator raises: a `Problem` whose path and value pydantic knows; `write` is the value that belongs in its place."""
+    context = {"allowed": allowed, "hint": hint}
+    return PydanticCustomError("dwl", message, context if write is _NOTHING else {**context, "write": write})
+
+
+def line_error(
+    path: Sequence[int | str], message: str, value: object, allowed: str = "", hint: str = "", write: Any = _NOTHING
+) -> InitErrorDetails:
     """An error at `path` below what a validator looks at, for `ValidationError.from_exception_data`."""
-    return InitErrorDetails(type=invalid(message, allowed, hint), loc=tuple(path), input=value)
+    return InitErrorDetails(type=invalid(message, allowed, hint, write), loc=tuple(path), input=value)
 
 
 def missing_or_unknown(path: str, numbers: Mapping[Any, object], names: Sequence[str], hint: str = "") -> Iterator[Problem]:
-    """Names of no class in numbers by class, then the classes without a number. `hint` is for the latter."""
-    for name in numbers:
-        if name not in names:
-            yield Problem(f"{path}.{name}", "no such class", allowed=", ".join(names), hint=did_you_mean(name, names))
+    """Names of no class in numbers by class, then the classes without a number. `hint` is for the latter.
+
+    A misspelt name is one mistake: the class that is meant is not missing too.
+    """
     missing = [name for name in names if name not in numbers]
+    for name in numbers:
+        if name in names:
+            continue
+        meant = closest(name, missing)
+        missing = [other for other in missing if other != meant]
+        what = did_you_mean(name, [meant] if meant else names) or "name it under `classes`, or delete this number"
+        yield Problem(f"{path}.{name}", "no such class", allowed=", ".join(names), hint=what)
     if missing:
         yield Problem(path, f"every class needs a number; missing: {', '.join(missing)}", hint=hint)
 
@@ -137,16 +153,18 @@ def position(value: object) -> object:
         return value
     if isinstance(value, float) or (isinstance(value, str) and _FRACTION.fullmatch(value.strip())):
         share = f"{float(value) * 100:g}%"
-        raise invalid(f"is {value} a share of the run or a step? Write `{share}` or a whole number of steps")
+        raise invalid(f"is {value} a share of the run or a step?", write=share, hint="or a whole number of steps")
     match = _POSITION.fullmatch(str(value).strip())
     if match is None:
-        raise invalid("not a position: write steps (`200`), a share of the run (`10%`), epochs (`2ep`)")
+        number = _SHARE.fullmatch(str(value).strip())
+        forms = "200 (a step), 10% (a share of the run), 2ep (epochs)"
+        raise invalid("is not a position", forms, write=f"{number['number']}%") if number else invalid("is not a position", forms)
     if match["step"] is not None:
         return int(match["step"])
     if not isfinite(float(match["number"])):
         raise invalid("past the end of any run")
     if match["unit"] == "%" and float(match["number"]) > 100:
-        raise invalid("past the end of the run: a share is at most `100%`")
+        raise invalid("past the end of the run: a share is at most `100%`", write="100%")
     return f"{Decimal(match['number']).normalize():f}{match['unit']}"
 
 
@@ -158,8 +176,14 @@ Position = Annotated[int | str, BeforeValidator(position), WithJsonSchema(_POSIT
 
 
 def _number(value: object) -> object:
+    """A number; also one that YAML 1.1 takes for a text, because it has an exponent and no point: `1e-5`."""
     if isinstance(value, bool):
         raise invalid("YAML read this as a boolean; a number is needed")
+    if isinstance(value, str) and not _EXPONENT.fullmatch(value):
+        if not _DECIMAL.fullmatch(value):
+            raise invalid("is a text, and a number is needed", write=1, hint="or another number")
+        number = float(value) if "." in value else int(value)
+        raise invalid("is a text, as it stands in quotes, and a number is needed", write=number)
     return value
 
 
@@ -186,13 +210,18 @@ def _parts(pattern: str) -> int:
 
 def _pattern(value: object) -> object:
     if value is None:
-        raise invalid("the pattern is empty: an unquoted `#` starts a YAML comment, so put the pattern in single quotes")
+        hint = "put a pattern with a `#` in single quotes, such as `'#### (.+)'`"
+        raise invalid("the pattern is empty: an unquoted `#` starts a YAML comment", hint=hint)
     if isinstance(value, bool):
         raise invalid("YAML read this as a boolean; put the pattern in single quotes")
     if not isinstance(value, str):
-        raise invalid("a pattern is a string; put it in single quotes")
+        meant = f"[{', '.join(map(str, value))}]" if isinstance(value, (list, tuple)) else str(value)
+        raise invalid("a pattern is a text, in single quotes", write=meant)
     if value == "":
         raise invalid("an empty pattern matches nothing")
+    if "\b" in value:
+        meant = value.replace("\b", "\\b")
+        raise invalid("has a backspace in it, which is what YAML makes of `\\b` in double quotes: use single quotes", write=meant)
     if _parts(value) > _MAX_PARTS:
         raise invalid("too large: the compiler writes its repetitions out")
     try:
@@ -202,8 +231,9 @@ def _pattern(value: object) -> object:
     except regex.error as error:
         position = getattr(error, "pos", None)
         at = "" if position is None else f" at position {position}, before {value[position : position + 12]!r}"
-        why = f"{getattr(error, 'msg', error)}{at}"
-        raise invalid(f"this does not compile: {why}") from None
+        why = f"{getattr(error, 'msg', error)}{' at its end' if position == len(value) else at}"
+        hint = "close what is open, or write a backslash before a character that is meant as it stands: `\\(`, `\\[`, `\\*`"
+        raise invalid(f"this does not compile: {why}", hint=hint) from None
     return value
 
 
@@ -214,7 +244,7 @@ def _text(value: object) -> object:
     if isinstance(value, bool):
         raise invalid("YAML reads yes, no, on, off, true and false as booleans: put it in quotes")
     if value is None or value == "":
-        raise invalid("empty: an unquoted `#` starts a YAML comment, so put the text in quotes")
+        raise invalid("empty: an unquoted `#` starts a YAML comment, so put the text in quotes", hint="for example `'#'`")
     if isinstance(value, (int, float)):
         raise invalid("YAML read this as a number: put it in quotes")
     return value

@@ -1,7 +1,7 @@
 """The one reader of YAML: plain values of bounded size, or an error that says where.
 
 PyYAML, because Axolotl reads configs with it: YAML 1.1, where `yes` is true. What is no YAML may be anything, a secret too, if a
-stranger's config names it: an error quotes nothing of it.
+stranger's config names it: an error quotes nothing of it, unless it has the keys of a config.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dwl_plugin.errors import ConfigError
+from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.files import UnreadableError, read_regular
+from dwl_plugin.yaml_text import lines_of, trouble
 
-__all__ = ["Twice", "decoded", "load_plain_yaml", "load_yaml", "read_yaml"]
+__all__ = ["CutOff", "Odd", "Twice", "decoded", "load_plain_yaml", "load_yaml", "read_yaml"]
 
 
 class Twice(NamedTuple):
@@ -29,6 +30,18 @@ class Twice(NamedTuple):
     value: str
 
 
+class CutOff(NamedTuple):
+    """A text without quotes, and the comment behind it, which may have been meant to belong to it."""
+
+    path: str
+    line: int
+    value: str
+    comment: str
+
+
+Odd = list[Twice | CutOff]
+"""What is YAML, and perhaps not what was meant."""
+
 _MAX_BYTES = 1 << 20
 _MAX_NODES = 200_000
 """With every alias written out. A list of keywords may be long; aliases of aliases make a few lines into more than any memory."""
@@ -36,6 +49,12 @@ _MAX_NODES = 200_000
 _MAX_NESTING = 32
 _MAX_DIGITS = 128
 """Python takes the square of the time for a number's digits, and refuses to print more than 4,300."""
+
+_CONFIG = re.compile(r"^(base_model|loss|dft|dwl) *:", re.MULTILINE)
+"""What a text has that is a config and no secret, however wrong it is."""
+
+_LONGEST = 200
+"""Characters of a line that is shown."""
 
 _FOUND = re.compile(r"(alias|anchor|handle|tag) (['\"])(?!tag:yaml\.org,2002:python/).*\2")
 """What PyYAML quotes of the text, where that is more than one character."""
@@ -49,26 +68,31 @@ def decoded(data: bytes, path: str) -> str:
         raise ConfigError.at(path, f"not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def read_yaml(path: Path, twice: list[Twice] | None = None) -> Any:
+def read_yaml(path: Path, odd: Odd | None = None) -> Any:
     """`load_yaml` of a file; raises `ConfigError` at its name also where it cannot be read."""
     try:
         data = read_regular(path, _MAX_BYTES)
     except UnreadableError as error:
         raise ConfigError.at(str(path), error.why) from None
-    return load_yaml(decoded(data, str(path)), str(path), twice)
+    return load_yaml(decoded(data, str(path)), str(path), odd)
 
 
-def load_yaml(text: str, name: str, twice: list[Twice] | None = None) -> Any:
+def load_yaml(text: str, name: str, odd: Odd | None = None) -> Any:
     """The values in one document of YAML. Raises `ConfigError` at `name`, with line and column.
 
-    `twice` receives each key that stands more than once in its mapping.
+    `odd` receives each key that stands more than once in its mapping, and each text that a comment may have cut off.
     """
     try:
-        return _loaded(text, [] if twice is None else twice)
+        return _loaded(text, [] if odd is None else odd)
     except yaml.YAMLError as error:
-        mark, why = _mark(error), _why(error)
-        where = "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
-        raise ConfigError.at(name, f"is not YAML: {why}{where}", hint=_trap(why)) from None
+        known = trouble(text, error) if isinstance(error, yaml.MarkedYAMLError) and _CONFIG.search(text) else None
+        why, mark, hint = known or (_why(error), _mark(error), "")
+        if mark is None:
+            raise ConfigError.at(name, f"is not YAML: {why}") from None
+        where, lines = f"line {mark.line + 1}", lines_of(text)
+        line = f"{where}: {lines[mark.line].rstrip()[:_LONGEST]}" if _CONFIG.search(text) and mark.line < len(lines) else ""
+        problem = Problem(name, f"is not YAML: {why} ({where}, column {mark.column + 1})", hint=hint, line=line)
+        raise ConfigError([problem]) from None
 
 
 def load_plain_yaml(text: str, name: str) -> Any:
@@ -76,7 +100,7 @@ def load_plain_yaml(text: str, name: str) -> Any:
 
     Aliases can multiply without end, tags name types: both are refused before anything is built.
     """
-    at, depth, twice = name, 0, list[Twice]()
+    at, depth, odd = name, 0, Odd()
     try:
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             at = name if event.start_mark is None else f"{name}:{event.start_mark.line + 1}"
@@ -87,12 +111,12 @@ def load_plain_yaml(text: str, name: str) -> Any:
                 raise ConfigError.at(at, "no tags (`!`) here; put it in quotes")
             if depth > _MAX_NESTING:
                 raise ConfigError.at(at, f"nested more than {_MAX_NESTING} deep")
-        content = _loaded(text, twice)
+        content = _loaded(text, odd)
     except yaml.YAMLError as error:
         mark = _mark(error)
         at = name if mark is None else f"{name}:{mark.line + 1}"
         raise ConfigError.at(at, f"is not YAML: {_why(error)}") from None
-    for _, (first, line, *_), _ in twice:
+    for _, (first, line, *_), _ in (item for item in odd if isinstance(item, Twice)):
         raise ConfigError.at(f"{name}:{line}", f"a key stands twice, here and in line {first}")
     return content
 
@@ -107,11 +131,11 @@ def _why(error: yaml.YAMLError) -> str:
     return _FOUND.sub(r"\1 …", why)
 
 
-def _loaded(text: str, twice: list[Twice]) -> Any:
+def _loaded(text: str, odd: Odd) -> Any:
     """`yaml.safe_load` that raises `yaml.YAMLError` alone."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is not None and _size(node, {}, twice, "") > _MAX_NODES:
+        if node is not None and _size(node, {}, odd, "") > _MAX_NODES:
             raise yaml.YAMLError("its anchors and aliases multiply without end, or nearly so")
         return None if node is None else yaml.SafeLoader("").construct_document(node)
     except yaml.YAMLError:
@@ -121,14 +145,16 @@ def _loaded(text: str, twice: list[Twice]) -> Any:
         raise yaml.YAMLError(f"{type(error).__name__}{said}") from error
 
 
-def _size(node: yaml.Node, seen: dict[int, float], twice: list[Twice], path: str) -> float:
-    """Nodes of a tree with aliases written out; infinite where one holds itself. Doubled keys go to `twice`."""
+def _size(node: yaml.Node, seen: dict[int, float], odd: Odd, path: str) -> float:
+    """Nodes of a tree with aliases written out; infinite where one holds itself. What is odd goes to `odd`."""
     if id(node) in seen:
         return seen[id(node)]
     seen[id(node)] = float("inf")
     if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float") and len(node.value) > _MAX_DIGITS:
         raise yaml.MarkedYAMLError(problem=f"a number of more than {_MAX_DIGITS} characters", problem_mark=node.start_mark)
     inner: list[tuple[yaml.Node, str]] = []
+    if isinstance(node, yaml.ScalarNode) and node.style is None and node.value and (comment := _comment(node.end_mark)):
+        odd.append(CutOff(path, node.end_mark.line + 1, node.value, comment))
     if isinstance(node, yaml.MappingNode):
         lines: dict[str, list[int]] = {}
         last: dict[str, yaml.Node] = {}
@@ -139,20 +165,20 @@ def _size(node: yaml.Node, seen: dict[int, float], twice: list[Twice], path: str
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 lines.setdefault(below, []).append(key.start_mark.line + 1)
                 last[below] = value
-        twice.extend(
+        odd.extend(
             Twice(below, tuple(where), last[below].value if isinstance(last[below], yaml.ScalarNode) else "")
             for below, where in lines.items()
             if len(where) > 1
         )
     elif isinstance(node, yaml.SequenceNode):
         inner = [(item, f"{path}[{index}]") for index, item in enumerate(node.value)]
-    seen[id(node)] = 1.0 + sum(_size(child, seen, twice, below) for child, below in inner)
+    seen[id(node)] = 1.0 + sum(_size(child, seen, odd, below) for child, below in inner)
     return seen[id(node)]
 
 
-def _trap(why: str) -> str:
-    if "escape character" in why:
-        return r"in double quotes a backslash begins an escape: write patterns in single quotes, '\d+'"
-    if "cannot start any token" in why and "%" in why:
-        return "put a value that begins with % in quotes"
-    return ""
+def _comment(mark: yaml.Mark) -> str:
+    """What stands behind a value in its line, if it is a comment."""
+    if mark.buffer is None:
+        return ""
+    rest = mark.buffer[mark.pointer :].partition("\n")[0].strip("\0\r ")
+    return rest if rest.startswith("#") else ""

@@ -15,7 +15,7 @@ import dwl_plugin
 
 ROOT = Path(dwl_plugin.__file__).parent
 FLOORS = (
-    ("errors",),
+    ("errors", "yaml_text"),
     ("values", "files"),
     ("yaml_io", "extensions"),
     ("alpha", "classes"),

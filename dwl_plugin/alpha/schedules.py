@@ -24,7 +24,17 @@ from dwl_plugin.errors import ConfigError, RunError
 from dwl_plugin.extensions import ChosenByType, class_of
 from dwl_plugin.values import Position, Strict, Weight, invalid, line_error, position
 
-__all__ = ["SCHEDULES", "Curve", "Schedule", "ScheduleContext", "ScheduleOptions", "Vector", "curve_of", "vectors"]
+__all__ = [
+    "SCHEDULES",
+    "Curve",
+    "Schedule",
+    "ScheduleContext",
+    "ScheduleOptions",
+    "Vector",
+    "curve_of",
+    "required_vectors",
+    "vectors",
+]
 
 _ZEROS = (0, "0%", "0ep")
 
@@ -62,7 +72,8 @@ class ScheduleOptions(Strict):
         given = [(key, written.get(key, cls.model_fields[key].default)) for key in cls.ascending_keys]
         for (before, first), (key, second) in pairwise(given):
             if _comes_too_early(second, first):
-                yield line_error((key,), f"must come after `{before}`, which is {first}", second)
+                hint = f"for a share of the run write `{key}: {second}%`" if isinstance(second, int) and 0 < second <= 100 else ""
+                yield line_error((key,), f"must come after `{before}`, which is {first}", second, hint=hint)
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,11 @@ class ScheduleContext:
         """Positions by the names of their options, each of which has to come after the one before."""
         steps = {option: self.step(value, option) for option, value in positions.items()}
         for before, option in pairwise(positions):
+            end = self.length.total_steps
+            if steps[option] <= steps[before] and end is not None and isinstance(positions[before], int) and steps[before] >= end:
+                hint = f"a number alone is a step; for a share of the run write `{before}: {positions[before]}%`"
+                why = f"is step {steps[before]:g}, and this run ends at step {end}"
+                raise ConfigError.at(f"{self.path}.{before}", why, positions[before], hint=hint if steps[before] <= 100 else "")
             if steps[option] <= steps[before]:
                 why = f"is step {steps[option]:g} of this run, and `{before}` is step {steps[before]:g}"
                 raise ConfigError.at(f"{self.path}.{option}", why, positions[option])
@@ -345,6 +361,15 @@ def vectors(written: object, path: str) -> Iterator[tuple[str, Any]]:
     except ConfigError:
         return
     yield from ((f"{path}.{option}", numbers) for option, numbers in model.vectors(written))
+
+
+def required_vectors(written: object, path: str) -> Iterator[str]:
+    """The paths of vectors that a schedule of a known type cannot do without, and that are not there."""
+    kind = written.get("type") if isinstance(written, Mapping) else None
+    if isinstance(written, Mapping) and isinstance(kind, str) and kind in SCHEDULES:
+        model = SCHEDULES[kind].Options
+        needed = (key for key in model.vector_keys if model.model_fields[key].is_required())
+        yield from (f"{path}.{key}" for key in needed if written.get(key) is None)
 
 
 def _comes_too_early(later: object, earlier: object) -> bool:

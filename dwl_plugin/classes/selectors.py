@@ -21,8 +21,9 @@ from dwl_plugin.classes import masks
 from dwl_plugin.classes.masks import Mask, MaskContext
 from dwl_plugin.classes.role_headers import Role, role_headers
 from dwl_plugin.classes.token_bytes import added_ids, as_bytes, as_text, special_ids
-from dwl_plugin.errors import Problem, did_you_mean
+from dwl_plugin.errors import Problem, closest, did_you_mean
 from dwl_plugin.values import Mark, Pattern, Strict, Text, TokenId, Word, invalid, line_error
+from dwl_plugin.yaml_text import as_flow
 
 __all__ = [
     "SELECTORS",
@@ -97,17 +98,23 @@ def _choose(models: Mapping[str, type[_Model]], noun: str, value: object, info: 
     if isinstance(value, SelectorConfig):
         return value  # type: ignore[return-value]
     selectors = ", ".join(models)
+    if value is None or value == {}:
+        raise invalid(f"is empty, and {noun} has one selector", selectors, hint="its selector stands further in", write=_EXAMPLE)
     if not isinstance(value, Mapping):
-        raise invalid(f"{noun} is a mapping with one selector", selectors)
+        raise invalid(f"{noun} is a mapping with one selector", selectors, write=_meant_by(value, models))
     found = [key for key in models if key in value]
     if len(found) > 1:
-        hint = "make them two classes, or put them into `any` or `all`"
-        raise invalid(f"{noun} has one selector, this one has {' and '.join(found)}", hint=hint)
+        one_each = [{key: value[key]} for key in value if key in found]
+        both = {"any": one_each} | {key: value[key] for key in value if key not in found}
+        hint = "which takes tokens of either (`all`: of both); or make them two classes"
+        raise invalid(f"{noun} has one selector, this one has {' and '.join(found)}", hint=hint, write=both)
     if not found:
         options = {name for model in models.values() for name in model.model_fields}
-        typos = [key for key in value if key not in options]
-        hints = [hint for key in typos if (hint := did_you_mean("marked" if key == "mark" else key, list(models)))]
-        raise invalid("there is no selector", selectors, " ".join(hints))
+        typos = {key: near for key in value if key not in options and (near := _OTHER_WORDS.get(key) or closest(key, list(models)))}
+        meant = {typos.get(key, key): item for key, item in value.items()}
+        if typos:
+            raise invalid("there is no selector", selectors, write=meant)
+        raise invalid("there is no selector", selectors, hint=f"such as `{as_flow(_EXAMPLE)}`")
     context = info.context or Context()
     if context.depth >= MAX_DEPTH:
         raise invalid(f"selectors are nested more than {MAX_DEPTH} deep")
@@ -118,6 +125,21 @@ def _choose(models: Mapping[str, type[_Model]], noun: str, value: object, info: 
     if context.packs is not None and isinstance(config, PackSelector):
         return context.packs.expanded(config)  # type: ignore[return-value]
     return config
+
+
+_EXAMPLE = {"regex": r"\d+"}
+_OTHER_WORDS = {"mark": "marked", "pattern": "regex", "re": "regex", "token": "tokens", "word": "words", "keywords": "words"}
+"""What people write for a selector."""
+
+
+def _meant_by(value: object, models: Mapping[str, Any]) -> dict[str, Any]:
+    """The selector that a text stands for: `regex:'x'` has no blank after its colon; else it is taken for a pattern."""
+    if not isinstance(value, str):
+        return _EXAMPLE
+    key, colon, rest = value.partition(":")
+    if colon and key in models and rest:
+        return {key: rest.strip("'\"")}
+    return {"regex": value}
 
 
 def _exclusive(schema: dict[str, Any]) -> None:
@@ -174,7 +196,8 @@ class TokensSelector(SelectorConfig):
                 continue
             parts = [as_text(table.spelling(token_id)) for token_id in tokenizer.encode(text, add_special_tokens=False)]
             message = f"not one token of this tokenizer; it becomes {', '.join(map(repr, parts))}"
-            hint = "for a text of several tokens use `regex`, or `between`"
+            pattern = as_flow({"regex": regex.escape(text)})
+            hint = f"for a text of several tokens write `{pattern[1:-1]}` in place of `tokens`; for a span `between`"
             if table.ids_of(as_bytes(f" {text}")):
                 hint = f"did you mean {' ' + text!r}, with its space?"
             context.problems.append(Problem(f"{path}.tokens[{index}]", message, text, hint=hint))
@@ -237,13 +260,24 @@ class WordsSelector(SelectorConfig):
         return masks.Words(frozenset(self.words), self.ignore_case)
 
 
+def _pair(value: object) -> object:
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, (list, tuple)) or len(given) == 2:
+        return value
+    first = given[0] if given and isinstance(given[0], str) else "<think>"
+    close = f"</{first[1:]}" if first.startswith("<") and not first.startswith("<|") else "…"
+    raise invalid("is a list of two texts, the opening and the closing one", write=[first, close])
+
+
 class BetweenSelector(SelectorConfig):
     """Tokens in the span from an opening to a closing delimiter; an unclosed span ends with the sample."""
 
     key = "between"
     text = "sample"
     if_empty = "only targets between the delimiters count, and a chat template may drop what is between them."
-    between: tuple[Text, Text] = Field(description='Opening and closing delimiter, e.g. ["<think>", "</think>"].')
+    between: Annotated[tuple[Text, Text], BeforeValidator(_pair)] = Field(
+        description='Opening and closing delimiter, e.g. ["<think>", "</think>"].'
+    )
     include_delimiters: bool = Field(True, description="Count the delimiters themselves as members.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:

@@ -1,14 +1,14 @@
-"""What `check`, `inspect`, `preflight` and `score` find out of a config, in three stages: the file is read, Axolotl and the
-tokenizer validate it, and rows are looked at. Each stage works on what the one before left, so that one mistake hides little else.
+"""What `check`, `inspect`, `preflight` and `score` find out of a config, in three stages: the file is read (`first_look`, which is
+told at once), Axolotl and the tokenizer validate it, and rows are looked at. Each stage works on what the one before left, so that
+one mistake hides little else.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,22 +17,20 @@ import numpy as np
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.classes import ClassSurvey, Labeller, empty_class_problems, survey, trained_on
 from dwl_plugin.classes.data_codes import DATA_CODES
-from dwl_plugin.cli.config_file import read_config
-from dwl_plugin.cli.output import Console
-from dwl_plugin.cli.trust import Danger, dangers
+from dwl_plugin.cli.first_look import Findings, Raw, Teller, first_look
+from dwl_plugin.cli.progress import progress
+from dwl_plugin.cli.trust import dangers
 from dwl_plugin.cli.wall import came_from_wall, look_only
 from dwl_plugin.config import Block
 from dwl_plugin.config.classes import may_be_empty
-from dwl_plugin.config.overrides import overridden, overrides_of
 from dwl_plugin.config.salvage import salvage
-from dwl_plugin.errors import ConfigError, Problem, did_you_mean
+from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.hosts import axolotl_preview as host
 from dwl_plugin.hosts.axolotl_args import fused_losses_asked_for
 from dwl_plugin.hosts.axolotl_data import data_set_names
 from dwl_plugin.hosts.axolotl_keys import dropped_keys
 from dwl_plugin.hosts.axolotl_preview import Rows
-from dwl_plugin.hosts.incompatible import refused
-from dwl_plugin.hosts.needed_files import MISSING_DATA, MODELS, file_problems, on_the_hub_perhaps
+from dwl_plugin.hosts.needed_files import MISSING_DATA, MODELS
 from dwl_plugin.run.dataset_check import SURVEY_ROWS, labeller_of, no_rows, no_targets
 from dwl_plugin.values import REST
 
@@ -41,12 +39,8 @@ if TYPE_CHECKING:
 
     from dwl_plugin.loss.reduction import ClassWeight
 
-Raw = dict[str, Any]
-"""A config as it is written."""
+__all__ = ["ClassFigures", "LookedAt", "analyse", "looking"]
 
-__all__ = ["WITHOUT_LOSS", "ClassFigures", "Findings", "LookedAt", "Raw", "analyse", "looking"]
-
-WITHOUT_LOSS = "this config has no `loss`, so dwl_plugin does nothing in it"
 _ROWS = [{"path": "json", "type": "alpaca"}]
 _STAND_INS = {
     "learning_rate": 1e-5,
@@ -56,30 +50,6 @@ _STAND_INS = {
 }
 """For what Axolotl must be given and is given wrongly: a value that changes nothing of what is looked at."""
 _ROWS_OF = ("datasets", "pretraining_dataset")
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What there is to say of a config, from all stages together."""
-
-    path: Path
-    problems: list[Problem] = field(default_factory=list)
-    dangers: list[Danger] = field(default_factory=list)
-    unseen: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    hints: list[str] = field(default_factory=list)
-    looked_at: list[str] = field(default_factory=list)
-
-    @property
-    def status(self) -> int:
-        """0: nothing wrong; 1: problems; 2: no problem, but not all could be looked at."""
-        return 1 if self.problems else 2 if self.unseen or self.dangers else 0
-
-    def add(self, error: ConfigError) -> None:
-        """The problems of an error that are not known yet; none where the wall is what they come from."""
-        if came_from_wall(error):
-            return
-        self.problems.extend(problem for problem in error.problems if problem not in self.problems)
 
 
 class ClassFigures(NamedTuple):
@@ -130,7 +100,13 @@ class LookedAt:
 
 
 def analyse(
-    path: Path, samples: int, trust: bool, to_run: bool = False, spread: bool = False, change: Callable[[Raw], Raw] = dict
+    path: Path,
+    samples: int,
+    trust: bool,
+    to_run: bool = False,
+    spread: bool = False,
+    change: Callable[[Raw], Raw] = dict,
+    tell: Teller | None = None,
 ) -> tuple[Findings, LookedAt | None]:
     """Go through the stages as far as it goes.
 
@@ -141,19 +117,20 @@ def analyse(
         to_run: the model is about to be loaded here.
         spread: take the rows from all over the data, as a run does that looks at it before its first step; else from its head.
         change: what to read in place of the file's mapping.
+        tell: told what the file alone shows, before anything is loaded.
     """
     found = Findings(path)
-    with Console(stderr=True).status("") as status:
-        try:
-            raw, block = _read(path, found, trust, change)
+    try:
+        raw, block = first_look(found, trust, tell or Teller(None), change)
+        with progress("Axolotl is being loaded to look at the rest, 10 to 20 seconds") as step:
+            found.dangers.extend([] if trust else dangers(raw))
             if found.dangers or any(problem.path in MODELS for problem in found.problems):
                 return found, None
-            status.update("Axolotl reads the config …")
             with looking(found, trust) as lost:
+                step("Axolotl reads the config")
                 lost.append("; without it there is no tokenizer and no data")
                 cfg = _host_config(raw, found, to_run)
                 found.looked_at.append("Axolotl's own keys")
-                status.update("The tokenizer …")
                 lost.append("; without it there is no data either")
                 tokenizer = host.load_tokenizer(cfg)
                 found.looked_at.append("the tokenizer")
@@ -161,17 +138,17 @@ def analyse(
                 found.problems[:] = [problem for problem in found.problems if not _prepared_anyway(problem, cfg, tokenizer, block)]
                 if any(problem.path.startswith(_ROWS_OF) for problem in found.problems):
                     return found, None
-                status.update(f"{samples} rows …")
+                step(f"Up to {samples:,} rows are tokenised and looked at")
                 lost.append("")
                 rows = host.load_rows(cfg, tokenizer, samples, block, spread=spread)
                 found.looked_at.append(f"{rows.looked_at:,} rows")
                 _dropped_weights(rows, raw, block, found)
                 found.problems.extend(host.vocabulary_problems(cfg, tokenizer, rows.samples))
                 return found, _look_at(LookedAt(raw, cfg, tokenizer, block, labeller, rows, run_length(cfg, rows)), found)
-        except ConfigError as error:
-            found.add(error)
-        except ImportError as error:
-            found.unseen.append(f"everything that Axolotl does: it cannot be imported here ({error})")
+    except ConfigError as error:
+        found.add(error)
+    except ImportError as error:
+        found.unseen.append(f"everything that Axolotl does: it cannot be imported here ({error})")
     return found, None
 
 
@@ -193,38 +170,11 @@ def looking(found: Findings, trust: bool) -> Iterator[list[str]]:
     found.dangers.extend(refused)
 
 
-def _read(path: Path, found: Findings, trust: bool, change: Callable[[Raw], Raw]) -> tuple[Raw, Block | None]:
-    """The file, with what the environment sets over it; where there are problems, the block is what is left of ours."""
-    raw, odd = read_config(path)
-    found.hints.extend(odd)
-    try:
-        overrides = overrides_of(os.environ)
-        raw |= overridden(raw, overrides) if overrides else {}
-        found.notes.extend(map(str, overrides))
-    except ConfigError as error:
-        found.add(error)
-    raw = change(raw)
-    found.dangers.extend([] if trust else dangers(raw))
-    packs = [danger.path for danger in found.dangers if danger.path.startswith("dwl.")]
-    found.looked_at.append(f"`loss`, `dft` and `dwl`{' without its packs' if packs else ''}")
-    block, problems = salvage(raw, packs, folder=path.parent)
-    found.problems.extend(problems)
-    found.problems.extend(_beside(path, problem) for problem in file_problems(raw))
-    found.unseen.extend(on_the_hub_perhaps(raw))
-    loss = raw.get("loss")
-    if loss is not None:
-        found.problems.extend(refused(raw, loss if loss in ("nll", "dft", "dwl") else "dwl"))
-        if fused := [f"`{key}`" for key in fused_losses_asked_for(raw)]:
-            found.notes.append(f"a run switches {' and '.join(fused)} off: `loss: {loss}` is computed in its place")
-    elif all(raw.get(key) is None for key in Block.model_fields):
-        close = [f"`{key}`: {hint}" for key in raw if (hint := did_you_mean(key, list(Block.model_fields)))]
-        found.problems.append(Problem("loss", WITHOUT_LOSS, allowed="nll, dft, dwl", hint="; ".join(close)))
-    return raw, block
-
-
 def _host_config(raw: Mapping[str, Any], found: Findings, to_run: bool) -> Any:
     """What Axolotl says. Our keys go with it only if they are right: a host's validator stops at the first error."""
     _plugin_line(raw, found, host.plugin_is_active(raw))
+    if raw.get("loss") is not None and (fused := [f"`{key}`" for key in fused_losses_asked_for(raw)]):
+        found.notes.append(f"a run switches {' and '.join(fused)} off: `loss: {raw['loss']}` is computed in its place")
     left_out = set(Block.model_fields) if found.problems else set()
     left_out |= {key for key in ("datasets", "test_datasets") if not _is_list_of_mappings(raw.get(key))}
     try:
@@ -368,11 +318,3 @@ def _prepared_anyway(problem: Problem, cfg: Any, tokenizer: Any, block: Block | 
     """Whether rows are missing that a run does not ask for, as those made of them are there."""
     key = problem.path.partition("[")[0]
     return problem.message in MISSING_DATA and key in ("datasets", "test_datasets") and host.is_prepared(cfg, tokenizer, key, block)
-
-
-def _beside(config: Path, problem: Problem) -> Problem:
-    """Axolotl takes relative paths from where it is started, not from where the config lies."""
-    name = problem.value
-    if problem.hint or not isinstance(name, str) or os.path.exists(name) or not (config.parent / name).exists():
-        return problem
-    return replace(problem, hint="it lies beside the config, and Axolotl looks in the folder it is started from")

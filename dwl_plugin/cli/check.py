@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dwl_plugin.cli.analysis import WITHOUT_LOSS, ClassFigures, Findings, LookedAt, analyse
+from dwl_plugin.cli.analysis import ClassFigures, LookedAt, analyse
 from dwl_plugin.cli.data_table import data_figures
-from dwl_plugin.cli.output import fixed, number, print_json, printable, say, table_of_classes
+from dwl_plugin.cli.first_look import WITHOUT_LOSS, Findings, Teller
+from dwl_plugin.cli.output import fixed, number, print_json, say, table_of_classes
 from dwl_plugin.errors import Problem
 
 if TYPE_CHECKING:
@@ -24,14 +25,13 @@ if TYPE_CHECKING:
 __all__ = ["check", "class_table", "print_findings"]
 
 _ALPHA_COLUMNS = ("α", "one token, vs SFT", "share of the weight")
-_LONGEST = 200
-"""Characters of a value in the list of dangers."""
 
 
 def check(console: Console, config: Path, samples: int, trust: bool, as_json: bool) -> int:
     """The whole command; the exit status."""
-    found, seen = analyse(config, samples, trust, spread=True)
-    print_findings(console, found, seen, as_json)
+    tell = Teller(None if as_json else console)
+    found, seen = analyse(config, samples, trust, spread=True, tell=tell)
+    print_findings(console, found, seen, as_json, tell)
     if not as_json:
         if seen is not None and seen.survey is not None:
             console.print(class_table(seen.survey, seen.figures))
@@ -49,29 +49,14 @@ def check(console: Console, config: Path, samples: int, trust: bool, as_json: bo
     return found.status
 
 
-def print_findings(console: Console, found: Findings, seen: LookedAt | None, as_json: bool = False) -> None:
-    """What stops a run, and what could not be looked at; or everything, for machines."""
+def print_findings(
+    console: Console, found: Findings, seen: LookedAt | None, as_json: bool = False, tell: Teller | None = None
+) -> None:
+    """What stops a run, as far as `tell` has not told it yet, and what could not be looked at; or everything, for machines."""
     if as_json:
         print_json(console, as_dict(found, seen))
         return
-    if found.dangers:
-        say(console, f"{found.path} could do this on your machine:", "bold")
-        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-        for _ in range(4):
-            table.add_column(overflow="fold")  # a name is told to its end
-        for danger in found.dangers:
-            value = printable(str(danger.value))
-            cut = value if len(value) <= _LONGEST else f"{value[: _LONGEST - 1]}…"  # nothing scrolls the others away
-            table.add_row(*map(Text, (f"  {danger.does}", printable(danger.path), cut, danger.what)))
-        console.print(table)
-        say(console, "Nothing of it was done. If you trust it, say so with --trust.")
-        console.print()
-    if found.problems:
-        count = len(found.problems)
-        say(console, f"{count} problem{'s' if count != 1 else ''}", "bold red")
-        for line in (line for problem in found.problems for line in str(problem).splitlines()):
-            say(console, f"  {line}")
-        console.print()
+    (tell or Teller(console))(found)
     _print_list(console, "Not looked at", found.unseen)
 
 

@@ -20,6 +20,12 @@ __all__ = ["main"]
 
 
 class _Commands(click.Group):
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The first sentence of each command, to its end: click would cut it off at the width of the terminal."""
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(1000)) for name, command in commands.items() if command])
+
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         with _errors():
             return super().make_context(*args, **kwargs)
@@ -32,10 +38,12 @@ class _Commands(click.Group):
 @contextmanager
 def _errors() -> Iterator[None]:
     """What goes wrong, for click to print: it quotes arguments as they are."""
-    from dwl_plugin.errors import DWLError, printable
+    from dwl_plugin.errors import ConfigError, DWLError, printable
 
     try:
         yield
+    except ConfigError as error:
+        raise click.ClickException(error.told() if error.problems else str(error)) from error
     except DWLError as error:
         raise click.ClickException(str(error)) from error
     except click.UsageError as error:
@@ -65,7 +73,26 @@ def _console() -> Console:
     return Console()
 
 
+def _versions(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    if not asked or ctx.resilient_parsing:
+        return
+    for package in ("axolotl-dwl", "axolotl", "transformers", "torch"):
+        try:
+            click.echo(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            click.echo(f"{package} is not installed")
+    ctx.exit()
+
+
+_version = click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_versions, help="Versions of this package and its hosts."
+)
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@_version
 def main() -> None:
     """Class-weighted fine-tuning losses for Axolotl."""
 
@@ -170,7 +197,7 @@ def quickstart(out: Path, steps: int | None) -> None:
     run(_console(), out, steps)
 
 
-@main.group()
+@main.group(cls=_Commands)
 def packs() -> None:
     """Packs: classes that other people have defined and tested."""
 
@@ -211,8 +238,13 @@ def schema(axolotl: bool) -> None:
     """The JSON Schema of `loss`, `dft` and `dwl`, for editors."""
     import json
 
+    from dwl_plugin.cli.progress import progress
     from dwl_plugin.config.schema import json_schema, merged_into
     from dwl_plugin.hosts.axolotl_preview import host_schema
 
-    found = merged_into(host_schema()) if axolotl else json_schema()
+    if axolotl:
+        with progress("Axolotl is being loaded for its schema, 10 to 20 seconds"):
+            found = merged_into(host_schema())
+    else:
+        found = json_schema()
     click.echo(json.dumps(found, indent=2, ensure_ascii=False))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -21,8 +20,10 @@ from dwl_plugin.classes import FOLLOWS, trained_on
 from dwl_plugin.classes.survey import predicted
 from dwl_plugin.cli.analysis import LookedAt, analyse, looking
 from dwl_plugin.cli.check import print_findings
+from dwl_plugin.cli.first_look import Teller
 from dwl_plugin.cli.nll import measuring
 from dwl_plugin.cli.output import Console, number, print_json, say, table_of_classes
+from dwl_plugin.cli.progress import counted, progress
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -51,13 +52,14 @@ class ClassProbabilities:
 
 def preflight(console: Console, config: Path, samples: int, trust: bool, as_json: bool) -> int:
     """The whole command; the exit status."""
-    found, seen = analyse(config, samples, trust, to_run=True)
+    tell = Teller(None if as_json else console)
+    found, seen = analyse(config, samples, trust, to_run=True, tell=tell)
     measured = None
     if seen is not None and not found.status:
         with looking(found, trust):
             measured = measure(_model(seen), seen)
     if seen is None or measured is None or found.dangers:
-        print_findings(console, found, seen, as_json)
+        print_findings(console, found, seen, as_json, tell)
         return found.status
     rows = len(seen.rows.samples)
     nll_N, members_CN = measured
@@ -77,7 +79,7 @@ def preflight(console: Console, config: Path, samples: int, trust: bool, as_json
 def _model(seen: LookedAt) -> Any:
     from dwl_plugin.hosts import axolotl_preview as host
 
-    with Console(stderr=True).status("The model …"):
+    with progress("The model is being loaded"):
         return host.load_model(seen.cfg, seen.tokenizer)
 
 
@@ -86,14 +88,15 @@ def measure(model: Any, seen: LookedAt) -> tuple[NDArray[np.float64], NDArray[np
     of 0 is no target."""
     nlls: list[NDArray[np.float64]] = [np.zeros(0)]
     members: list[NDArray[np.bool_]] = [np.zeros((len(seen.class_names), 0), np.bool_)]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar, measuring(model) as nll_of:
-        for sample in bar.track(seen.rows.samples, description="Measuring p"):
+    samples = seen.rows.samples
+    with measuring(model) as nll_of, counted("Measuring p", 0, len(samples)) as advance:
+        for sample in samples:
             sample = {**sample, FOLLOWS: False}  # nothing stands before it here, so nothing predicts its first token
             predicted_T, trained_T = predicted(sample), trained_on(sample)
             if trained_T.any():
                 nlls.append(nll_of([sample])[0][trained_T[predicted_T]].astype(np.float64))
                 members.append(seen.members(sample)[:, trained_T])
+            advance(1)
     return np.concatenate(nlls), np.concatenate(members, 1)
 
 

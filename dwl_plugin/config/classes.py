@@ -78,6 +78,9 @@ def name_problems(classes: Iterable[object], path: str = "dwl.classes") -> Itera
     """Names that are taken or that no log could hold."""
     for name in classes:
         if name == REST:
-            yield Problem(f"{path}.{name}", f"`{REST}` is always the class of unclaimed tokens; choose another name")
+            why = f"`{REST}` is always the class of unclaimed tokens"
+            yield Problem(f"{path}.{name}", why, hint=f"choose another name; what `{REST}` counts stands under `alpha`")
         elif isinstance(name, str) and not _NAME.fullmatch(name):
-            yield Problem(path, "a class name is made of letters, digits and _", name)
+            fit = re.sub(r"\W", "_", name, flags=re.ASCII)
+            hint = f"write `{fit}:`" if _NAME.fullmatch(fit) else ""
+            yield Problem(path, "a class name is made of letters, digits and _, and begins with no digit", name, hint=hint)

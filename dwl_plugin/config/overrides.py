@@ -18,6 +18,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,16 @@ def _from_words(text: str, problems: list[Problem]) -> list[Override]:
     except ValueError as error:
         raise ConfigError.at(VARIABLE, f"cannot be split into words: {error}", text) from None
     found = []
-    for word in words:
-        path, equals, value = word.partition("=")
+    while words:
+        word, rest = words[0], list(takewhile(lambda word: "=" not in word, words[1:]))
+        words, whole = words[1 + len(rest) :], " ".join([word, *rest])
+        path, equals, value = whole.partition("=")
         with collected(problems):
             if not equals:
-                raise ConfigError.at(VARIABLE, "not an override", word, allowed="dwl.alpha.number=0.5, or @FILE")
+                raise ConfigError.at(VARIABLE, "not an override", whole, allowed="dwl.alpha.number=0.5, or @FILE")
+            if rest:
+                why = "a blank ends an override, so one with a blank in it stands in quotes"
+                problems.append(Problem(VARIABLE, why, whole, hint=f'write {VARIABLE}="{shlex.quote(whole)}"'))
             found.append(Override(path.strip(), load_yaml(value, path), VARIABLE))
     return found
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from dwl_plugin.alpha.controllers import controller_problems
-from dwl_plugin.alpha.schedules import vectors
+from dwl_plugin.alpha.schedules import required_vectors, vectors
 from dwl_plugin.classes.data_codes import CLASS_BITS, MOST_MARKS
 from dwl_plugin.classes.selectors import Context
 from dwl_plugin.config.block import Block, DWLConfig, LossName
 from dwl_plugin.config.classes import name_problems
 from dwl_plugin.config.packs import PackLibrary
-from dwl_plugin.config.problems import alpha_problems, collected, nodes, shown_key, unfit, unique, validate
+from dwl_plugin.config.problems import alpha_problems, collected, nodes, shown_key, to_write, unfit, unique, validate
+from dwl_plugin.config.straighten import EXAMPLE, straightened
 from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.loss.token_losses import TOKEN_LOSSES, DFTConfig, TokenLossOptions
 from dwl_plugin.values import MOST_OVERLAPPING, REST
@@ -56,7 +57,7 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     """Validate `loss`, `dft` and `dwl` of a config, and put the classes of packs in their place.
 
     Args:
-        raw: the config; other keys are not looked at.
+        raw: the config; of other keys only those are looked at that belong below `dwl`.
         folder: where the config lies; a pack's relative path is looked up there, then in the working directory.
 
     Returns:
@@ -69,10 +70,15 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     if not ours:
         return None
     ConfigError.raise_any(unique(list(_unfit(ours))))
+    straight, problems = straightened(raw)
+    ours = {key: straight[key] for key in Block.model_fields if straight.get(key) is not None}
+    if not ours:
+        raise ConfigError(problems)
     if "loss" not in ours:
         which, hint = " and ".join(f"`{key}`" for key in ours), f"add the line `loss: {'dwl' if 'dwl' in ours else 'dft'}`"
-        raise ConfigError.at(next(iter(ours)), f"{which} without `loss` would change nothing", allowed=_LOSSES, hint=hint)
-    problems = list(_odd_keys(ours))
+        problems.append(Problem(next(iter(ours)), f"{which} without `loss` would change nothing", allowed=_LOSSES, hint=hint))
+        raise ConfigError(unique(problems))
+    problems += _odd_keys(ours)
     packs = PackLibrary([*([] if folder is None else [folder]), Path()], with_losses=ours["loss"] == "dwl")
     if isinstance(ours.get("dwl"), Mapping):
         with collected(problems):
@@ -81,20 +87,20 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     classes = dwl["classes"] if isinstance(dwl.get("classes"), Mapping) else {}
     names = [*(str(name) for name in classes if name != REST), REST]
     in_fields = list(problems)  # without what only several keys together show
+    problems += _number_problems(dwl, names)
     block = validate(Block, ours, problems, Context(packs))
     sound = block or validate(Block, ours, in_fields, Context(packs, cross_checks=False))
     problems += packs.problems
     if block is None:
         problems += _schedule_problems(classes)
     problems += name_problems(classes)
-    problems += _number_problems(dwl, names)
     if ours["loss"] == "dwl" and "pack" not in dwl:
         # A controller may be right in a block that is not.
         holder = block or validate(DWLConfig, {"controller": dwl.get("controller")}, [])
         problems += controller_problems(None if holder is None else holder.controller, dwl.get("alpha"), names)
     problems += _useless_keys(ours["loss"], dwl, classes)
     if ours["loss"] == "dwl" and "dwl" not in ours:
-        hint = "name at least one class under `dwl.classes`"
+        hint = f"name at least one class: {to_write('dwl', EXAMPLE)}"
         problems.append(Problem("dwl", "`loss: dwl` needs a `dwl` block", hint=hint))
     if sound is not None and not in_fields and not packs.problems:
         problems += _useless_options(sound)
@@ -135,8 +141,8 @@ def _odd_keys(ours: Mapping[str, Any]) -> Iterator[Problem]:
         for path, node, _ in nodes(whole, top):
             for key in node if isinstance(node, Mapping) else ():
                 if not isinstance(key, str) and not (_KEYFRAMES.fullmatch(path) and type(key) in (int, float)):
-                    boolean = "YAML reads yes, no, on, off as booleans: put the name in quotes"
-                    hint = boolean if isinstance(key, bool) else f"put it in quotes: `'{key}'`"
+                    boolean = "YAML reads yes, no, on, off as booleans: put the name in quotes, such as `'on':`"
+                    hint = boolean if isinstance(key, bool) else f"put it in quotes: `'{key}':`"
                     yield Problem(path, "a key has to be a string", key, hint=hint)
 
 
@@ -152,6 +158,12 @@ def _schedule_problems(classes: Mapping[str, Any]) -> Iterator[Problem]:
 
 def _number_problems(dwl: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:
     """What is wrong with numbers by class. Beside a pack that could not be used, a name may be one of its classes."""
+    if isinstance(schedule := dwl.get("schedule"), str):
+        hint = f"{to_write('schedule', {'type': schedule, 'to': dict.fromkeys(names, 1)})}, with a number for each class"
+        yield Problem("dwl.schedule", "a schedule is a mapping with a `type`", schedule, hint=hint)
+    for path in required_vectors(dwl.get("schedule"), "dwl.schedule"):
+        example = to_write(path, dict.fromkeys(names, 1))
+        yield Problem(path, "is required: the α that the schedule moves to", hint=f"{example}, with a number for each class")
     for path, numbers in [("dwl.alpha", dwl.get("alpha")), *vectors(dwl.get("schedule"), "dwl.schedule")]:
         also = numbers if "pack" in dwl and isinstance(numbers, Mapping) else ()
         yield from alpha_problems(path, numbers, list(dict.fromkeys([*names, *also])))

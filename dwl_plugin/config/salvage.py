@@ -9,6 +9,7 @@ from typing import Any
 from dwl_plugin.config.block import Block
 from dwl_plugin.config.classes import name_problems
 from dwl_plugin.config.parse import parse
+from dwl_plugin.config.straighten import straightened
 from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.loss.token_losses import TOKEN_LOSSES
 
@@ -36,8 +37,8 @@ def salvage(
     Returns:
         None as the block where nothing of ours is left.
     """
-    ours, paths = {key: raw[key] for key in Block.model_fields if raw.get(key) is not None}, list(leave_out)
-    problems: list[Problem] = []
+    straight, problems = straightened(raw)
+    ours, paths = {key: straight[key] for key in Block.model_fields if straight.get(key) is not None}, list(leave_out)
     whole = not paths
     for _ in range(2):
         left = _without(ours, paths) if paths else ours

@@ -13,7 +13,7 @@ from dwl_plugin.config.overrides import plain
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.hosts.incompatible import refused, shares_sequences
 from dwl_plugin.loss.token_losses import DFTConfig
-from dwl_plugin.run.session import anchor_problems, without_base_model
+from dwl_plugin.run.anchors import anchor_problems, without_base_model
 
 __all__ = ["FUSED_LOSSES", "DWLPluginArgs", "block_of", "fused_losses_asked_for"]
 

@@ -9,10 +9,11 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dwl_plugin.errors import ConfigError, Problem
+from dwl_plugin.errors import ConfigError, Problem, closest
 from dwl_plugin.files import UnreadableError, kind_of_file, read_regular
 from dwl_plugin.hosts.checkpoints import require_whole
 
@@ -26,6 +27,11 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "
 _TAKEN_FIRST = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """Of these transformers loads the first that is there: an index of the other format may have been left without its files."""
 _MAX_BYTES = 64 << 20
+_MOST_BESIDE = 2000
+"""Files that are looked through for one of nearly the same name."""
+
+_FOR_PATH = ("file", "files", "filename", "name", "dataset", "data")
+"""What people write for `path`."""
 
 _MISSING_FILE = "there is no such file"
 _MISSING_FOLDER = "there is no such folder"
@@ -100,19 +106,23 @@ def _data_entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, An
 
 def _data_problems(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
     name = entry.get("path")
+    if name is None and entry.get("data_files") is None and any(isinstance(value, str) for value in entry.values()):
+        other = next((key for key in entry if key in _FOR_PATH or closest(key, ["path"])), None)
+        hint = f"write `path: {entry[other]}` in place of `{other}`" if other else "write `path: rows.jsonl`, or a name on the hub"
+        yield Problem(path, "has no `path`", hint=hint)
     if not isinstance(name, str) or not name:
         return
     if os.path.exists(name):
         yield from _special_files(f"{path}.path", name)
     elif not _may_be_on_the_hub(name):
-        yield Problem(f"{path}.path", _MISSING_EITHER, name, hint=_expanded(name))
+        yield Problem(f"{path}.path", _MISSING_EITHER, name, hint=_expanded(name) or _near("path", name))
         return
     if name in _READERS or os.path.isdir(name):
         for file in _strings(entry.get("data_files")):
             if os.path.exists(file):
                 yield from _special_files(f"{path}.data_files", file)
             elif not any(mark in file for mark in "*?[:"):
-                yield Problem(f"{path}.data_files", _MISSING_FILE, file, hint=_expanded(file))
+                yield Problem(f"{path}.data_files", _MISSING_FILE, file, hint=_expanded(file) or _near("data_files", file))
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -120,6 +130,22 @@ def _strings(value: Any) -> Iterator[str]:
         yield value
     for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
         yield from _strings(item)
+
+
+def _near(key: str, name: str) -> str:
+    """The line with the name of a file beside that is a slip of the fingers away, or what else lies there."""
+    folder = os.path.dirname(name)
+    try:
+        with os.scandir(folder or ".") as entries:
+            beside = sorted(entry.name for entry in islice(entries, _MOST_BESIDE))
+    except OSError:
+        return f"there is no folder {folder} either" if folder and not os.path.exists(folder) else ""
+    if near := closest(os.path.basename(name), beside):
+        return f"write `{key}: {os.path.join(folder, near)}`"
+    rows = [file for file in beside if file.lower().endswith(_ROWS)]
+    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    where = f"in {folder}" if folder else "in the folder that the command is started from"
+    return f"files of rows {where}: {', '.join(rows[:5])}{more}" if rows else f"there are no files of rows {where}"
 
 
 def _expanded(name: str) -> str:

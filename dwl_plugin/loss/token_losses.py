@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, SerializeAsAn
 from pydantic_core import CoreSchema, InitErrorDetails
 
 from dwl_plugin.alpha.schedules import Schedule, vectors
-from dwl_plugin.errors import ConfigError, did_you_mean
+from dwl_plugin.errors import ConfigError, closest, did_you_mean
 from dwl_plugin.extensions import class_of, load, other_names, schema_of_others
 from dwl_plugin.values import Strict, Weight, invalid, line_error
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
+    "NLL_NAMES",
     "SCHEDULED",
     "TOKEN_LOSSES",
     "DFTConfig",
@@ -211,6 +212,9 @@ TOKEN_LOSSES: dict[str, type[TokenLoss]] = {  # a new one goes here
 """By the name that a YAML has for it, which is also the key of its options. Those of another package's token loss stand in
 `token_loss: {type: name, ...}`. `nll` is dft with exponent 0."""
 
+NLL_NAMES = ("sft", "ce", "xent", "cross_entropy", "crossentropy", "cross-entropy", "none")
+"""What people call `nll`."""
+
 _WITH_A_KEY = ("nll", *TOKEN_LOSSES)
 _PART_OF_DFT = {"asft": "anchor: 0.05", "gft": "threshold: 0.7", "sft": "exponent: 0"}
 """Names from papers that are `dft` with an option."""
@@ -226,7 +230,8 @@ def _chosen(value: object) -> object:
     name, others = written.get("type"), other_names("token_loss", _WITH_A_KEY)
     if not isinstance(name, str) or name not in others:
         known = [*_WITH_A_KEY, *others]
-        raise invalid("not a known value", ", ".join(known), did_you_mean(name, known))
+        meant = "nll" if str(name).lower() in NLL_NAMES else closest(name, known)
+        raise invalid("not a known value", ", ".join(known), **({"write": meant} if meant else {}))
     try:
         found = load("token_loss", name, "", TokenLossOptions)
     except ConfigError as error:

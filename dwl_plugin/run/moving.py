@@ -84,7 +84,7 @@ def end_hints(block: Block, length: RunLength) -> Iterator[str]:
             what = "α" if path == "dwl.schedule" else "dft"
             yield (
                 f"hint: `{path}.{option}` is step {end:g} and this run ends at step {length.total_steps}, so {what} does not "
-                "get to the end of its schedule"
+                f"get to the end of its schedule; the end of the run is `{option}: 100%`"
             )
 
 

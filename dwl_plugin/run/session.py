@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from math import isfinite
 from typing import Any
@@ -14,7 +14,7 @@ from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.classes import ClassSurvey, Labeller
 from dwl_plugin.config import Block
-from dwl_plugin.errors import ConfigError, LossNotTakenError, NotFiniteError, Problem
+from dwl_plugin.errors import ConfigError, LossNotTakenError, NotFiniteError
 from dwl_plugin.loss.class_sums import ClassSums, ForwardMetrics
 from dwl_plugin.loss.membership import Membership, count_classes, widest
 from dwl_plugin.loss.reduction import class_weights
@@ -22,6 +22,7 @@ from dwl_plugin.loss.seam import Seam
 from dwl_plugin.loss.shift import IGNORE_INDEX
 from dwl_plugin.loss.spec import LossSpec, PendingLoss
 from dwl_plugin.loss.token_losses import SCHEDULED, DFTConfig, TokenLossConfig, objective_of
+from dwl_plugin.run.anchors import without_base_model
 from dwl_plugin.run.closed_loop import ClosedLoop
 from dwl_plugin.run.collate import CLASS_IDS
 from dwl_plugin.run.moving import alpha_of, token_losses_of
@@ -29,7 +30,7 @@ from dwl_plugin.run.nan_guard import FirstBadStep
 from dwl_plugin.run.startup import log_line
 from dwl_plugin.values import Strict
 
-__all__ = ["RunState", "Session", "anchor_problems", "without_base_model"]
+__all__ = ["RunState", "Session"]
 
 
 class _Length(Strict):
@@ -183,17 +184,3 @@ class Session:
         tokens_C, nll_C = self.train_sums.add(tokens)
         if self.loop is not None:
             self.loop.add(tokens_C, nll_C)
-
-
-def without_base_model(block: Block) -> Iterator[Problem]:
-    """One problem per anchor, for a run that has no adapter to switch off."""
-    why = "is held to the base model, which is the model with its adapter switched off, and this run trains without one"
-    return anchor_problems(block, why, "write `adapter: lora` or `qlora`, or delete `anchor`")
-
-
-def anchor_problems(block: Block, why: str, hint: str) -> Iterator[Problem]:
-    """One problem per anchor."""
-    options = {f"dwl.classes.{name}.dft": spec.dft for name, spec in block.class_configs.items()}
-    for path, dft in {"dft": block.dft, **options}.items():
-        if dft is not None and dft.anchor > 0:
-            yield Problem(f"{path}.anchor", why, dft.anchor, hint=hint)

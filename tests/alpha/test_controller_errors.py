@@ -40,7 +40,7 @@ GIVEN = "{a: 1, b: 1, rest: 1}"
         ("type: dwa, max_change: 0", "", "controller.max_change", "greater than 0"),
         ("type: dwa, warmup: 0.1", "", "controller.warmup", "10%"),
         ("type: dwa, min_alpha: 0.34", "", "controller.min_alpha", "at most 0.3333"),
-        ("type: softmax_loss, signal: excess_over_rf", "", "controller.signal", "did you mean `excess_over_ref`"),
+        ("type: softmax_loss, signal: excess_over_rf", "", "controller.signal", "write `signal: excess_over_ref`"),
         ("type: softmax_loss, signal: excess_over_ref", "", "controller.reference", "base"),
         (f"type: softmax_loss, reference: {GIVEN}", "", "controller.reference", "no effect with `signal: raw`"),
         ("type: doremi", "", "controller.reference", "required"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,9 @@ import yaml
 
 from dwl_plugin.cli.config_file import read_config
 from dwl_plugin.errors import ConfigError
+from dwl_plugin.yaml_io import load_yaml
+from dwl_plugin.yaml_text import lines_of
+from tests.cli.mistakes import AT_ONCE
 
 
 def write(folder: Path, text: str) -> Path:
@@ -45,7 +50,7 @@ def test_a_key_that_stands_twice_is_a_warning_of_what_yaml_makes_of_it(tmp_path:
     assert raw == yaml.safe_load(text)
     before, after = warning.split(" … ")
     assert said.startswith(before)
-    assert said.endswith(after)
+    assert said.endswith(f"{after}. Delete the other, or give it another name")
 
 
 def test_a_key_may_stand_once_in_each_mapping(tmp_path: Path) -> None:
@@ -102,3 +107,22 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
     path.write_bytes(b"loss: \xff\xfe\n")
     with pytest.raises(ConfigError, match="UTF-8"):
         read_config(path)
+
+
+def test_whatever_is_mistyped_there_is_a_line_and_a_column(tmp_path: Path) -> None:
+    """Configs with a few characters replaced or put in: read, or refused with a place that is in the file."""
+    draw, wrong = random.Random(0), 0
+    for _ in range(400):
+        text = list(draw.choice(AT_ONCE).config)
+        for _ in range(draw.randint(1, 3)):
+            at = draw.randrange(len(text))
+            text[at : at + draw.randint(0, 1)] = draw.choice("\t {}[]'\":#*&!|>%@`-,\\\n\r\x85\ufeffé")
+        try:
+            load_yaml("".join(text), "train.yml")
+        except ConfigError as error:
+            wrong += 1
+            (problem,) = error.problems
+            place = re.search(r"\(line (\d+), column (\d+)\)$", problem.message)
+            assert place, problem
+            assert int(place[1]) <= len(lines_of("".join(text)))
+    assert wrong > 200

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from click.testing import Result
 
-from dwl_plugin.cli import score as command
+from dwl_plugin.cli import progress, score as command
 from dwl_plugin.cli.nll import batches_of
 from dwl_plugin.hosts import axolotl_preview
 from tests.hosts import harness
@@ -355,7 +355,7 @@ def test_a_loss_that_is_no_number(dwl: Run, write_config: Write, little_model: P
 
 
 def test_lines_where_nobody_watches_a_bar(dwl: Run, write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "_SAY_EVERY", 0.0)
+    monkeypatch.setattr(progress, "_SAY_EVERY", 0.0)
     result = dwl("score", write_config(loss="nll"), "--out", tmp_path / "out", "--rows", 20, "--batch-tokens", 1)
     lines = [line for line in result.stderr.splitlines() if "rows/s" in line]
     assert len(lines) == 20

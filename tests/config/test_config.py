@@ -118,16 +118,16 @@ dwl:
   schedule: {type: linear, start: 0.1, to: {a: 1}}
 """)
     assert "did you mean `classes`" in found["dwl.clases"]
-    assert "did you mean `regex`" in found["dwl.classes.a"]
-    assert "missing ) at position 3" in found["dwl.classes.b.regex"]
+    assert "write `a: {regex: x}`" in found["dwl.classes.a"]
+    assert "missing ) at its end" in found["dwl.classes.b.regex"]
     assert "negative" in found["dwl.classes.c.token_ids[0]"]
     assert "ends before it begins" in found["dwl.classes.c.token_ids[1]"]
     assert "tokens and regex" in found["dwl.classes.d"]
-    assert "required" in found["dwl.classes.e.between[1]"]
+    assert "write `between: ['<think>', '</think>']`" in found["dwl.classes.e.between"]
     assert "negative" in found["dwl.alpha.a"]
     assert "did you mean `b`" in found["dwl.alpha.bb"]
     assert "missing" in found["dwl.alpha"]
-    assert "did you mean `class_mean`" in found["dwl.reduction"]
+    assert "write `reduction: class_mean`" in found["dwl.reduction"]
     assert "10%" in found["dwl.schedule.start"]
     assert "missing" in found["dwl.schedule.to"]
     assert len(found) == 13
@@ -167,7 +167,7 @@ def test_options_of_a_token_loss_are_dumped_beside_its_name() -> None:
         ("dwl: {classes: {}}", "dwl", "loss: dwl"),
         ("dft: {exponent: 1}", "dft", "loss: dft"),
         ("loss: dwl", "dwl", "needs a `dwl` block"),
-        ("loss: dlw\ndwl: {}", "loss", "did you mean `dwl`"),
+        ("loss: dlw\ndwl: {}", "loss", "write `loss: dwl`"),
         ("loss: dwl\ndwl: {classes: {f: {regex: #### (.+)\n}}}", "dwl.classes.f.regex", "unquoted `#`"),
         ("loss: dwl\ndwl: {classes: {yes: {regex: a}}}", "dwl.classes", "booleans"),
         ("loss: dwl\ndwl: {classes: {a: {tokens: [no]}}}", "dwl.classes.a.tokens[0]", "quotes"),
@@ -179,7 +179,7 @@ def test_options_of_a_token_loss_are_dumped_beside_its_name() -> None:
         ("loss: dwl\ndwl: {classes: {a: {regex: a}}, alpha: {a: yes, rest: 1}}", "dwl.alpha.a", "boolean"),
         ("loss: dwl\ndwl: {classes: {a: {regex: (a), group: 2}}}", "dwl.classes.a.group", "1 group"),
         ("loss: dwl\ndwl: {classes: {a: {regex: a, dft: {exponent: 1}}}}", "dwl.classes.a.dft", "token_loss: dft"),
-        ("loss: dwl\ndwl: {classes: {a: {any: [{regex: a}, {regx: b}]}}}", "dwl.classes.a.any[1]", "did you mean `regex`"),
+        ("loss: dwl\ndwl: {classes: {a: {any: [{regex: a}, {regx: b}]}}}", "dwl.classes.a.any[1]", "write `- {regex: b}`"),
         ("loss: dwl\ndwl: {classes: {a: {any: [{regex: a}, {regex: (}]}}}", "dwl.classes.a.any[1].regex", "compile"),
         ("loss: dwl\ndwl: {classes: {a: {any: [{regex: a, token_loss: dft}]}}}", "dwl.classes.a.any[0].token_loss", "unknown key"),
         ("loss: dwl\ndwl: {classes: {a: {not: {all: [{regex: a, group: 1}]}}}}", "dwl.classes.a.not.all[0].group", "0 group"),
@@ -193,7 +193,7 @@ def test_options_of_a_token_loss_are_dumped_beside_its_name() -> None:
         ("loss: dwl\ndwl: {classes: {a: {position: {}}}}", "dwl.classes.a.position", "`first`, `last`"),
         ("loss: dwl\ndwl: {classes: {a: {position: {frist: 3}}}}", "dwl.classes.a.position.frist", "did you mean `first`"),
         ("loss: dwl\ndwl: {classes: {a: {position: {last: 0}}}}", "dwl.classes.a.position.last", "greater than"),
-        ("loss: dwl\ndwl: {classes: {a: {role: asistant}}}", "dwl.classes.a.role", "did you mean `assistant`"),
+        ("loss: dwl\ndwl: {classes: {a: {role: asistant}}}", "dwl.classes.a.role", "write `role: assistant`"),
         ("loss: dwl\ndwl: {classes: {a: {special: no}}}", "dwl.classes.a.special", "use `not`"),
         ("loss: dwl\ndwl: {classes: {a: {words: [no]}}}", "dwl.classes.a.words[0]", "quotes"),
         ("loss: dwl\ndwl: {classes: {a: {words: ['+x']}}}", "dwl.classes.a.words[0]", "use `regex`"),
@@ -210,7 +210,7 @@ def test_options_of_a_token_loss_are_dumped_beside_its_name() -> None:
         ("loss: dwl\ndwl: {token_loss: eaft, eaft: {top_k: 1}}", "dwl.eaft.top_k", "greater than or equal to 2"),
         ("loss: dft\ndft: {threshold: 0}", "dft.threshold", "greater than 0"),
         ("loss: dwl\ndwl: {token_loss: gft}", "dwl.token_loss", "`dft: {threshold: 0.7}`"),
-        ("loss: dwl\ndwl: {overlap: summ}", "dwl.overlap", "did you mean `sum`"),
+        ("loss: dwl\ndwl: {overlap: summ}", "dwl.overlap", "write `overlap: sum`"),
         ("loss: dft\ndft: {exponent: -1}", "dft.exponent", "greater than or equal to 0"),
         ("loss: dft\ndft: {min_weigth: 0}", "dft.min_weigth", "did you mean `min_weight`"),
         ("loss: dwl\ndwl: {schedule: {type: linear, to: {rest: 1}, start: 50%, end: 10%}}", "dwl.schedule.end", "after"),
@@ -350,9 +350,9 @@ def test_data_weights_are_of_use_under_every_loss(loss: str) -> None:
         ({"marked": ["a", "b"]}, "for several write `any: [{marked: a}, {marked: b}]`"),
         ({"marked": True}, "put it in quotes"),
         ({"marked": 2.5}, "put it in quotes"),
-        ({"mark": "a"}, "did you mean `marked`?"),
+        ({"mark": "a"}, "write `c: {marked: a}`"),
         ({"dataset": 1}, "put it in quotes"),
-        ({"datasets": "a"}, "did you mean `dataset`?"),
+        ({"datasets": "a"}, "write `c: {dataset: a}`"),
     ],
 )
 def test_marks_and_data_sets_that_are_no_names(spec: dict[str, Any], said: str) -> None:

@@ -339,7 +339,7 @@ def test_a_pack_that_is_none_is_an_error_of_one_line_each(folder: Path) -> None:
     for arguments in (["show", "nothing"], ["test", str(folder / "none.yml")], ["show", "tool_call.name"]):
         result = CliRunner().invoke(main, ["packs", *arguments])
         assert result.exit_code == 1
-        assert "Error: [dwl]" in result.output
+        assert "Error: 1 problem\n" in result.output
 
 
 def test_the_readme_has_the_table_of_the_files() -> None:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from dwl_plugin.cli.analysis import analyse
 from dwl_plugin.cli.check import class_table, print_findings
+from dwl_plugin.cli.first_look import Teller
 from dwl_plugin.cli.inspect.rows import shown_rows
 from dwl_plugin.cli.inspect.terminal import print_rows
 from dwl_plugin.cli.output import say
@@ -18,8 +19,9 @@ __all__ = ["inspect"]
 
 def inspect(console: Console, config: Path, samples: int, html: Path | None, trust: bool) -> int:
     """The whole command; the exit status."""
-    found, seen = analyse(config, samples, trust)
-    print_findings(console, found, seen)
+    tell = Teller(console)
+    found, seen = analyse(config, samples, trust, tell=tell)
+    print_findings(console, found, seen, tell=tell)
     if seen is None or not seen.rows.samples:
         return found.status
     rows = shown_rows(seen)

@@ -14,10 +14,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dwl_plugin.cli.progress import progress
 from dwl_plugin.errors import DWLError
 
 __all__ = ["check_space", "prepared_model"]
 
+_PREPARING = "Preparing SmolLM2-135M-Instruct, once"
 _PARTIAL = ".partial-"
 _MODEL_BYTES = 400 * 2**20  # 274 MB of weights and tokenizer, and room to write them
 _STALE_SECONDS = 3600
@@ -35,7 +37,7 @@ def prepared_model(console: Console) -> Path:
     _make_room(cache)
     partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=cache))
     try:
-        _convert(source, partial, console)
+        _convert(source, partial)
         partial.rename(target)  # the folder is there in whole or not at all, however a run ends
     except OSError:
         if not target.is_dir():  # otherwise another run was faster, and its result is the same
@@ -76,14 +78,14 @@ def check_space(folder: Path, needed: int, remedy: str) -> None:
         )
 
 
-def _convert(source: Path, target: Path, console: Console) -> None:
+def _convert(source: Path, target: Path) -> None:
     """In a child process: its gigabyte is free again before training, and its warnings are shown only when it fails."""
     command = [sys.executable, "-m", "dwl_plugin.cli.quickstart.convert", str(source), str(target)]
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors, console.status("") as status:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors, progress(_PREPARING) as step:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8") as child:
             try:
                 for line in child.stdout or ():
-                    status.update(f"Preparing SmolLM2-135M-Instruct, once: {line.strip()}")
+                    step(f"{_PREPARING}: {line.strip()}")
             except BaseException:
                 child.kill()  # an interrupt may have reached this process alone, and the folder is about to go
                 raise

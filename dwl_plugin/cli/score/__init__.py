@@ -4,9 +4,7 @@ before training. In order: the config and its rows as in the run, `folder` for w
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from dwl_plugin.classes.survey import predicted
-from dwl_plugin.cli.analysis import Findings, LookedAt, analyse, looking
+from dwl_plugin.cli.analysis import LookedAt, analyse, looking
 from dwl_plugin.cli.check import print_findings
+from dwl_plugin.cli.first_look import Findings, Teller
 from dwl_plugin.cli.nll import Measure, batches_of, measuring
 from dwl_plugin.cli.output import Console, number, say, short, table_of_classes
+from dwl_plugin.cli.progress import counted, progress
 from dwl_plugin.cli.score.folder import Folder, digest_of, weights_of
 from dwl_plugin.cli.score.model import config_with, require_same_tokens
 from dwl_plugin.cli.score.rows import FIGURES, table_of
@@ -38,7 +36,6 @@ PART_ROWS = 256
 """Of the data, in each file: what a run that is killed loses at most."""
 
 _LOOKED_AT = 64
-_SAY_EVERY = 10.0
 _HARDEST, _LETTERS = 10, 48
 
 
@@ -46,7 +43,8 @@ def score(console: Console, config: Path, out: Path, rows: int | None, model: st
     """The whole command; the exit status."""
     folder = Folder(out)
     change = dict if model is None else functools.partial(config_with, model=model)
-    found, seen = analyse(config, min(rows or _LOOKED_AT, _LOOKED_AT), trust, to_run=True, change=change)
+    tell = Teller(console)
+    found, seen = analyse(config, min(rows or _LOOKED_AT, _LOOKED_AT), trust, to_run=True, change=change, tell=tell)
     scored = None
     if seen is not None and not found.status:
         with looking(found, trust):
@@ -54,7 +52,7 @@ def score(console: Console, config: Path, out: Path, rows: int | None, model: st
                 require_same_tokens(seen, model)
             scored = _scored(console, seen, folder, rows, batch_tokens)
     if seen is None or scored is None or found.dangers:
-        print_findings(console, found, seen, False)
+        print_findings(console, found, seen, tell=tell)
         return found.status
     _print(console, seen, folder, scored, found)
     return 0
@@ -77,7 +75,7 @@ def _scored(console: Console, seen: LookedAt, folder: Folder, rows: int | None, 
     if done and todo:
         say(console, f"{done:,} of {total:,} rows were scored before.")
     if todo:
-        with measuring(loaded or _model(seen)) as measure, _progress(done, total) as advance:
+        with measuring(loaded or _model(seen)) as measure, counted("Scoring", done, total) as advance:
             for at in todo:
                 samples = parts[at].samples()
                 advance(parts[at].rows - len(samples))
@@ -100,7 +98,7 @@ def _settings(seen: LookedAt, rows: int | None, weights: str) -> dict[str, Any]:
 
 
 def _model(seen: LookedAt) -> Any:
-    with Console(stderr=True).status("The model …"):
+    with progress("The model is being loaded"):
         return host.load_model(seen.cfg, seen.tokenizer)
 
 
@@ -120,36 +118,6 @@ def _measured(
         advance(len(batch))
     advance(len(samples) - len(found))
     return found
-
-
-class _Speed(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text("" if task.speed is None else f"{task.speed:,.1f} rows/s")
-
-
-@contextmanager
-def _progress(done: int, total: int) -> Iterator[Callable[[int], None]]:
-    """What is told of rows that are done; where nobody watches a bar, a line now and then."""
-    console = Console(stderr=True)
-    columns = (TextColumn("Scoring"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task, began = bar.add_task("", completed=done, total=total), time.monotonic()
-        fresh, said = 0, began
-
-        def advance(rows: int) -> None:
-            nonlocal fresh, said
-            bar.advance(task, rows)
-            fresh, now = fresh + rows, time.monotonic()
-            if not console.is_terminal and rows and now - said >= _SAY_EVERY:
-                said, speed = now, fresh / (now - began)
-                left = _minutes((total - done - fresh) / speed)
-                say(console, f"{done + fresh:,} of {total:,} rows, {speed:,.1f} rows/s, {left} left")
-
-        yield advance
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:,.0f} min"
 
 
 def _print(console: Console, seen: LookedAt, folder: Folder, rows: pa.Table, found: Findings) -> None:

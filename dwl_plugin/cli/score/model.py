@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dwl_plugin.cli.analysis import LookedAt, Raw
+from dwl_plugin.cli.analysis import LookedAt
+from dwl_plugin.cli.first_look import Raw
 from dwl_plugin.errors import ConfigError
 from dwl_plugin.files import UnreadableError, read_regular
 from dwl_plugin.hosts import axolotl_preview as host
