@@ -176,7 +176,7 @@ def draw(curves: Curves, path: Path) -> None:
     for index, (rule, runs) in enumerate(curves.items()):
         steps = list(next(iter(runs.values())))
         values = [[run[step] - curves[BASELINE][seed][step] for seed, run in runs.items()] for step in steps]
-        look = plots.look_of(index - 1, plain=rule == BASELINE)
+        look = plots.look_of(index, plain=rule == BASELINE)
         lines.append(plots.Line(rule, steps, [statistics.mean(at) for at in values], look))
         bands.append((steps, [min(at) for at in values], [max(at) for at in values], look["color"]))
     figure = plots.draw_lines(lines, "worst class against constant α, nats")

@@ -71,6 +71,8 @@ function watch(panel) {
   }
 
   panel.tabIndex = 0;
+  panel.setAttribute("role", "group");
+  panel.setAttribute("aria-label", drawing.getAttribute("aria-label") + ", values by the arrow keys");
   panel.addEventListener("pointermove", point);
   panel.addEventListener("pointerdown", point);
   panel.addEventListener("pointerleave", (event) => { if (event.pointerType === "mouse") hide(); });
