@@ -300,6 +300,7 @@ def _print_by_run(
     for name, cells in rows:
         _add_row(table, name, cells)
     console.print(table)
+    console.print()
 
 
 def _add_row(table: Table, name: str | None, cells: Sequence[Text]) -> None:
