@@ -3,6 +3,8 @@
     uv run --group bench python bench/linear_cross_entropy.py                    # the table of bench/RESULTS.md
     uv run --group bench python bench/linear_cross_entropy.py --shape 1024,2304,262144 --softcap 30 --reps 5
     uv run --group bench python bench/linear_cross_entropy.py --figure bench/linear_cross_entropy.png
+    uv run --group bench python bench/linear_cross_entropy.py --tables bench/RESULTS.md --shape 2048,576,49152 --dtype float32 \\
+        --ignored 0.6 --figure bench/linear_cross_entropy.png                    # the figure again, from what was measured
     uv run --group bench python bench/linear_cross_entropy.py --errors           # of the gradients in bf16
 
 Time: the methods take turns in one process, `--reps` rounds after a warm-up, and every figure is the median of the rounds' ratios
@@ -17,6 +19,7 @@ import argparse
 import ctypes
 import gc
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -51,6 +54,19 @@ class Case:
         cap = f", softcap {self.softcap:g}" if self.softcap else ""
         head = "trained" if self.trained else "frozen"
         return f"{self.tokens:,} × {self.hidden} × {self.vocab:,}, {self.ignored:.0%} ignored, {self.dtype}, {head} head{cap}"
+
+    def differing(self, first: Case) -> str:
+        """What a legend says of it: the head, and where another case has something else."""
+        said = [f"{'trained' if self.trained else 'frozen'} head"]
+        said += [self.dtype] if self.dtype != first.dtype else []
+        return ", ".join(said + ([f"{self.ignored:.0%} ignored"] if self.ignored != first.ignored else []))
+
+
+Results = dict[Case, dict[str, tuple[float, float, float]]]
+"""Case -> method -> seconds, ratio of its time to ours, MiB."""
+
+MARKERS = (("o", True), ("o", False), ("s", True), ("s", False))
+"""Of a figure's cases; filled or not."""
 
 
 def tensors(case: Case, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -310,32 +326,66 @@ def table(case: Case, found: dict[str, tuple[float, float, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def figure(results: dict[Case, dict[str, tuple[float, float, float]]], path: Path) -> None:
-    """Time and memory of every method, a row each; a colour for each case."""
-    import matplotlib
+def read(text: str) -> Results:
+    """What `table` wrote: of each case the first table in `text`."""
+    results: Results = {}
+    for block in text.split("### ")[1:]:
+        head, _, body = block.partition("\n")
+        found = HEAD.fullmatch(head)
+        if found is None:
+            continue
+        tokens, hidden, vocab = (int(number.replace(",", "")) for number in found.group(1, 2, 3))
+        cap = None if found["cap"] is None else float(found["cap"])
+        case = Case(tokens, hidden, vocab, int(found["ignored"]) / 100, found["dtype"], found["head"] == "trained", cap)
+        rows = [line.strip("| ").split(" | ") for line in body.splitlines() if re.match(r"\| \S.* \| [\d,]+ \| [\d.]+ \|", line)]
+        numbers = {name: tuple(float(cell.replace(",", "")) for cell in cells[:3]) for name, *cells in rows}
+        results.setdefault(case, {name: (ms / 1e3, ratio, mib) for name, (ms, ratio, mib) in numbers.items()})
+    return results
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+
+HEAD = re.compile(
+    r"([\d,]+) × ([\d,]+) × ([\d,]+), (?P<ignored>\d+)% ignored, (?P<dtype>\w+), (?P<head>frozen|trained) head"
+    r"(?:, softcap (?P<cap>[\d.]+))?"
+)
+
+
+def figure(results: Results, path: Path) -> None:
+    """Time and memory of every method, a row each, ours in its colour; a marker for each case."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    from dwl_plugin.cli.plots import INK, OURS, STYLE, to_image
 
     def shown(name: str) -> bool:
         return not name.startswith(("the matmuls", "ours, ")) or name in (REFERENCE, "ours, weights, exponents, floor")
 
     names = [name for name in next(iter(results.values())) if shown(name)][::-1]
-    fig, axes = plt.subplots(1, 2, figsize=(11, 0.36 * len(names) + 1.6), sharey=True, layout="constrained")
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-    for axis, column, label in zip(axes, (1, 2), ("time, × ours", "extra peak memory, MiB"), strict=True):
-        for (case, found), colour in zip(results.items(), colours, strict=False):
-            head = f"{'trained' if case.trained else 'frozen'} head, {case.dtype}, {case.ignored:.0%} ignored"
-            values = [found[name][column] if name in found else float("nan") for name in names]
-            axis.plot(values, range(len(names)), "o", color=colour, markersize=8, label=head)
-        axis.set(xscale="log", xlabel=label, yticks=range(len(names)), yticklabels=names)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.grid(True, which="both", alpha=0.25)
-    if len(results) > 1:
-        axes[0].legend(loc="lower right", fontsize=8)
-    case = next(iter(results))
-    fig.suptitle(f"{case.tokens:,} tokens, H = {case.hidden}, V = {case.vocab:,}: forward and backward of head and loss")
-    fig.savefig(path, dpi=150)
+    colours = [OURS if name.startswith("ours") else INK for name in names]
+    first = next(iter(results))
+    with style.context(STYLE):
+        drawn = Figure(figsize=(10, 0.27 * len(names) + 1.1), layout="constrained")
+        panels = drawn.subplots(1, 2, sharey=True)
+        for panel, column, label in zip(panels, (1, 2), ("time, × ours", "extra peak memory, MiB"), strict=True):
+            for (case, found), (marker, is_full) in zip(results.items(), MARKERS, strict=False):
+                for row, (name, colour) in enumerate(zip(names, colours, strict=True)):
+                    look = {"color": colour, "markerfacecolor": colour if is_full else "none"}
+                    panel.plot(found[name][column] if name in found else float("nan"), row, marker, markersize=7, **look)
+                panel.plot([], [], marker, color=INK, markerfacecolor=INK if is_full else "none", label=case.differing(first))
+            panel.set(xscale="log", xlabel=f"{label}, logarithmic", yticks=range(len(names)), yticklabels=names)
+            panel.xaxis.set(major_locator=LogLocator(subs=(1.0, 2.0, 5.0)), major_formatter="{x:g}")
+        for tick, colour in zip(panels[0].get_yticklabels(), colours, strict=True):
+            tick.set(color=colour, fontweight="bold" if colour == OURS else "normal")
+        drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(results))
+        drawn.suptitle(
+            f"Head and loss, forward and backward: {first.tokens:,} tokens, {first.ignored:.0%} of them ignored, "
+            f"H = {first.hidden}, V = {first.vocab:,}, {first.dtype}",
+            x=0.01,
+            ha="left",
+            fontsize=9,
+            fontweight="bold",
+        )
+        path.write_bytes(to_image(drawn, path.suffix))
 
 
 def main() -> None:
@@ -352,6 +402,7 @@ def main() -> None:
     parser.add_argument("--errors", action="store_true", help="only how exact each method's bf16 gradients are")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--tables", type=Path, help="measure nothing: the figure of what tables of the last time say")
     options = parser.parse_args()
     if options.memory_of:
         print(extra_memory(Case(**json.loads(options.case)), options.memory_of, options.device))
@@ -360,13 +411,17 @@ def main() -> None:
         print(error_table(options.device))
         return
     shapes = options.shape or ["2048,576,49152", "2048,896,151936"]
-    results = {}
+    stored = None if options.tables is None else read(options.tables.read_text(encoding="utf-8"))
+    results: Results = {}
     for shape in shapes:
         tokens, hidden, vocab = (int(part) for part in shape.split(","))
         for dtype in options.dtype:
             for ignored in options.ignored:
                 for head in options.head:
                     case = Case(tokens, hidden, vocab, ignored, dtype, head == "trained", options.softcap)
+                    if stored is not None:
+                        results[case] = stored[case]
+                        continue
                     results[case] = measure(case, options.reps, options.device, options.only)
                     print(table(case, results[case]), flush=True)
     if options.figure:

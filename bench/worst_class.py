@@ -1,7 +1,8 @@
 """A task whose right answer is known: one class takes ten times as much learning as each of the others.
 
     uv run --group bench python bench/worst_class.py                     # three seeds, a few minutes on a CPU
-    uv run --group bench python bench/worst_class.py --seeds 0 --steps 100 --figure /tmp/figure.png
+    uv run --group bench python bench/worst_class.py --seeds 0 --steps 100 --curves /tmp/curves.csv --figure /tmp/figure.png
+    uv run --group bench python bench/worst_class.py --redraw            # the figure from the curves of the last time
 
 Four classes of facts, two key tokens -> one value, in equal numbers of tokens: three of 40 facts and `hard` of 400, so that a fact
 of `hard` is met ten times less often. All of them can be learned, so whoever wants the worst class to be as good as possible has to
@@ -11,6 +12,7 @@ lean towards `hard`, and the losses say so. The model is a Llama of one layer; t
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import statistics
 import subprocess
@@ -138,29 +140,50 @@ def child(rules: list[str], seed: int, steps: int) -> None:
         print("\nBENCH " + json.dumps({"rule": rule, "seed": seed, "history": history}), flush=True)
 
 
-def curve(history: list[dict[str, float]], what: str) -> tuple[list[int], list[float]]:
-    """Steps, and the largest of a number over the classes."""
-    entries = [entry for entry in history if f"{what}/hard" in entry]
-    return [int(entry["step"]) for entry in entries], [max(entry[f"{what}/{name}"] for name in CLASSES) for entry in entries]
+Curves = dict[str, dict[int, dict[int, float]]]
+"""Rule -> seed -> step -> held-out nll of the worst class."""
 
 
-def draw(found: dict[str, dict[int, list[dict[str, float]]]], path: Path) -> None:
+def curves_of(found: dict[str, dict[int, list[dict[str, float]]]]) -> Curves:
+    def worst(history: list[dict[str, float]]) -> dict[int, float]:
+        entries = [entry for entry in history if "eval_dwl/nll/hard" in entry]
+        return {int(entry["step"]): max(entry[f"eval_dwl/nll/{name}"] for name in CLASSES) for entry in entries}
+
+    return {rule: {seed: worst(history) for seed, history in runs.items()} for rule, runs in found.items()}
+
+
+def write(curves: Curves, path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(("rule", "seed", "step", "worst"))
+        for rule, runs in curves.items():
+            rows.writerows((rule, seed, step, f"{value:.6g}") for seed, run in runs.items() for step, value in run.items())
+
+
+def read(path: Path) -> Curves:
+    curves: Curves = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            curves.setdefault(row["rule"], {}).setdefault(int(row["seed"]), {})[int(row["step"])] = float(row["worst"])
+    return curves
+
+
+def draw(curves: Curves, path: Path) -> None:
     """The worst class's held-out nll minus that of constant α with the same seed: the mean, and what lies between the seeds."""
     from dwl_plugin.cli import plots
 
     lines, bands = [], []
-    for index, (rule, runs) in enumerate(found.items()):
-        steps = curve(next(iter(runs.values())), "eval_dwl/nll")[0]
-        against = [
-            [ours - theirs for ours, theirs in zip(*(curve(h, "eval_dwl/nll")[1] for h in pair), strict=True)]
-            for pair in ((history, found[BASELINE][seed]) for seed, history in runs.items())
-        ]
-        values, look = list(zip(*against, strict=True)), plots.look_of(index, plain=rule == BASELINE)
+    for index, (rule, runs) in enumerate(curves.items()):
+        steps = list(next(iter(runs.values())))
+        values = [[run[step] - curves[BASELINE][seed][step] for seed, run in runs.items()] for step in steps]
+        look = plots.look_of(index, plain=rule == BASELINE)
         lines.append(plots.Line(rule, steps, [statistics.mean(at) for at in values], look))
         bands.append((steps, [min(at) for at in values], [max(at) for at in values], look["color"]))
-    figure = plots.draw_panels({"": lines}, "worst class against constant α, nats")
+    figure = plots.draw_lines(lines, "worst class against constant α, nats")
+    (axes,) = figure.axes
     for steps, low, high, colour in bands:
-        figure.axes[0].fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.autoscale(axis="y")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(plots.to_image(figure, path.suffix))
 
@@ -170,12 +193,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=list(RULES))
+    parser.add_argument("--curves", type=Path, default=Path(__file__).with_suffix(".csv"))
     parser.add_argument("--figure", type=Path, default=Path("docs/images/worst_class.png"))
+    parser.add_argument("--redraw", action="store_true", help="measure nothing")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
         return child(options.rules, options.child, options.steps)
 
+    if options.redraw:
+        return draw(read(options.curves), options.figure)
     rules = [BASELINE, *(rule for rule in options.rules if rule != BASELINE)]
     found: dict[str, dict[int, list[dict[str, float]]]] = {rule: {} for rule in rules}
     for seed in options.seeds:
@@ -187,7 +214,8 @@ def main() -> None:
             if line.startswith("BENCH "):
                 one = json.loads(line.removeprefix("BENCH "))
                 found[one["rule"]][seed] = one["history"]
-    draw(found, options.figure)
+    write(curves_of(found), options.curves)
+    draw(read(options.curves), options.figure)
     print("| | worst class, by seed | mean | worst easy class, mean | α of `hard` at the end, mean |\n|---|---|---:|---:|---:|")
     for rule, runs in found.items():
         last = [[entry for entry in history if "eval_nll" in entry][-1] for history in runs.values()]

@@ -202,46 +202,47 @@ def minutes(name: str, done: Done) -> list[str]:
 # Figures
 
 
-def figure(draw: Callable[[Any], None], width: float, height: float, rows: int = 1, columns: int = 1) -> Any:
-    import matplotlib
+def figure(draw: Callable[[Any, Any], None], width: float, height: float, rows: int = 1, columns: int = 1) -> Any:
+    """In the style of all figures: this package's numbers in `OURS`, what they are compared with in ink."""
+    from matplotlib import style
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from dwl_plugin.cli.plots import STYLE
 
-    with plt.style.context("dwl_plugin.cli.plots"):
-        made, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
-        draw(axes)
+    with style.context(STYLE):
+        made = Figure(figsize=(width, height), layout="constrained")
+        draw(made, made.subplots(rows, columns, squeeze=False))
     return made
 
 
 def differences_figure(name: str, done: Done, columns: Sequence[Column]) -> Any:
     """An arm a line: every seed's difference to the baseline, their mean and its interval."""
-    from dwl_plugin.cli.plots import INK, PALETTE
+    from dwl_plugin.cli.plots import INK, OURS
 
     experiment = EXPERIMENTS[name]
     base = tests_of(experiment, experiment.baseline, done)
     arms = [arm for arm in experiment.arms if arm != experiment.baseline]
 
-    def draw(axes: Any) -> None:
+    def draw(_: Any, axes: Any) -> None:
         for panel, column in zip(axes[0], columns, strict=True):
             for at, arm in enumerate(reversed(arms)):
                 found = [value * column.scale for value in against(tests_of(experiment, arm, done), base, done, column.of)]
                 mean, half = interval(found)
-                panel.plot(found, [at] * len(found), "o", color=PALETTE[0], alpha=0.45, markersize=4, linewidth=0)
-                panel.errorbar(mean, at, xerr=half, color=INK, marker="d", markersize=5, capsize=3)
+                panel.plot(found, [at] * len(found), "o", color=OURS, alpha=0.45, markersize=4, linewidth=0)
+                panel.errorbar(mean, at, xerr=half, color=OURS, marker="d", markersize=6, elinewidth=1.5, capsize=3)
             panel.axvline(0, color=INK, linewidth=0.8)
-            panel.set_title(f"{column.head}, against {label(experiment.baseline)}", loc="left", fontsize=9)
+            panel.set_title(f"{column.head}, against {label(experiment.baseline)}")
             panel.set_yticks(range(len(arms)), [label(arm) for arm in reversed(arms)])
             panel.set_ylim(-0.6, len(arms) - 0.4)
         for panel in axes[0][1:]:
             panel.set_yticklabels([])
 
-    return figure(draw, 3.8 * len(columns), 0.9 + 0.34 * len(arms), columns=len(columns))
+    return figure(draw, 1.6 + 2.8 * len(columns), 0.7 + 0.27 * len(arms), columns=len(columns))
 
 
 def steering_figure(done: Done) -> Any:
     """What α gives the class and takes from the rest, against `loss: nll`: a front for each reduction, the others' in grey."""
-    from dwl_plugin.cli.plots import INK, PALETTE
+    from dwl_plugin.cli.plots import INK, OURS
 
     experiment = EXPERIMENTS["steering"]
     base = tests_of(experiment, experiment.baseline, done)
@@ -251,32 +252,33 @@ def steering_figure(done: Done) -> Any:
         for point, arm in STEERED.items()
     }
 
-    def draw(axes: Any) -> None:
+    def draw(_: Any, axes: Any) -> None:
         first: dict[str, Any] = {}
         for panel, (name, reduction) in zip(axes.flat, fronts, strict=True):
             if first.setdefault(name, panel) is not panel:
                 panel.sharex(first[name])
                 panel.sharey(first[name])
-            panel.margins(0.15, 0.1)
+            panel.margins(0.24, 0.1)
             for other in (*(other for other in fronts if other[0] == name and other[1] != reduction), (name, reduction)):
                 points = [(alpha, both) for (of, alpha, by), both in found.items() if (of, by) == other]
                 (xs, x_halves), (ys, y_halves) = (zip(*(both[at] for _, both in points), strict=True) for at in (0, 1))
                 if other[1] != reduction:
                     panel.plot(xs, ys, color=INK, alpha=0.15)
                     continue
-                panel.errorbar(xs, ys, y_halves, x_halves, color=PALETTE[0], marker="o", markersize=4, elinewidth=0.6, capsize=2)
+                panel.errorbar(xs, ys, y_halves, x_halves, color=OURS, marker="o", markersize=4, elinewidth=0.6, capsize=2)
                 for (alpha, _), x, y in zip(points, xs, ys, strict=True):
                     if alpha in ALPHAS[::2]:
-                        panel.annotate(f"α {alpha}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+                        aside = {"xytext": (-4, 4), "ha": "right"} if alpha == max(ALPHAS) else {"xytext": (4, 4)}
+                        panel.annotate(f"α {alpha}", (x, y), textcoords="offset points", fontsize=8, **aside)
             panel.axvline(0, color=INK, linewidth=0.6)
             panel.axhline(0, color=INK, linewidth=0.6)
-            panel.set_title(f"{name}, {reduction}", loc="left", fontsize=8)
+            panel.set_title(f"{name}\n{reduction}")
         for row in axes:
-            row[0].set_ylabel("nll of the rest, minus SFT's")
+            row[0].set_ylabel("nll of the rest − SFT's")
         for panel in axes[-1]:
-            panel.set_xlabel("nll of the class, minus SFT's")
+            panel.set_xlabel("nll of the class − SFT's")
 
-    return figure(draw, 12.0, 6.4, rows=2, columns=len(fronts) // 2)
+    return figure(draw, 9.8, 5.6, rows=2, columns=len(fronts) // 2)
 
 
 def step_size_figure(done: Done) -> Any:
@@ -287,15 +289,15 @@ def step_size_figure(done: Done) -> Any:
     *over_lr, learned, forgotten = columns = COLUMNS["dft_step_size"]
     before = measures(done[untrained(experiment)])
 
-    def draw(axes: Any) -> None:
+    def draw(made: Any, axes: Any) -> None:
         *panels, last = axes[0]
         for index, arm in enumerate(experiment.arms):
-            look = look_of(index)
+            look = look_of(index - 1, plain=arm == experiment.baseline)
             by_lr = [[measures(done[job]) for job in tests_of(experiment, arm, done) if job.lr == lr] for lr in experiment.lrs]
             values = {column: [[column.of(found) * column.scale for found in some] for some in by_lr] for column in columns}
             means = {column: [statistics.mean(some) for some in lists] for column, lists in values.items()}
             for panel, column in zip(panels, over_lr, strict=True):
-                panel.plot(experiment.lrs, means[column], marker="o", markersize=4, label=arm, **look)
+                panel.plot(experiment.lrs, means[column], marker="o", markersize=4, label=label(arm), **look)
                 for lr, some in zip(experiment.lrs, values[column], strict=True):
                     panel.plot([lr] * len(some), some, "o", color=look["color"], alpha=0.3, markersize=3, linewidth=0)
             last.plot(means[learned], means[forgotten], marker="o", markersize=4, **look)
@@ -307,12 +309,12 @@ def step_size_figure(done: Done) -> Any:
             panel.set_xticks(experiment.lrs, [f"{lr:g}" for lr in experiment.lrs])
             panel.minorticks_off()
             panel.set_xlabel("learning rate")
-            panel.set_title(column.head, loc="left", fontsize=9)
-        last.set_title(forgotten.head, loc="left", fontsize=9)
+            panel.set_title(column.head)
+        last.set_title(forgotten.head)
         last.set_xlabel("nll of the targets")
-        panels[0].legend(fontsize=8)
+        made.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=len(experiment.arms))
 
-    return figure(draw, 13.0, 3.4, columns=len(over_lr) + 1)
+    return figure(draw, 9.2, 2.9, columns=len(over_lr) + 1)
 
 
 def figures(done: Done) -> dict[str, Any]:
@@ -362,9 +364,11 @@ def main() -> None:
                 sys.exit(f"{page.relative_to(ROOT)} is not what {parser.prog} makes of the CSV; run it")
             page.write_text(filled(text, made), encoding="utf-8")
     if not options.check:
+        from dwl_plugin.cli.plots import to_image
+
         IMAGES.mkdir(parents=True, exist_ok=True)
         for name, drawn in figures(done).items():
-            drawn.savefig(IMAGES / f"{name}.png", dpi=160)
+            (IMAGES / f"{name}.png").write_bytes(to_image(drawn, ".png"))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def schedule(
         say(console, "α is constant: the config has no `schedule`.")
     for table in tables:
         still = table.what == _ALPHA and block.schedule is None
-        _print_tables(console, table, [0] if still else [round(end * k / 10) for k in range(11)], length.total_steps)
+        _print_tables(console, table, [0] if still else sorted({round(end * k / 10) for k in range(11)}), length.total_steps)
     for line in end_hints(block, length):
         say(console, line)
     if plot is not None:
@@ -186,4 +186,4 @@ def _image(drawn: Sequence[_Numbers], end: int, suffix: str) -> bytes:
     for _, names, curve in drawn:
         for name, values in zip(names, zip(*map(curve, steps), strict=True), strict=True):
             lines.append(plots.Line(name, steps, values, plots.look_of(len(lines), plain=name == REST)))
-    return plots.to_image(plots.draw_panels({"": lines[: plots.MOST_LINES]}, ", ".join(numbers.what for numbers in drawn)), suffix)
+    return plots.to_image(plots.draw_lines(lines[: plots.MOST_LINES], ", ".join(numbers.what for numbers in drawn)), suffix)

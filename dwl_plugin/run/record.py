@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -38,22 +37,21 @@ class Record(BaseModel):
         """Plain YAML types."""
         return self.model_dump(mode="json", exclude_none=True)
 
-    def lines(self) -> Iterator[str]:
-        """The same in words, a few to a line."""
-        data = None if self.data is None else ", ".join(self.data)
-        yield from _joined({"model": self.model, "data": data, "rows": None if self.rows is None else f"{self.rows:,}"})
-        batch = self.batch
+    def facts(self) -> dict[str, str]:
+        """The same in words, by name."""
+        batch, told = self.batch, None
         if batch is not None:
             rows = batch.micro * batch.accumulation * batch.ranks
             ranks = "1 rank" if batch.ranks == 1 else f"{batch.ranks} ranks"
             told = f"{rows:,} rows ({batch.micro} × {batch.accumulation} accumulated × {ranks})"
-        yield from _joined({"learning rate": self.learning_rate, "batch": None if batch is None else told})
         resumed = f", resumed at step {self.resumed_at_step:,}" if self.resumed_at_step else ""
-        began = None if self.began is None else f"{self.began}{resumed}"
-        versions = ", ".join(f"{name} {number}" for name, number in (self.versions or {}).items())
-        yield from _joined({"began": began, "with": versions or None})
-
-
-def _joined(parts: Mapping[str, object]) -> Iterator[str]:
-    if known := [f"{name} {value}" for name, value in parts.items() if value is not None]:
-        yield "; ".join(known)
+        facts = {
+            "model": self.model,
+            "data": None if self.data is None else ", ".join(self.data),
+            "rows": None if self.rows is None else f"{self.rows:,}",
+            "learning rate": None if self.learning_rate is None else f"{self.learning_rate}",
+            "batch": told,
+            "began": None if self.began is None else f"{self.began.replace('T', ' ')}{resumed}",
+            "with": ", ".join(f"{name} {number}" for name, number in (self.versions or {}).items()) or None,
+        }
+        return {name: fact for name, fact in facts.items() if fact is not None}

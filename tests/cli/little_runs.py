@@ -40,13 +40,16 @@ def step(at: int, number: float = 3.0, rest: float = 1.0, alpha: float = 0.2, sh
     }
 
 
-def evaluation(at: int, number: float, rest: float, share: float = 0.25) -> Entry:
+def evaluation(at: int, number: float, rest: float, share: float = 0.25, p: float = 0.5) -> Entry:
     return {
         "step": at,
         "eval_loss": 1.0,
         "eval_nll": share * number + (1 - share) * rest,
         "eval_dwl/nll/number": number,
         "eval_dwl/nll/rest": rest,
+        "eval_dwl/p": p,
+        "eval_dwl/p/number": p,
+        "eval_dwl/p/rest": p,
         "eval_dwl/token_share/number": share,
         "eval_dwl/token_share/rest": 1 - share,
     }

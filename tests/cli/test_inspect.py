@@ -15,6 +15,7 @@ from click.testing import Result
 
 from dwl_plugin.cli.inspect.rows import look
 from dwl_plugin.cli.output import printable
+from tests.cli.browser import OUT_OF_SIGHT, looked_at, needs_a_browser
 from tests.hosts import harness
 
 Run = Callable[..., Result]
@@ -127,6 +128,16 @@ def test_the_page_asks_for_nothing_and_runs_only_its_own_script(page: Callable[.
     assert not [attributes for _, attributes in shown.elements if "src" in attributes or "style" in attributes]
     assert all((link["href"] or "").startswith("#") for link in shown.named("a"))
     assert shown.named("link") == []
+
+
+@needs_a_browser
+def test_a_phone_shows_all_of_the_page(dwl: Run, write_config: Write, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    alpha = {"control": 2, "number": 1, "rest": 1}
+    dwl("inspect", write_config(loss="dwl", dwl={"classes": CLASSES, "alpha": alpha}), "--samples", 2, "--html", out)
+    assert looked_at(out, OUT_OF_SIGHT) == []
+    named = "return [...page.querySelectorAll('tr:has(#k0) td')].map((cell) => getComputedStyle(cell, '::before').content)"
+    assert looked_at(out, named) == ['"tokens"', '"share"', '"α"', '"one token, vs SFT"', '"share of the weight"']
 
 
 def test_the_samples_of_a_packed_row_are_told_apart(page: Callable[..., Page]) -> None:

@@ -52,6 +52,11 @@ def test_alpha_stands_at_every_tenth_of_the_run(tmp_path: Path) -> None:
         assert float(row[3]) + float(row[5]) == pytest.approx(1, abs=0.011)
 
 
+def test_a_short_run_shows_each_step_once(tmp_path: Path) -> None:
+    assert [row[0] for row in rows_of(dwl(config(tmp_path, max_steps=5)))] == ["0", "1", "2", "3", "4", "5"]
+    assert [row[0] for row in rows_of(dwl(tmp_path / "train.yml", "--steps", 1))] == ["0", "1"]
+
+
 def test_steps_go_before_the_yamls_own_number(tmp_path: Path) -> None:
     assert rows_of(dwl(config(tmp_path, max_steps=200), "--steps", 50))[-1][0] == "50"
 

@@ -1,21 +1,13 @@
-"""The page: one file that asks the network for nothing, and in which a sample's text is never more than text.
-
-The template escapes all it is given. The page's own script and style are named by their hashes in its content security
-policy, so a browser would run no other.
-"""
+"""The page of the rows: one file in which a sample's text is never more than text (`dwl_plugin/cli/html.py`)."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
-from importlib import resources
-from importlib.metadata import version
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
+from dwl_plugin.cli import html
 from dwl_plugin.cli.analysis import LookedAt
 from dwl_plugin.cli.inspect.rows import MASKED, ShownRow, factors_in, look, row_notes
 from dwl_plugin.cli.output import fixed
@@ -25,17 +17,12 @@ __all__ = ["render_page"]
 
 def render_page(title: str, seen: LookedAt, rows: Sequence[ShownRow]) -> str:
     """The whole page as text."""
-    folder = resources.files(__package__)
     names = seen.class_names
-    style = folder.joinpath("page.css").read_text(encoding="utf-8") + _class_styles(len(names))
-    script = folder.joinpath("page.js").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        folder.joinpath("page.html.j2").read_text(encoding="utf-8")
-    )
-    return template.render(
+    return html.render(
+        __package__,
+        more_style=_class_styles(len(names)),
         config=title,
         loss=seen.block and seen.block.loss,
-        version=version("axolotl-dwl"),
         names=names,
         masked=MASKED,
         figures=seen.figures,
@@ -51,10 +38,6 @@ def render_page(title: str, seen: LookedAt, rows: Sequence[ShownRow]) -> str:
         notes=row_notes(seen),
         model=str(getattr(seen.tokenizer, "name_or_path", "")).rstrip("/").rsplit("/", 1)[-1],
         visible=_visible,
-        style=Markup(style),
-        script=Markup(script),
-        style_hash=_hash(style),
-        script_hash=_hash(script),
     )
 
 
@@ -91,7 +74,3 @@ def _visible(text: str) -> Markup:
     """A token's text with its line ends and tabs to be seen; an empty one still takes room."""
     marked = escape(text).replace("\n", Markup('<i class="nl"></i>\n')).replace("\t", Markup('<i class="tab"></i>\t'))
     return marked or Markup('<i class="none"></i>')
-
-
-def _hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

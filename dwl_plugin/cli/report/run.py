@@ -26,7 +26,7 @@ from dwl_plugin.run.record import Record
 from dwl_plugin.values import REST
 from dwl_plugin.yaml_io import load_plain_yaml
 
-__all__ = ["MOST_CLASSES", "LoggedCurve", "Run", "largest", "read_runs"]
+__all__ = ["MOST_CLASSES", "LoggedCurve", "Run", "key_of", "largest", "read_runs"]
 
 STATE = "trainer_state.json"
 CONFIG = "dwl_config.yaml"
@@ -135,8 +135,16 @@ class Run:
 
     def nll(self, name: str | None) -> tuple[float, float]:
         """nll of a class, or of all targets, at the start and at the end: of the evaluation set if there is one."""
-        key = "nll" if name is None else f"dwl/nll/{name}"
+        return self.measured(key_of("nll", name))
+
+    def measured(self, key: str) -> tuple[float, float]:
+        """Any number of both, e.g. ``dwl/p/number``, in the same way."""
         return self.eval_curve(key).ends if self.evals else self.curve(key).tenths
+
+
+def key_of(what: str, name: str | None) -> str:
+    """What `nll` or `p` of a class, or of all targets, is logged as."""
+    return f"dwl/{what}/{name}" if name is not None else "nll" if what == "nll" else f"dwl/{what}"
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

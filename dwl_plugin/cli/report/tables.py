@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dwl_plugin.cli.output import fixed, number, printable, say, short, table_of_classes
-from dwl_plugin.cli.report.run import MOST_CLASSES, LoggedCurve, Run, largest
+from dwl_plugin.cli.report.metrics import MOVING, OF_THE_WHOLE, SHOWN_ALWAYS, marked
+from dwl_plugin.cli.report.run import MOST_CLASSES, LoggedCurve, Run, key_of, largest
 from dwl_plugin.values import REST
 
 __all__ = [
@@ -22,7 +24,9 @@ __all__ = [
     "called",
     "compared",
     "data_sets_of",
+    "differing",
     "facts",
+    "in_training",
     "made_of",
     "print_comparison",
     "print_run",
@@ -31,15 +35,11 @@ __all__ = [
 ]
 
 NONE = "–"
-MOVING = {
-    "signal": "Signal",
-    "exponent": "Exponent of dft",
-    "min_weight": "Least weight of dft",
-    "kl": "KL to the base model",
-    "factor": "Mean factor",
-    "p_negative": "p where the factor is below 0",
-}
-DATA_SET_COLUMNS = ("tokens", "share of loss", "training nll", "p", "held-out nll")
+COLUMNS = ("tokens", *(marked(SHOWN_ALWAYS[key]) for key in ("loss_share", "alpha", "nll", "p")))
+DATA_SET_COLUMNS = ("tokens", "share of loss", "training nll ↓", "p ↑", "held-out nll ↓")
+ARROWS = "↓: lower is better. ↑: higher is better. Shares and α say what the loss looks at, not how good the model is."
+
+_MOST_DIFFERENCES = 40
 
 Ends = tuple[float, float]
 
@@ -53,6 +53,7 @@ class Row:
     loss_share: Ends
     alpha: Ends
     nll: Ends
+    p: Ends
 
 
 def shown_of(runs: Sequence[Run], limit: int) -> tuple[list[str], str]:
@@ -74,10 +75,11 @@ def rows_of(run: Run) -> list[Row]:
             run.curve(f"dwl/loss_share/{name}").tenths,
             run.curve(f"dwl/alpha/{name}").ends if run.weighs_classes else unknown,
             run.nll(name),
+            run.measured(key_of("p", name)),
         )
         for name in run.classes
     ]
-    return [*(rows if len(rows) > 1 else ()), Row(None, 1.0, unknown, unknown, run.nll(None))]
+    return [*(rows if len(rows) > 1 else ()), Row(None, 1.0, unknown, unknown, run.nll(None), run.measured(key_of("p", None)))]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class DataSetRow:
     @property
     def cells(self) -> list[str]:
         means = [arrow(ends, partial(fixed, digits=2)) for ends in (self.nll, self.p, self.held_out)]
-        return [percent(self.token_share), arrow(self.loss_share, _brief), *means]
+        return [percent(self.token_share), arrow(self.loss_share, brief), *means]
 
 
 def data_sets_of(run: Run) -> list[DataSetRow]:
@@ -119,9 +121,16 @@ def data_sets_of(run: Run) -> list[DataSetRow]:
 
 def moving(run: Run) -> Iterator[tuple[str, list[tuple[str, Ends]]]]:
     """(name, start and end by class) of what a run logs only if it has it: a controller's signal, dft's numbers, KL."""
-    for key, title in MOVING.items():
+    for key, metric in MOVING.items():
         if ends := [(name, curve.ends) for name in run.classes if (curve := run.curve(f"dwl/{key}/{name}"))]:
-            yield title, ends
+            yield marked(metric), ends
+
+
+def in_training(run: Run) -> str:
+    """The loss and what else is of all targets of the training batches, at the start and at the end."""
+    metrics = {"loss": SHOWN_ALWAYS["loss"], "nll": SHOWN_ALWAYS["nll"], **OF_THE_WHOLE}
+    known = [f"{marked(metric).lower()} {arrow(curve.tenths)}" for key, metric in metrics.items() if (curve := run.curve(key))]
+    return f"In training: {', '.join(known)}." if known else ""
 
 
 def facts(run: Run) -> list[str]:
@@ -133,9 +142,43 @@ def facts(run: Run) -> list[str]:
     return [f"loss: {run.block.loss}{reduction}", steps]
 
 
-def made_of(run: Run) -> list[str]:
-    """Model, data, batch, versions: a few lines, each of bounded length."""
-    return [] if run.record is None else [short(line, 1000) for line in run.record.lines()]
+def made_of(run: Run) -> dict[str, str]:
+    """Model, data, learning rate, batch, date, versions, by name, each of bounded length."""
+    return {} if run.record is None else {name: short(fact, 1000) for name, fact in run.record.facts().items()}
+
+
+def differing(runs: Sequence[Run]) -> tuple[list[tuple[str, list[str]]], str]:
+    """What the runs were made of and how their losses were set, where they differ: a name, and a cell a run; and a sentence."""
+    kept = [run for run in runs if run.record is not None and run.block is not None]
+    if len(kept) < len(runs):
+        missing = ", ".join(run.name for run in runs if run not in kept)
+        return [], f"What differs between the runs is not known: {missing} has no dwl_config.yaml that tells all of it."
+    settings = [dict(_settings(run)) for run in runs]
+    names = dict.fromkeys(name for each in settings for name in each)
+    rows = [(short(name, 40), [short(each.get(name, NONE), 200) for each in settings]) for name in names]
+    rows = [(name, cells) for name, cells in rows if len(set(cells)) > 1]
+    more = len(rows) - _MOST_DIFFERENCES
+    return rows[:_MOST_DIFFERENCES], f"{more} more settings differ." if more > 0 else "" if rows else "No setting differs."
+
+
+def _settings(run: Run) -> Iterator[tuple[str, str]]:
+    """By name, from the outside to the loss."""
+    assert run.record is not None
+    assert run.block is not None
+    facts = run.record.facts()
+    facts.pop("with", None)
+    yield from facts.items()
+    yield from (run.record.versions or {}).items()
+    yield "optimizer steps", str(run.step)
+    yield from _leaves(run.block.dump(), "")
+
+
+def _leaves(node: object, path: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node if isinstance(node, str) else json.dumps(node, ensure_ascii=False)
 
 
 def called(name: str | None) -> str:
@@ -144,17 +187,17 @@ def called(name: str | None) -> str:
 
 
 def print_run(console: Console, run: Run) -> None:
-    table = table_of_classes(f"{printable(run.name)}: {', '.join(facts(run))}", show_edge=False)
-    for title in ("tokens", "share of loss", "α", "nll", "change"):
+    say(console, f"{run.name}: {', '.join(facts(run))}", style="bold")
+    _print_made_of(console, run)
+    table = table_of_classes("", show_edge=False)
+    table.collapse_padding = True  # so that it fits into 80 columns
+    for title in COLUMNS:
         table.add_column(title, justify="right", no_wrap=True)
+    two = partial(fixed, digits=2)
     for row in rows_of(run):
-        cells = (
-            percent(row.token_share),
-            arrow(row.loss_share, _brief),
-            arrow(row.alpha, partial(fixed, digits=2)),
-            arrow(row.nll),
-        )
-        _add_row(table, row.name, [*map(Text, cells), Text(change_of(row.nll), style=_colour(row.nll))])
+        cells = percent(row.token_share), arrow(row.loss_share, brief), arrow(row.alpha, two)
+        measured = Text(arrow(row.nll), style=_colour(row.nll)), Text(arrow(row.p, two), style=_colour(row.p[::-1]))
+        _add_row(table, row.name, [*map(Text, cells), *measured])
     console.print(table)
     if data_sets := data_sets_of(run):
         table = table_of_classes("", show_edge=False, of="data set")
@@ -163,46 +206,55 @@ def print_run(console: Console, run: Run) -> None:
         for data_set in data_sets:
             _add_row(table, short(data_set.name, 36), [*map(Text, data_set.cells)])
         console.print(table)
-    if loss := run.curve("loss"):
-        say(console, f"In training: loss {arrow(loss.tenths)}, nll {arrow(run.curve('nll').tenths)}.")
+    if known := in_training(run):
+        say(console, known)
     for title, by_class in moving(run):
         say(console, f"{title}: {', '.join(f'{called(name)} {arrow(pair)}' for name, pair in by_class)}.")
-    for line in made_of(run):
-        say(console, line)
     source = "held-out rows" if run.evals else "training batches"
-    say(console, f"Start → end, nll in nats per token of the {source}, whatever α was.")
+    say(console, f"Start → end; nll in nats per token of the {source}, whatever α was, and p of the same.")
+    say(console, ARROWS)
     for note in run.notes:
         say(console, note)
 
 
+def _print_made_of(console: Console, run: Run) -> None:
+    made = made_of(run)
+    for names in (("model", "data", "rows"), ("learning rate", "batch"), ("began", "with")):
+        if told := [f"{name} {made[name]}" for name in names if name in made]:
+            say(console, "; ".join(told))
+
+
 @dataclass(frozen=True)
 class ComparedRow:
-    """nll at the end, run by run."""
+    """nll or p of a class at the end, run by run."""
 
     name: str | None
-    nll: tuple[float, ...]
+    what: str
+    values: tuple[float, ...]
 
     @property
     def cells(self) -> list[str]:
-        """The first run's nll, and every other's with its change against the first."""
-        first = self.nll[0]
-        return [number(first), *(f"{number(value)} ({change_of((first, value))})" for value in self.nll[1:])]
+        """The first run's number, and every other's with its change against the first."""
+        first = self.values[0]
+        change = change_of if self.what == "nll" else _difference
+        return [number(first), *(f"{number(value)} ({change((first, value))})" for value in self.values[1:])]
 
     @property
     def best(self) -> int | None:
-        """The run with the lowest nll."""
-        known = [at for at, value in enumerate(self.nll) if math.isfinite(value)]
-        return min(known, key=lambda at: self.nll[at]) if len(known) > 1 else None
+        """The run with the lowest nll, or the highest p."""
+        known = [at for at, value in enumerate(self.values) if math.isfinite(value)]
+        best = min if SHOWN_ALWAYS[self.what].better == "lower" else max
+        return best(known, key=lambda at: self.values[at]) if len(known) > 1 else None
 
 
-def compared(runs: Sequence[Run]) -> tuple[list[ComparedRow], str, list[str]]:
+def compared(runs: Sequence[Run], what: str = "nll") -> tuple[list[ComparedRow], str, list[str]]:
     """Rows over the classes of all runs, what was measured, and what to mind when reading them."""
     held_out = all(run.evals for run in runs)
     names, left_out = shown_of(runs, MOST_CLASSES)
     names = [name for name in names if name != REST]
-    keys: dict[str | None, str] = {**({name: f"dwl/nll/{name}" for name in (*names, REST)} if names else {}), None: "nll"}
+    keys = {name: key_of(what, name) for name in (*((*names, REST) if names else ()), None)}
     ends = {name: [run.eval_curve(key).ends if held_out else run.curve(key).tenths for run in runs] for name, key in keys.items()}
-    rows = [ComparedRow(name, tuple(last for _, last in by_run)) for name, by_run in ends.items()]
+    rows = [ComparedRow(name, what, tuple(last for _, last in by_run)) for name, by_run in ends.items()]
     source = "the held-out rows" if held_out else "the last tenth of the training batches"
     notes = [left_out] if left_out else []
     if not held_out and any(run.evals for run in runs):
@@ -218,16 +270,37 @@ def compared(runs: Sequence[Run]) -> tuple[list[ComparedRow], str, list[str]]:
 
 
 def print_comparison(console: Console, runs: Sequence[Run]) -> None:
-    rows, source, notes = compared(runs)
-    table = table_of_classes(f"nll at the end, {source}", show_edge=False)
-    for run in runs:
-        table.add_column(Text(printable(run.name)), justify="right", overflow="fold")
-    for row in rows:
-        _add_row(table, row.name, [Text(cell, style="green" if at == row.best else "") for at, cell in enumerate(row.cells)])
-    console.print(table)
-    say(console, f"In brackets: against {runs[0].name}. Green: the lowest of its row.")
+    rows, told = differing(runs)
+    if rows:
+        _print_by_run(console, "What differs", "setting", runs, [(name, [*map(Text, cells)]) for name, cells in rows])
+    if told:
+        say(console, told)
+    _, source, notes = compared(runs)
+    for what in ("nll", "p"):
+        compared_rows, *_ = compared(runs, what)
+        if any(math.isfinite(value) for row in compared_rows for value in row.values):
+            cells = [
+                [Text(cell, style="green" if at == row.best else "") for at, cell in enumerate(row.cells)] for row in compared_rows
+            ]
+            title = f"{marked(SHOWN_ALWAYS[what])} at the end, {source}"
+            _print_by_run(console, title, "class", runs, [(row.name, each) for row, each in zip(compared_rows, cells, strict=True)])
+    say(console, f"In brackets: against {runs[0].name}. Green: the best of its row, the lowest nll or the highest p.")
     for line in (*notes, *(note for run in runs for note in run.notes)):
         say(console, line)
+
+
+def _print_by_run(
+    console: Console, title: str, of: str, runs: Sequence[Run], rows: Sequence[tuple[str | None, list[Text]]]
+) -> None:
+    """A column a run."""
+    table = table_of_classes(title, show_edge=False, of=of)
+    table.columns[0].no_wrap = of == "setting"
+    for run in runs:
+        table.add_column(Text(printable(run.name)), justify="right", overflow="fold")
+    for name, cells in rows:
+        _add_row(table, name, cells)
+    console.print(table)
+    console.print()
 
 
 def _add_row(table: Table, name: str | None, cells: Sequence[Text]) -> None:
@@ -240,12 +313,17 @@ def percent(value: float) -> str:
     return f"{fixed(100 * value, 1)} %" if math.isfinite(value) else NONE
 
 
-def _brief(value: float) -> str:
+def brief(value: float) -> str:
     return percent(value) if abs(value) < 0.0995 else f"{fixed(100 * value, 0)} %"
 
 
 def arrow(ends: Ends, form: Callable[[float], str] = number) -> str:
     return f"{form(ends[0])} → {form(ends[1])}" if all(map(math.isfinite, ends)) else NONE
+
+
+def _difference(ends: Ends) -> str:
+    change = ends[1] - ends[0]
+    return f"{'+' * (change >= 0)}{number(change)}".replace("-", "−") if math.isfinite(change) else NONE
 
 
 def change_of(ends: Ends) -> str:
