@@ -7,7 +7,7 @@ puts that into the config.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from dwl_plugin.cli.suggest.rules import PACKS, Proposal, against, choose, own_c
 from dwl_plugin.config import Block, parse
 from dwl_plugin.errors import DWLError
 from dwl_plugin.hosts.axolotl_data import data_set_names
+from dwl_plugin.loss.reduction import class_weight_table
 from dwl_plugin.run.dataset_check import labeller_of
 from dwl_plugin.values import REST
 
@@ -73,9 +74,9 @@ def suggest(
     if as_json:
         print_json(console, _as_dict(found, matches, structure, proposal, advice, left_out, measured, lines))
     else:
-        _print_counts(console, seen, matches, structure, proposal, measured, weigh)
+        _print_counts(console, seen, matches, structure, proposal, measured, _alpha(proposal, weigh, config.parent))
         _print_list(console, "Packs that are not in the block", [] if stays else left_out)
-        _print_list(console, "What follows", advice)
+        _print_list(console, "What follows (in brackets: sections of docs/evidence.md)", advice)
         _print_list(console, "Hints", found.hints)
         _print_list(console, "Not looked at", found.unseen)
         _print_block(console, config, lines, proposal, weigh, is_new, not names_plugin(written))
@@ -119,7 +120,7 @@ def _print_counts(
     structure: Structure,
     proposal: Proposal,
     measured: Sequence[ClassProbabilities] | None,
-    weigh: str,
+    alpha: Mapping[str, tuple[str, str]],
 ) -> None:
     of = "" if seen.rows.total is None else f" of {seen.rows.total:,}"
     say(console, f"{matches.targets:,} target tokens, in {structure.turns:,} turns of {matches.rows:,}{of} rows", "bold")
@@ -133,8 +134,8 @@ def _print_counts(
         say(console, f"Marks that are no tokens of their own: {told}")
     table = table_of_classes("")
     table.title = None
-    alpha = _alpha(proposal, weigh)
-    columns = ["tokens", "share", "rows", *(["mean p", "of the loss"] if measured else []), *_ALPHA_COLUMNS[bool(weigh)]]
+    weighed = proposal.keys["loss"] == "dwl"
+    columns = ["tokens", "share", "rows", *(["mean p", "of the loss"] if measured else []), *_ALPHA_COLUMNS[weighed]]
     for name in columns if alpha else columns[:-2]:
         table.add_column(name, justify="right")
     nll = {row.name: row.tokens * row.nll if row.tokens else 0.0 for row in measured or ()}
@@ -151,15 +152,19 @@ def _print_counts(
         table.add_section()
         table.add_row("all", f"{matches.targets:,}", "", "", number(p["all"]), "", *(["", ""] if alpha else []))
     console.print(table)
-    if alpha and not weigh and proposal.keys["loss"] != "dwl":
+    if alpha and not weighed:
         say(console, "α and share of the weight: not proposed, but what --weigh with the pack of that row would write.")
     console.print()
 
 
-def _alpha(proposal: Proposal, weigh: str) -> dict[str, tuple[str, str]]:
+def _alpha(proposal: Proposal, weigh: str, folder: Path) -> dict[str, tuple[str, str]]:
     """α of each class, and its share of the weight: as proposed; where nothing is weighed, under the `--weigh` of its own pack."""
     if proposal.keys["loss"] == "dwl" and not weigh:
-        return {}
+        block = parse(proposal.keys, folder)
+        assert block is not None
+        counts = (*proposal.counts, sum(proposal.counts), 1)
+        table = class_weight_table(block.reduction, block.class_names, block.alpha, counts)
+        return {row.name: (number(row.alpha), f"{row.weight_share:.1%}") for row in table}
     shown: dict[str, tuple[str, str]] = {}
     for pack in [weigh] if weigh else dict.fromkeys(entry.key.pack for entry in proposal.classes if entry.key.pack):
         with suppress(DWLError):  # there is nothing to weigh against
@@ -181,7 +186,7 @@ def _print_block(
     console: Console, config: Path, lines: Sequence[str], proposal: Proposal, weigh: str, is_new: bool, needs_plugin: bool
 ) -> None:
     if not is_new:
-        say(console, f"{config} says all of this already.", "bold")
+        say(console, f"There is nothing to write into {config}.", "bold")
         return
     if proposal.keys["loss"] == "nll":
         say(console, "Nothing here speaks for weighting: train plain, with these classes to measure.", "bold")

@@ -90,8 +90,8 @@ class Matches:
 class Structure(NamedTuple):
     """What is trained of the tokenizer's own tokens.
 
-    `turns` are runs of targets; `control` has the special and added tokens among the targets and how often each stands there; `tags`
-    the marks of the packs that are written in trained text without being one token: how many tokens each is, and in how many rows.
+    `turns` are runs of targets; `control` has the special and added tokens among the targets and how often each stands there;
+    `tags` the marks of packs that stand in trained text without being one token: how many tokens each is, and in how many rows.
     """
 
     turns: int
@@ -141,4 +141,4 @@ def _tags() -> set[str]:
     """What stands around thoughts and calls, in any model family."""
     packs = [PackLibrary(None).pack(PackReference(name), "") for name in ("reasoning", "tool_call")]
     selectors = (selector for pack in packs for config in pack.classes.values() for _, selector in walk(config, ""))
-    return {tag for selector in selectors if isinstance(selector, BetweenSelector) for tag in selector.between}
+    return {tag for selector in selectors if isinstance(selector, BetweenSelector) for tag in selector.between if len(tag) > 3}

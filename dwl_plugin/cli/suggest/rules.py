@@ -1,7 +1,8 @@
 """From counts, and perhaps measured p, to a proposal. The rules and their numbers stand at the top, each with what it rests on.
 
-By our own experiments (docs/evidence.md, whose sections stand in brackets) a weight rarely beats plain SFT, and no count tells which
-tokens matter to somebody. So weights are proposed only where they are asked for (`--weigh`), and DFT only where the model was measured.
+By our own experiments (docs/evidence.md, whose sections stand in brackets) a weight rarely beats plain SFT, and no count tells
+which tokens matter to somebody. So weights are proposed only where they are asked for (`--weigh`), and DFT only where the model was
+measured.
 """
 
 from __future__ import annotations
@@ -56,16 +57,16 @@ SAME_TEXT = 0.9
 """Of the tokens of `code`, from which the fenced code is JSON and `json` says more of it."""
 
 WEIGHED = 2.0
-"""α of what is asked for, the rest having 1. At 1.9 : 1 a class gained (nll −0.011 ± 0.006) and what the rest lost cannot be told from
-chance (+0.002 ± 0.004); from 4 : 1 on the rest paid as much or more (α steers: `class_mean` 0.2, `weighted_mean` 0.8)."""
+"""α of what is asked for, the rest having 1. At 1.9 : 1 a class gained (nll −0.011 ± 0.006) and what the rest lost cannot be told
+from chance (+0.002 ± 0.004); from 4 : 1 on the rest paid as much or more (α steers: `class_mean` 0.2, `weighted_mean` 0.8)."""
 
 RARE, RARE_ALPHA = 0.05, 8.0
-"""Below this share of the targets twice nothing is nothing; then what the pack `math_answer` suggests. Of a class of 2 %, 2.5 : 1 moved
-the nll by −0.007 ± 0.027, and 19 : 1 by −0.066 ± 0.093 (α steers: `answer`)."""
+"""Below this share of the targets twice nothing is nothing; then what the pack `math_answer` suggests. Of a class of 2 %, 2.5 : 1
+moved the nll by −0.007 ± 0.027, and 19 : 1 by −0.066 ± 0.093 (α steers: `answer`)."""
 
 END = 2.0
-"""α of the end of a turn beside another class's weight: with that it counts no less than under SFT. At 5 : 1 on calls without their end,
-the end lost 0.22 ± 0.20 of its p (a minority that is the score)."""
+"""α of the end of a turn beside another class's weight: with that it counts no less than under SFT. At 5 : 1 on calls without their
+end, the end lost 0.22 ± 0.20 of its p (a minority that is the score)."""
 
 MOSTLY = 0.8
 """Share of the targets from which a class is nearly all there is: twice the α is then 1.1 times the weight at most."""
@@ -74,12 +75,18 @@ MIN_WEIGHT = 0.1
 """Of DFT. Without it DFT wrote no call word for word and left ends of turns unlearned; with it neither can be told from NLL's, p is
 higher by 0.04, and nll is, too (ends of turns under DFT)."""
 
+NEW = MIDDLE_FROM
+"""Mean p below which a class is new to the model, and DFT is not proposed whatever the mean of all is: it raises what was likely
+and leaves what was not. Calls, whose form was new, it did not learn (DFT against its own step size)."""
+
 KNOWN = 0.95
 """Mean p of a class from which a weight moves nothing: its tokens cost next to nothing already, −log 0.95 = 0.05 nats."""
 
 _END = Key("end_of_turn", "end_of_turn")
 _LIGHT, _HEAVY = 0.95, 1.05
 _CALLS = "a minority that is the score"
+_P = "(arXiv 2510.00526)"
+_FLOOR = "a floor: without one DFT lost calls and ends of turns (docs/evidence.md)"
 
 
 class Chosen(NamedTuple):
@@ -119,27 +126,34 @@ class Proposal:
 
 def choose(matches: Matches, own: Mapping[str, Any]) -> tuple[list[Chosen], list[str]]:
     """The classes to measure, narrow ones first, and why each other pack is not among them; `own`: those that the config has."""
-    keys, left_out = [key for key in matches.matched if not key.pack], list[str]()
+    names = {_known(spec, matches) or Key("", name): name for name, spec in own.items()}
+    keys, left_out = list(names), list[str]()
     for pack in _order(matches):
         if pack in matches.unseen:
             left_out.append(f"{pack}: cannot be looked for with this tokenizer: {matches.unseen[pack]}")
             continue
-        members = matches.of_pack(pack)
+        members = [key for key in matches.of_pack(pack) if key not in names]
         alone_N = matches.any_of(members)
         new = matches.found(alone_N & ~matches.any_of(keys))
-        why = _too_little(pack, matches, matches.found(alone_N), new)
-        if why:
-            left_out.append(f"{pack}: {why}")
+        if why := _too_little(pack, matches, matches.found(alone_N), new):
+            if len(members) == len(matches.of_pack(pack)):
+                left_out.append(f"{pack}: {why}")
             continue
         claimed = matches.claimed([*keys, *members])
         keys += [key for key in members if claimed[key].rows >= LEAST_ROWS * matches.rows]
-    taken: set[str] = set()
     chosen = []
     for key, found in matches.claimed(keys).items():
-        name = key.name if key.name not in taken else f"{key.pack}_{key.name}"
-        taken.add(name)
-        chosen.append(Chosen(name, key, found, {"pack": str(key)} if key.pack else own[key.name]))
+        if key not in names:
+            names[key] = key.name if key.name not in names.values() else f"{key.pack}_{key.name}"
+        name = names[key]
+        chosen.append(Chosen(name, key, found, own.get(name) or {"pack": str(key)}))
     return chosen, left_out
+
+
+def _known(spec: Any, matches: Matches) -> Key | None:
+    """The class of a shipped pack that a class of the config is."""
+    pack, _, member = str(spec["pack"]).partition(".") if isinstance(spec, Mapping) and set(spec) == {"pack"} else ("", "", "")
+    return key if (key := Key(pack, member)) in matches.matched else None
 
 
 def _order(matches: Matches) -> list[str]:
@@ -162,9 +176,8 @@ def _too_little(pack: str, matches: Matches, alone: Found, new: Found) -> str:
     if new.rows < LEAST_ROWS * matches.rows:
         return f"{which}; in less than {LEAST_ROWS:.0%} of the rows, so perhaps by chance"
     if new.tokens < least * matches.targets:
-        return (
-            f"{which}, and {new.tokens / matches.targets:.1%} that no class above has; any text has some, so not below {least:.0%}"
-        )
+        left = f"{new.tokens / matches.targets:.1%} of the targets are left to it"
+        return f"{which}; {left}, and any text has some: not below {least:.0%}"
     return ""
 
 
@@ -217,54 +230,53 @@ def propose(
     if weigh:
         alpha, table = weights_of(chosen, counts, weigh)
         keys = {"loss": "dwl", "dwl": dwl | {"reduction": "weighted_mean", "alpha": {n: _plain(a) for n, a in alpha.items()}}}
-        why = list(_why_weights(weigh, alpha, table, mean_p))
+        why = list(_why_weights(weigh, alpha, table))
     else:
-        loss, dft, why = _loss(raw, None if mean_p is None else mean_p["all"])
+        loss, dft, because = _loss(raw, mean_p)
+        why = [Line("loss", because), *([Line("dft", _FLOOR)] if dft.get("min_weight") else [])]
         keys = {"loss": loss, **({"dft": dft} if dft else {}), **({"dwl": dwl} if dwl else {})}
     return Proposal(keys, tuple(chosen), counts, tuple(why), tuple(_advice(chosen, matches.targets, keys["loss"], mean_p, weigh)))
 
 
-def _loss(raw: Mapping[str, Any], mean_p: float | None) -> tuple[str, dict[str, Any] | None, list[Line]]:
-    """NLL or DFT, by the mean p of the targets; a `loss: dft` stays where nothing speaks against it."""
-    asked = raw.get("loss") == "dft"
-    dft = dict(raw.get("dft") or {}) if asked else {}
-    low = mean_p is not None and mean_p < (MIDDLE_FROM if asked else STRONG)
-    if asked and not low and (dft.get("schedule") is not None or dft.get("exponent") == 0 or dft.get("min_weight")):
-        return "dft", dft, [Line("loss", "as the config has it; compare with `loss: nll`")]
-    if low or (mean_p is None and not asked):
-        return "nll", None, [Line("loss", _why_nll(mean_p))]
-    floor = "a floor: without one DFT lost calls and ends of turns (docs/evidence.md)"
-    why = "as the config has it; compare with `loss: nll`"
-    if not asked:
-        why = f"mean p {mean_p:.2f} is at least {STRONG:g}: DFT may do better (arXiv 2510.00526); compare with `loss: nll`"
-    return "dft", {**dft, "min_weight": MIN_WEIGHT}, [Line("loss", why), Line("dft", floor)]
+def _loss(raw: Mapping[str, Any], mean_p: Mapping[str, float] | None) -> tuple[str, dict[str, Any], str]:
+    """NLL or DFT with its options, and why, by mean p; a `loss: dft` stays where nothing speaks against it."""
+    everything = None if mean_p is None else mean_p["all"]
+    if raw.get("loss") == "dft":
+        if everything is not None and not everything >= MIDDLE_FROM:
+            return "nll", {}, f"mean p {everything:.2f} is below {MIDDLE_FROM:g}: NLL does as well as DFT, or better {_P}"
+        dft = dict(raw.get("dft") or {})
+        if dft.get("schedule") is None and dft.get("exponent") != 0 and not dft.get("min_weight"):
+            dft["min_weight"] = MIN_WEIGHT
+        return "dft", dft, "as the config has it; compare with `loss: nll`"
+    if mean_p is None or everything is None:
+        return "nll", {}, "plain SFT, measured by class: nothing here speaks for weights"
+    if not everything >= STRONG:
+        return "nll", {}, f"plain SFT, measured by class: mean p {everything:.2f}, and DFT won from {STRONG:g} on {_P}"
+    if new := _new(mean_p):
+        return "nll", {}, f"plain SFT, measured by class: DFT gives up what is new to the model ({', '.join(new)})"
+    why = f"mean p {everything:.2f}, at least {STRONG:g}, and no class below {NEW:g}: DFT may do better {_P}"
+    return "dft", {"min_weight": MIN_WEIGHT}, why
 
 
-def _why_nll(mean_p: float | None) -> str:
-    if mean_p is None:
-        return "plain SFT, measured by class: nothing here speaks for weights"
-    if math.isnan(mean_p):
-        return "plain SFT, measured by class"
-    return f"plain SFT, measured by class: mean p {mean_p:.2f} is below {STRONG:g}, where DFT was found to win (arXiv 2510.00526)"
+def _new(mean_p: Mapping[str, float]) -> list[str]:
+    """Classes that the model does not believe in yet."""
+    return [f"`{name}`" for name, p in mean_p.items() if name != "all" and p < NEW]
 
 
-def _why_weights(
-    pack: str, alpha: Mapping[str, float], table: Sequence[ClassWeight], mean_p: Mapping[str, float] | None
-) -> Iterator[Line]:
-    heavy = [row for row in table if alpha[row.name] > 1 and row.token_share]
+def _why_weights(pack: str, alpha: Mapping[str, float], table: Sequence[ClassWeight]) -> Iterator[Line]:
+    heavy = [row for row in table if alpha[row.name] > 1]
     light = next(row for row in table if alpha[row.name] == 1)
     before, now = sum(row.token_share for row in heavy), sum(row.weight_share for row in heavy)
     yield Line("loss", f"weights because of --weigh {pack}; compare with `loss: nll`")
     yield Line("reduction", "only ratios of α count: the loss keeps the size that it has under SFT")
-    yield Line(
-        "alpha", f"what has more than 1: {before:.0%} → {now:.0%} of the weight; a token with 1 counts {light.one_token:.2f}×"
-    )
+    least = min(row.weight for row in heavy)
+    yield Line("alpha", f"above 1: {before:.0%} of tokens, {now:.0%} of weight; a token {least:.2f}×, with 1 {light.weight:.2f}×")
 
 
 def _advice(chosen: Sequence[Chosen], targets: int, loss: str, mean_p: Mapping[str, float] | None, weigh: str) -> Iterator[str]:
     """What the counts, p and our experiments say beside the block."""
     packs = dict.fromkeys(entry.key.pack for entry in chosen if entry.key.pack and entry.key != _END)
-    if not packs and loss == "nll":
+    if loss == "nll" and all(entry.key == _END for entry in chosen):
         yield "there is nothing here but plain text and its ends: without this plugin it trains the same, and is not measured"
     for pack in [weigh] if weigh else packs:
         yield f"a weight on {pack}: {PACKS[pack].known}"
@@ -275,13 +287,18 @@ def _advice(chosen: Sequence[Chosen], targets: int, loss: str, mean_p: Mapping[s
         if weigh != _END.pack:
             yield f"the end of a turn has α {END:g}: at 5 : 1 on calls, without it, it lost 0.22 ± 0.20 of its p ({_CALLS})"
     if loss == "dft":
-        yield "DFT costs nll, and that of other text; keep it only if what you score is better than under `loss: nll` (DFT against its own step size)"
-    for entry in chosen if mean_p is not None else ():
-        p = math.nan if mean_p is None else mean_p[entry.name]
+        yield "DFT costs nll, and that of other text: keep it if what you score beats `loss: nll` (DFT against its own step size)"
+    if mean_p is None:
+        yield "p was not measured: with --model the model is loaded, and this tells whether the data is for DFT"
+        return
+    for entry in chosen:
+        p = mean_p[entry.name]
         if p >= KNOWN:
             yield f"`{entry.name}` has a mean p of {p:.3f}: the model knows it, and a weight on it would move next to nothing"
-        elif loss == "dft" and p < MIDDLE_FROM:
+        elif loss == "dft" and p < NEW:
             yield f"`{entry.name}` has a mean p of {p:.3f}, which plain DFT would hardly train: the floor is for such tokens"
+        elif loss == "nll" and p < NEW and mean_p["all"] >= STRONG:
+            yield f"`{entry.name}` has a mean p of {p:.3f}: it is what is to be learned here, and DFT would weigh it by that p"
 
 
 def against(raw: Mapping[str, Any], block: Block, one_token: Mapping[str, float], matches: Matches) -> Proposal:
@@ -308,8 +325,8 @@ def against(raw: Mapping[str, Any], block: Block, one_token: Mapping[str, float]
     if one_token[home] >= _LIGHT or one_token[heaviest] <= _HEAVY:
         return stays
     told = (
-        f"ends of turns are in `{home}`, where a token counts {one_token[home]:.2f}×; in `{heaviest}` it counts {one_token[heaviest]:.2f}×: "
-        f"at 5 : 1 on calls the end lost 0.22 ± 0.20 of its p ({_CALLS})"
+        f"ends of turns are in `{home}`, where a token counts {one_token[home]:.2f}×, and in `{heaviest}` it counts "
+        f"{one_token[heaviest]:.2f}×: at 5 : 1 on calls the end lost 0.22 ± 0.20 of its p ({_CALLS})"
     )
     alone = home != REST and at[home] >= SAME_TEXT * tokens[home].tokens
     if alone or block.reduction != "weighted_mean" or block.schedule or block.controller or block.overlap != "first":
