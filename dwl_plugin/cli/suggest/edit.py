@@ -59,7 +59,7 @@ def edited(text: str, block: Sequence[str], keys: Mapping[str, Any]) -> str:
     changes = _changes(text, entries, column, end, block, add_plugin=not names_plugin(old))
     newline = "\r\n" if "\r\n" in text else "\n"
     new = text
-    for begin, stop, put in sorted(changes, key=lambda change: change[0], reverse=True):
+    for begin, stop, put in sorted(changes, reverse=True):
         new = new[:begin] + put.replace("\n", newline) + new[stop:]
     expected = {key: value for key, value in old.items() if key not in Block.model_fields} | dict(keys)
     if not names_plugin(old):
@@ -78,7 +78,7 @@ def edited(text: str, block: Sequence[str], keys: Mapping[str, Any]) -> str:
 def _changes(
     text: str, entries: Sequence[_Entry], column: int, end: int, block: Sequence[str], add_plugin: bool
 ) -> Iterator[tuple[int, int, str]]:
-    """What to put in place of which part of the text; no two at one place."""
+    """What to put in place of which part of the text; where one goes in at the beginning of another, it goes in front."""
     ours = [entry for entry in entries if entry.key in Block.model_fields]
     plugins = [entry for entry in entries if entry.key == "plugins"][-1:]
     new_key = ["plugins:", f"  - {PLUGIN}", ""] if add_plugin and not plugins else []
@@ -103,8 +103,10 @@ def _changes(
         stop = _line_end(text, entry.end)
         if index == 0:
             yield entry.begin, stop, put.removesuffix("\n")
+        elif stop < len(text):
+            yield entry.begin, _behind(r"\r?\n", text, stop), ""
         else:
-            yield entry.begin, _behind(r"(\r?\n)?", text, stop), ""
+            yield len(text[: entry.begin].removesuffix("\n").removesuffix("\r")), stop, ""
 
 
 def _plugin_item(text: str, plugins: _Entry) -> tuple[int, str]:
@@ -142,8 +144,7 @@ def _entries(text: str) -> tuple[list[_Entry], int, int]:
         if not flow:
             continue
         if key is None:
-            if not isinstance(event, (yaml.ScalarEvent, yaml.AliasEvent)):
-                raise _by_hand("one of its keys is no plain word")
+            assert isinstance(event, (yaml.ScalarEvent, yaml.AliasEvent)), "Python has no other keys"
             key, value, reach = event, list[yaml.Event](), 0
             column = _at(event.start_mark).column if column < 0 else column
             continue
@@ -170,7 +171,7 @@ def _line_end(text: str, at: int) -> int:
 
 def _blank_follows(text: str, at: int) -> bool:
     """Whether the line that ends at `at` is the last, or the next is empty."""
-    return re.compile(r"\r?\n?[ \t]*(\r?\n|\Z)").match(text, at) is not None
+    return re.compile(r"\Z|\r?\n[ \t]*(\r?\n|\Z)").match(text, at) is not None
 
 
 def _behind(pattern: str, text: str, at: int) -> int:

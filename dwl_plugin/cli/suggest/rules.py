@@ -289,7 +289,8 @@ def _advice(chosen: Sequence[Chosen], targets: int, loss: str, mean_p: Mapping[s
     if loss == "dft":
         yield "DFT costs nll, and that of other text: keep it if what you score beats `loss: nll` (DFT against its own step size)"
     if mean_p is None:
-        yield "p was not measured: with --model the model is loaded, and this tells whether the data is for DFT"
+        if not weigh:
+            yield "p was not measured: with --model the model is loaded, and this tells whether the data is for DFT"
         return
     for entry in chosen:
         p = mean_p[entry.name]
