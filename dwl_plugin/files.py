@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -66,6 +67,8 @@ def write_whole(path: Path, content: bytes) -> None:
             return
         try:
             with open(draft, "xb") as file:
+                with suppress(FileNotFoundError):
+                    shutil.copymode(target, draft)  # what only its owner could read stays so
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())

@@ -141,6 +141,26 @@ def preflight(config: Path, samples: int, trust: bool, as_json: bool) -> None:
 
 @main.command()
 @_config
+@_samples(512)
+@click.option("--model", "with_model", is_flag=True, help="Load the model, too, and measure p of the targets by class.")
+@click.option("--weigh", metavar="PACK", default="", help="Put weight on the classes of this pack.", show_default=False)
+@click.option("--write", is_flag=True, help="Put the block into CONFIG; no other line is touched.")
+@_trust
+@_json
+def suggest(config: Path, samples: int, with_model: bool, weigh: str, write: bool, trust: bool, as_json: bool) -> None:
+    """Which loss and classes the data of CONFIG speak for: a block to paste, each line with the count that it rests on.
+
+    Trains nothing, and loads no weights without --model. The status is that of `dwl check`.
+    """
+    from dwl_plugin.cli.suggest import PACKS, suggest
+
+    if weigh and weigh not in PACKS:
+        raise click.UsageError(f"--weigh takes one of {', '.join(PACKS)}, and not {weigh!r}.")
+    sys.exit(suggest(_console(), config, samples, trust, with_model, weigh, write, as_json))
+
+
+@main.command()
+@_config
 @click.option("--out", type=_FOLDER, required=True, help="Folder for the scored rows; of a run that was cut off, the same again.")
 @click.option("--model", help="Score under this one instead: a model, a checkpoint or an adapter, with the tokenizer of CONFIG.")
 @click.option("--rows", type=_COUNT, help="Score only so many rows of the data.", show_default="all")

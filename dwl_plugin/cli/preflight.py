@@ -28,13 +28,15 @@ from dwl_plugin.cli.progress import counted, progress
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["BINS", "ClassProbabilities", "advice", "measure", "preflight", "summarise"]
+__all__ = ["BINS", "MIDDLE_FROM", "STRONG", "ClassProbabilities", "advice", "load_model", "measure", "preflight", "summarise"]
 
 BINS = 10
 """Of the histogram, of equal width between 0 and 1."""
 
 _SOURCE = "Beyond Log Likelihood, arXiv 2510.00526"
-_STRONG, _MIDDLE_FROM, _WEAK = 0.7, 0.35, 0.1
+STRONG, MIDDLE_FROM, _WEAK = 0.7, 0.35, 0.1
+"""Mean p of the targets: from the first on DFT is expected to win, from the second on to tie."""
+
 _BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -57,7 +59,7 @@ def preflight(console: Console, config: Path, samples: int, trust: bool, as_json
     measured = None
     if seen is not None and not found.status:
         with looking(found, trust):
-            measured = measure(_model(seen), seen)
+            measured = measure(load_model(seen), seen)
     if seen is None or measured is None or found.dangers:
         print_findings(console, found, seen, as_json, tell)
         return found.status
@@ -76,7 +78,7 @@ def preflight(console: Console, config: Path, samples: int, trust: bool, as_json
     return 0
 
 
-def _model(seen: LookedAt) -> Any:
+def load_model(seen: LookedAt) -> Any:
     from dwl_plugin.hosts import axolotl_preview as host
 
     with progress("The model is being loaded"):
@@ -111,9 +113,9 @@ def advice(mean_p: float) -> str:
     known = f"({_SOURCE}: with a mean p of 0.75 and more DFT won by far, at about 0.5 the two tied, at 0.1 and less NLL won.)"
     if math.isnan(mean_p):
         return "There is no target to measure."
-    if mean_p >= _STRONG:
+    if mean_p >= STRONG:
         say = "The model is strong here: expect `loss: dft` to beat plain cross-entropy."
-    elif mean_p >= _MIDDLE_FROM:
+    elif mean_p >= MIDDLE_FROM:
         say = "The model is in the middle: expect `loss: dft` and plain cross-entropy to come out about even."
     elif mean_p > _WEAK:
         say = "The model is below the middle: expect `loss: nll` to do as well as `loss: dft`, or better."
@@ -154,7 +156,7 @@ def _by_class(classes: Sequence[ClassProbabilities], mean_of_all: float) -> Iter
     for row in classes:
         if row.tokens and row.mean <= _WEAK < mean_of_all:
             yield f"`{row.name}` has a mean p of {row.mean:.3f}: under dft it hardly learns; give it `token_loss: nll`, or a floor"
-        elif row.tokens and row.mean >= _STRONG > mean_of_all:
+        elif row.tokens and row.mean >= STRONG > mean_of_all:
             yield f"`{row.name}` has a mean p of {row.mean:.3f}: if any class suits dft, this one does (`token_loss: dft`)"
 
 
