@@ -108,7 +108,7 @@ class DWA(_Rule):
         """α ∝ α⁰·e^(w/temperature), w = L of the last window over L of the one before: arXiv 1803.10704, eq. 7 and 8."""
 
         type: Literal["dwa"]
-        ema: Weight = Field(0.0, ge=0.0, lt=1.0, description="As everywhere; the windows are averages already.")
+        ema: Weight = Field(0.0, ge=0.0, lt=1.0, description="As elsewhere; 0, since the windows are averages already.")
         signal: Literal["raw"] = Field("raw", description="The ratio of two losses has no unit: nothing else to choose.")
         reference: None = Field(None, description="Not used.")
         temperature: Weight = Field(2.0, gt=0.0, description="T: larger is more even.")
@@ -127,7 +127,7 @@ class SoftAdapt(_Rule):
         """α ∝ α⁰·e^(beta·slope), slope = change of L since the window before: arXiv 1912.12355."""
 
         type: Literal["softadapt"]
-        ema: Weight = Field(0.0, ge=0.0, lt=1.0, description="As everywhere; the windows are averages already.")
+        ema: Weight = Field(0.0, ge=0.0, lt=1.0, description="As elsewhere; 0, since the windows are averages already.")
         beta: Weight = Field(0.1, description="β above 0 favours the class that learns slowest, below 0 the fastest.")
         normalized: bool = Field(False, description="Divide the slopes by the sum of their sizes.")
         loss_weighted: bool = Field(False, description="Multiply by L.")
