@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from dwl_plugin.alpha.controllers import CONTROLLERS
 from dwl_plugin.alpha.schedules import SCHEDULES
-from dwl_plugin.classes.selectors import SELECTORS
+from dwl_plugin.classes.selectors import SELECTORS, TurnEnds
 from dwl_plugin.config.block import Block, DataWeights, DWLConfig
 from dwl_plugin.config.classes import ClassConfig
 from dwl_plugin.config.packs import Pack, PackCase, PackTurn
@@ -165,7 +165,7 @@ SECTIONS: dict[str, tuple[str, Sequence[type[BaseModel]]]] = {
     "dwl.data_weights": ("dwldata_weights", [DataWeights]),
     "token losses": ("token-losses", [one.Options for name, one in TOKEN_LOSSES.items() if name != "dft"]),
     "classes": ("classes", [ClassConfig]),
-    "selectors": ("selectors", list(SELECTORS.values())),
+    "selectors": ("selectors", [*SELECTORS.values(), TurnEnds]),
     "schedules": ("schedules", [one.Options for one in SCHEDULES.values()]),
     "controllers": ("controllers", [one.Options for one in CONTROLLERS.values()]),
     "pack files": ("pack-files", [Pack, PackCase, PackTurn]),
