@@ -1,6 +1,7 @@
 """The built site needs nothing but its folder: every link of every page, and every anchor in it, is there, and nothing is fetched.
+Its pages have the lists and tables that they have on GitHub, whose Markdown is another.
 
-python -m docs_tools.check_site .site
+    python -m docs_tools.check_site .site
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 FETCHED = {"script": "src", "img": "src", "iframe": "src", "source": "srcset", "video": "src", "audio": "src", "link": "href"}
 """What a browser loads by itself; of `link` only some."""
@@ -62,6 +65,26 @@ def problems(site: Path) -> Iterator[str]:
         )
 
 
+def read_otherwise(site: Path) -> Iterator[str]:
+    """Pages of docs/ that have become something else than CommonMark makes of them."""
+    from markdown_it import MarkdownIt
+
+    def parts(html: str) -> dict[str, int]:
+        return {tag: len(re.findall(rf"<{tag}[ >]", html)) for tag in ("li", "ol", "ul", "table", "tr", "pre", "img", "h2", "h3")}
+
+    commonmark = MarkdownIt("commonmark").enable("table")
+    for page in sorted(DOCS.rglob("*.md")):
+        article = (site / page.relative_to(DOCS).with_suffix(".html")).read_text(encoding="utf-8")
+        article = article[article.index("<article") : article.index("</article>")]
+        wanted, there = parts(commonmark.render(page.read_text(encoding="utf-8"))), parts(article)
+        for tag in wanted:
+            if wanted[tag] != there[tag]:
+                yield f"{page.relative_to(DOCS)} has {there[tag]} <{tag}> in place of {wanted[tag]}"
+        if r"\|" in re.sub(r"<pre.*?</pre>", "", article, flags=re.DOTALL):
+            yield rf"{page.relative_to(DOCS)} shows \|"
+
+
 if __name__ == "__main__":
-    found = sorted(problems(Path(sys.argv[1]).resolve()))
+    folder = Path(sys.argv[1]).resolve()
+    found = [*sorted(problems(folder)), *read_otherwise(folder)]
     sys.exit("\n".join(found) if found else None)

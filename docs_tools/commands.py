@@ -78,7 +78,8 @@ def command_sections() -> str:
     """How each is called, what it does, and its options."""
     sections = []
     for name, command in commands():
-        usage = " ".join([name, *command.collect_usage_pieces(click.Context(command))])
+        pieces = ["[OPTIONS]"] if isinstance(command, click.Group) else command.collect_usage_pieces(click.Context(command))
+        usage = " ".join([name, *pieces])
         options = [param for param in command.params if isinstance(param, click.Option) and not param.hidden]
         rows = [(_name(option), _default(option), cell(option.help or "")) for option in options]
         sections += [f"## {name}", f"```\n{usage}\n```", _help(command)]

@@ -1,7 +1,8 @@
 """Links of docs/ are those of the repository, and the site needs nothing beside it.
 
 A link out of docs/ becomes one to a copy below `repository/`: Markdown is a page like the others, other text a page that shows it,
-a folder a list of what is in it, and a picture is itself.
+a folder a list of what is in it, and a picture is itself. Where Python's Markdown reads something otherwise
+than GitHub's, it is written so that both read the same.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ DOCS = ROOT / "docs"
 
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)[^)#\s]+")
 FENCED = re.compile(r"^( *)(```+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
+LIST_AT_ONCE = re.compile(r"^((?![-*+] |\d+\. |[\s|<#]).*\n)(?=- |1\. )", re.MULTILINE)
+"""A line of a paragraph, and a list behind it without a blank line."""
+ROW = re.compile(r"^\|.*$", re.MULTILINE)
+CODE = re.compile(r"`[^`\n]+`")
 LANGUAGES = {".py": "python", ".yml": "yaml", ".yaml": "yaml", ".toml": "toml", ".json": "json", "": "bash"}
 
 
@@ -46,7 +51,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         target = _target(here, match[0])
         return os.path.relpath(_uri(target), os.path.dirname(uri)) if target.exists() else match[0]
 
-    return "".join(part if is_code else LINK.sub(to_site, part) for is_code, part in _parts(markdown))
+    def adapted(part: str) -> str:
+        part = LIST_AT_ONCE.sub(r"\1\n", LINK.sub(to_site, part))
+        return ROW.sub(lambda row: CODE.sub(lambda code: code[0].replace(r"\|", "|"), row[0]), part)
+
+    return "".join(part if is_code else adapted(part) for is_code, part in _parts(markdown))
 
 
 def _parts(markdown: str) -> Iterator[tuple[bool, str]]:

@@ -82,10 +82,11 @@ def _value(name: str, schema: Mapping[str, Any]) -> str:
         return "[position](#values)"
     if name in SHOWN_AS:
         return SHOWN_AS[name]
-    (choice,) = choices
-    only = {**schema, **choice}
+    only = {**schema, **choices[0]}
     if values := only.get("enum", [only["const"]] if "const" in only else []):
         return ", ".join(f"`{_plain(value)}`" for value in values)
+    if len(choices) > 1 or only.get("type") not in PLAIN:
+        raise LookupError(f"`{name}` has no plain value: docs_tools/reference.py SHOWN_AS says what it has")
     ends = {"≥": "minimum", ">": "exclusiveMinimum", "≤": "maximum", "<": "exclusiveMaximum"}
     bounds = ", ".join(f"{sign} {only[end]:g}" for sign, end in ends.items() if end in only)
     if "minimum" in only and "maximum" in only:

@@ -20,7 +20,7 @@ import yaml
 from click.testing import CliRunner
 
 from dwl_plugin.cli.main import main
-from dwl_plugin.config import parse
+from dwl_plugin.config import pack_files, parse
 from dwl_plugin.config.block import Block as OurBlock, DWLConfig
 from dwl_plugin.config.overrides import SWEEP_FILE, VARIABLE, overridden, overrides_of
 from dwl_plugin.config.pack_cases import run_case
@@ -48,16 +48,19 @@ def test_every_line_of_code_fits_100_columns(page: Path) -> None:
 # YAML
 
 NUMBER = {"number": {"regex": r"\d+"}}
+SOME_PACK = "description: d\nclasses: {number: {regex: '[0-9]'}}\nalpha: {number: 2, rest: 1}"
 MOVED = {"loss": "dwl", "dwl": {"classes": NUMBER, "alpha": {"number": 1, "rest": 1}}}
 MOVED["dwl"]["schedule"] = {"type": "linear", "to": {"number": 1, "rest": 2}}  # type: ignore[index]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
-    """The working directory, with the files that a page shows."""
+    """The working directory, with the files that a page shows; on the Hub is its pack, whatever the address."""
 
     def lay(page: Path) -> Path:
-        for name, text in files_of(page).items():
+        files = files_of(page)
+        monkeypatch.setattr(pack_files, "_from_hub", lambda address, _: PackText(address, files.get("my_pack.yml", SOME_PACK)))
+        for name, text in files.items():
             file = tmp_path / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
