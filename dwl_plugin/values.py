@@ -9,7 +9,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import regex
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError
 
 from dwl_plugin.errors import Problem, closest, did_you_mean
@@ -29,6 +29,7 @@ __all__ = [
     "Pattern",
     "Position",
     "Reduction",
+    "Share",
     "Strict",
     "Text",
     "TokenId",
@@ -188,6 +189,8 @@ def _number(value: object) -> object:
 
 
 Weight = Annotated[float, BeforeValidator(_number)]
+Share = Annotated[float, Field(gt=0.0, le=1.0), BeforeValidator(_number)]
+"""More than 0, at most 1. The bounds stand in front: behind the check the JSON Schema of `Share | None` would not have them."""
 
 
 def _parts(pattern: str) -> int:

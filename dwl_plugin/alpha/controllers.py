@@ -27,7 +27,7 @@ from dwl_plugin.alpha.controller_state import ControllerState, LogWeights, Nothi
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.errors import ConfigError, Problem, RunError
 from dwl_plugin.extensions import ChosenByType, class_of
-from dwl_plugin.values import Position, Strict, Weight, line_error, missing_or_unknown
+from dwl_plugin.values import Position, Share, Strict, Weight, line_error, missing_or_unknown
 
 __all__ = ["CONTROLLERS", "Controller", "ControllerConfig", "ControllerOptions", "LossControllerOptions", "controller_problems"]
 
@@ -64,7 +64,7 @@ class ControllerOptions(Strict):
     every: int = Field(10, ge=1, description="Optimizer steps in a window; α is updated at the end of each.")
     warmup: Position = Field(0, description="α stays at `alpha` until here: a step, `10%` of the run, or `1ep`.")
     min_alpha: Weight = Field(0.01, ge=0.0, lt=1.0, description="No class falls below: α is (1 − K·min_alpha)·α + min_alpha.")
-    max_change: Weight | None = Field(None, gt=0.0, le=1.0, description="The most that any α moves in an update. Absent: no limit.")
+    max_change: Share | None = Field(None, description="The most that any α moves in an update. Absent: no limit.")
 
 
 class LossControllerOptions(ControllerOptions):
@@ -108,7 +108,7 @@ class DWA(_Rule):
         """α ∝ α⁰·e^(w/temperature), w = L of the last window over L of the one before: arXiv 1803.10704, eq. 7 and 8."""
 
         type: Literal["dwa"]
-        ema: Weight = Field(0.0, ge=0.0, lt=1.0, description="As everywhere; the windows are averages already.")
+        ema: Weight = Field(0.0, ge=0.0, lt=1.0, description="As elsewhere; 0, since the windows are averages already.")
         signal: Literal["raw"] = Field("raw", description="The ratio of two losses has no unit: nothing else to choose.")
         reference: None = Field(None, description="Not used.")
         temperature: Weight = Field(2.0, gt=0.0, description="T: larger is more even.")
@@ -127,7 +127,7 @@ class SoftAdapt(_Rule):
         """α ∝ α⁰·e^(beta·slope), slope = change of L since the window before: arXiv 1912.12355."""
 
         type: Literal["softadapt"]
-        ema: Weight = Field(0.0, ge=0.0, lt=1.0, description="As everywhere; the windows are averages already.")
+        ema: Weight = Field(0.0, ge=0.0, lt=1.0, description="As elsewhere; 0, since the windows are averages already.")
         beta: Weight = Field(0.1, description="β above 0 favours the class that learns slowest, below 0 the fastest.")
         normalized: bool = Field(False, description="Divide the slopes by the sum of their sizes.")
         loss_weighted: bool = Field(False, description="Multiply by L.")

@@ -232,7 +232,7 @@ class Keyframes(_Interpolated):
 
         type: Literal["keyframes"]
         at: dict[PositionKey, NamedNumbers] = Field(
-            min_length=1, description='position -> numbers, in their order, e.g. {"50%": {...}, "2ep": {...}, 200: {...}}.'
+            min_length=1, description='position -> numbers, in their order, e.g. `{"50%": {…}, "2ep": {…}, 900: {…}}`.'
         )
         interpolation: Literal["hold", "linear", "cosine"] = Field(
             "linear", description="Between two keyframes: hold (jump at each), linear, or cosine."

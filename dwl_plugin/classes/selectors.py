@@ -161,7 +161,7 @@ class TokenIdsSelector(SelectorConfig):
     """Tokens by id."""
 
     key = "token_ids"
-    token_ids: tuple[TokenId, ...] = Field(min_length=1, description='Ids and ranges with both ends in, e.g. [11, "100-199"].')
+    token_ids: tuple[TokenId, ...] = Field(min_length=1, description='Ids and ranges with both ends in, e.g. `[11, "100-199"]`.')
 
     def mask(self, context: MaskContext, path: str) -> Mask:
         size = context.table.size
@@ -182,7 +182,7 @@ class TokensSelector(SelectorConfig):
 
     key = "tokens"
     text = "token"
-    tokens: tuple[Text, ...] = Field(min_length=1, description='Token strings, e.g. ["<|im_end|>"].')
+    tokens: tuple[Text, ...] = Field(min_length=1, description='Token strings, e.g. `["<|im_end|>"]`.')
 
     def mask(self, context: MaskContext, path: str) -> Mask:
         table, tokenizer = context.table, context.tokenizer
@@ -210,7 +210,7 @@ class TokenRegexSelector(SelectorConfig):
     key = "token_regex"
     text = "token"
     if_empty = "the pattern must match all of one token's text; for text over several tokens use `regex`."
-    token_regex: Pattern = Field(description="Python `regex` pattern; must match the whole of one token's text.")
+    token_regex: Pattern = Field(description="A pattern that must match the whole of one token's text, e.g. `'\\s?\\d+'`.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
         table, match, clock = context.table, regex.compile(self.token_regex).fullmatch, masks.Clock()
@@ -232,7 +232,7 @@ class RegexSelector(SelectorConfig):
     key = "regex"
     text = "sample"
     if_empty = "a pattern sees the targets of one turn, without special tokens; `^` and `$` are its ends."
-    regex: Pattern = Field(description="Python `regex` pattern over the decoded text, searched per turn.")
+    regex: Pattern = Field(description="A pattern that is searched in the decoded text of each turn, e.g. `'####\\s*(.+)$'`.")
     group: int | str = Field(0, description="The group of the match that counts; 0 is the whole match.")
 
     @field_validator("group")
@@ -253,7 +253,7 @@ class WordsSelector(SelectorConfig):
 
     key = "words"
     text = "sample"
-    words: tuple[Word, ...] = Field(min_length=1, description="Keywords, thousands if need be; found as whole words.")
+    words: tuple[Word, ...] = Field(min_length=1, description="Keywords, thousands if need be, e.g. `[therefore, New York]`.")
     ignore_case: bool = Field(False, description="Compare letters without regard to case.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
@@ -276,7 +276,7 @@ class BetweenSelector(SelectorConfig):
     text = "sample"
     if_empty = "only targets between the delimiters count, and a chat template may drop what is between them."
     between: Annotated[tuple[Text, Text], BeforeValidator(_pair)] = Field(
-        description='Opening and closing delimiter, e.g. ["<think>", "</think>"].'
+        description='Opening and closing delimiter, e.g. `["<think>", "</think>"]`.'
     )
     include_delimiters: bool = Field(True, description="Count the delimiters themselves as members.")
 
@@ -296,7 +296,7 @@ class TurnSelector(SelectorConfig):
 
     key = "turn"
     turn: Annotated[Literal["first", "last"] | int, BeforeValidator(_turn)] = Field(
-        description="first, last, or a number: 1 is the first turn, 2 the second, -1 the last."
+        description="`first`, `last`, or a number: 1 is the first turn, 2 the second, −1 the last."
     )
 
     def mask(self, context: MaskContext, path: str) -> Mask:
@@ -320,7 +320,7 @@ class PositionSelector(SelectorConfig):
     """The first and last tokens of each turn: a turn is a contiguous run of targets in a sample."""
 
     key = "position"
-    position: TurnEnds = Field(description="E.g. {last: 32}, or {first: 8, last: 8}.")
+    position: TurnEnds = Field(description="E.g. `{last: 32}`, or `{first: 8, last: 8}`.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
         return masks.AtTurnEnds(self.position.first or 0, self.position.last or 0)
@@ -332,7 +332,7 @@ class RoleSelector(SelectorConfig):
     key = "role"
     text = "sample"
     if_empty = "roles are known by the headers of the tokenizer's chat template; was the data made with another one?"
-    role: Role = Field(description="user, assistant, tool or system.")
+    role: Role = Field(description="Whose messages, their headers and the ends of their turns included.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
         headers = role_headers(context.tokenizer, context.table)
@@ -354,7 +354,7 @@ class SpecialSelector(SelectorConfig):
     """Tokens that the tokenizer calls special."""
 
     key = "special"
-    special: Annotated[Literal[True], BeforeValidator(_yes)] = Field(description="true.")
+    special: Annotated[Literal[True], BeforeValidator(_yes)] = Field(description="For all others: `not: {special: true}`.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
         return context.look_up(special_ids(context.tokenizer))
@@ -364,7 +364,7 @@ class AddedSelector(SelectorConfig):
     """Tokens that were added to the tokenizer's vocabulary, special or not."""
 
     key = "added"
-    added: Annotated[Literal[True], BeforeValidator(_yes)] = Field(description="true.")
+    added: Annotated[Literal[True], BeforeValidator(_yes)] = Field(description="For all others: `not: {added: true}`.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
         return context.look_up(added_ids(context.tokenizer))
@@ -426,7 +426,7 @@ class AnySelector(_SeveralSelectors):
 
     key = "any"
     joined = masks.AnyOf
-    any: tuple[NestedSelector, ...] = Field(min_length=1, description="Selectors.")
+    any: tuple[NestedSelector, ...] = Field(min_length=1, description="E.g. `[{turn: last}, {regex: '####.*'}]`.")
 
 
 class AllSelector(_SeveralSelectors):
@@ -434,7 +434,7 @@ class AllSelector(_SeveralSelectors):
 
     key = "all"
     joined = masks.AllOf
-    all: tuple[NestedSelector, ...] = Field(min_length=1, description="Selectors.")
+    all: tuple[NestedSelector, ...] = Field(min_length=1, description="E.g. `[{turn: last}, {pack: numbers.number}]`.")
 
 
 class NotSelector(SelectorConfig):
@@ -442,7 +442,7 @@ class NotSelector(SelectorConfig):
 
     key = "not"
     model_config = ConfigDict(populate_by_name=True)
-    not_: NestedSelector = Field(alias="not", description="A selector.")
+    not_: NestedSelector = Field(alias="not", description="E.g. `{between: ['<think>', '</think>']}`.")
 
     def mask(self, context: MaskContext, path: str) -> Mask:
         mask = self.not_.mask(context, f"{path}.not")

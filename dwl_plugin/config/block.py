@@ -94,7 +94,7 @@ class DWLConfig(_TokenLoss):
         "content part, and the column `token_weight`.",
         json_schema_extra=_or_boolean,
     )
-    reduction: Reduction = Field("token_mean", description="How token losses become one number; see the README's table.")
+    reduction: Reduction = Field("token_mean", description="What token losses are divided by, so that they become one number.")
     alpha: dict[str, Weight] | None = Field(
         None, description="class -> proportion, `rest` included; normalised to sum to 1. Absent: uniform."
     )

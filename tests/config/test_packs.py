@@ -13,14 +13,12 @@ from click.testing import CliRunner
 from hypothesis import given, settings, strategies as st
 
 from dwl_plugin.cli.main import main
-from dwl_plugin.cli.packs import read
 from dwl_plugin.config import Block, parse
 from dwl_plugin.config.pack_cases import run_case
 from dwl_plugin.config.pack_files import MAX_BYTES, PackText, shipped_packs
 from dwl_plugin.config.packs import MAX_CLASSES, MAX_PATTERN, parse_pack
 from dwl_plugin.errors import ConfigError
 
-README = Path(__file__).parents[2] / "README.md"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 MINE = r"""
@@ -340,27 +338,6 @@ def test_a_pack_that_is_none_is_an_error_of_one_line_each(folder: Path) -> None:
         result = CliRunner().invoke(main, ["packs", *arguments])
         assert result.exit_code == 1
         assert "Error: 1 problem\n" in result.output
-
-
-def test_the_readme_has_the_table_of_the_files() -> None:
-    lines = ["| pack | members, with the suggested α | |", "|---|---|---|"]
-    for name in shipped_packs():
-        pack = read(name)
-        weights = pack.alpha or {}
-        members = ", ".join(f"`{member}` {weights[member]:g}" for member in pack.classes)
-        lines.append(f"| `{name}` | {members}; `rest` {weights['rest']:g} | {pack.description.replace('|', chr(92) + '|')} |")
-    table = "\n".join(["<!-- packs -->", *lines, "<!-- /packs -->"])
-    assert table in README.read_text(encoding="utf-8"), f"the README should have\n{table}"
-
-
-def test_the_readme_s_pack_keeps_its_own_cases_and_its_config_parses() -> None:
-    section = README.read_text(encoding="utf-8").partition("### Packs\n")[2].partition("\n## ")[0]
-    config, file = (block.partition("```")[0] for block in section.split("```yaml\n")[1:])
-    block = parse(yaml.safe_load(config))
-    assert block is not None
-    assert block.class_names == ("number_in_call", "arguments", "name", "syntax", "rest")
-    pack = parse_pack(PackText("README", file))
-    assert [run_case(pack, case).passed for case in pack.tests] == [True]
 
 
 # What the data says

@@ -16,10 +16,9 @@ from pydantic import BaseModel
 from dwl_plugin.config import parse
 from dwl_plugin.hosts import incompatible
 from dwl_plugin.hosts.axolotl_args import FUSED_LOSSES
-from dwl_plugin.hosts.incompatible import REFUSALS, refusal_table, refused
+from dwl_plugin.hosts.incompatible import REFUSALS, refused
 
 HERE = Path(__file__).parent
-README = HERE.parents[1] / "README.md"
 OURS = {"loss", "dft", "dwl"}
 FROM_OTHER_HOSTS = {"label_smoothing", "label_smoothing_factor"}
 """Refused, and no option of Axolotl's: TrainingArguments that reach the trainer some other way."""
@@ -125,14 +124,6 @@ def test_a_tested_option_is_in_a_test() -> None:
     text = "\n".join(file.read_text(encoding="utf-8") for file in HERE.parent.rglob("*.py"))
     untested = [name for name in listed_table()["tested"] if not re.search(rf"\b{name.partition('.')[2] or name}\b", text)]
     assert not untested
-
-
-def test_the_table_in_the_readme_is_the_one_in_the_code() -> None:
-    text = README.read_text(encoding="utf-8")
-    _, _, after = text.partition("<!-- refusals: made by dwl_plugin.hosts.incompatible.refusal_table() -->\n")
-    table, end, _ = after.partition("\n<!-- end of refusals -->")
-    assert end
-    assert table == refusal_table()
 
 
 COMBINATIONS: list[tuple[dict[str, Any], list[str]]] = [

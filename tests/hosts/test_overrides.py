@@ -22,6 +22,7 @@ from dwl_plugin.hosts.axolotl import DWLPlugin, _paths as paths
 from dwl_plugin.hosts.dropped_options import dropped_options
 from tests.hosts.harness import CLASSES, train
 from tests.hosts.test_start import load
+from tests.pages import ROOT, blocks
 
 Configure = Callable[..., dict[str, Any]]
 DWL = {"classes": CLASSES, "alpha": {"reasoning": 1, "number": 5, "control": 2, "rest": 2}}
@@ -179,20 +180,19 @@ def test_an_option_may_say_again_what_the_config_has(words: list[str], refused: 
     assert [problem.path for problem in dropped_options(words, raw)] == refused
 
 
-def readme_sweeps() -> list[dict[str, Any]]:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    blocks = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", readme, flags=re.DOTALL))
-    return [block for block in blocks if "command" in block]
+def documented_sweeps() -> list[dict[str, Any]]:
+    shown = [yaml.safe_load(block.text) for block in blocks(ROOT / "docs" / "sweeps.md", "yaml")]
+    return [block for block in shown if "command" in block]
 
 
 @pytest.mark.slow
 def test_a_wandb_agent_drives_three_runs_which_a_report_lays_over_one_another(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The README's sweep through W&B's own agent: its command, its files, its environment; only the server is missing."""
+    """The sweep of docs/sweeps.md through W&B's own agent: its command, its files, its environment; only the server is missing."""
     from wandb.wandb_agent import Agent
 
-    (sweep,) = readme_sweeps()
+    (sweep,) = documented_sweeps()
     settings = configure(loss="dwl", dwl=DWL, max_steps=3, save_strategy="steps", save_steps=3, eval_steps=3, val_set_size=8)
     (tmp_path / "train.yml").write_text(yaml.safe_dump(settings))
     monkeypatch.chdir(tmp_path)
