@@ -52,7 +52,10 @@ class PackReference(NamedTuple):
         match = (_FILE.fullmatch(text) or _MEMBER.fullmatch(text)) if isinstance(text, str) else None
         if match is None:
             forms = f"{', '.join(known_packs())}, ./file.yml, hf://user/repo@<commit>/file.yml"
-            raise ConfigError.at(path, "not a pack", text, forms, "for one class of a pack write a dot and its name after it")
+            hint = "for one class of a pack write a dot and its name after it"
+            if isinstance(text, (list, tuple)):
+                hint = "one pack stands here; for several write `any: [{pack: a}, {pack: b}]`"
+            raise ConfigError.at(path, "not a pack", text, forms, hint)
         return cls(match["pack"], match["member"])
 
 
