@@ -32,7 +32,7 @@ from dwl_plugin.errors import ConfigError, Problem, did_you_mean
 from dwl_plugin.values import REST, Mark, Reduction, Strict, Weight, invalid
 from dwl_plugin.yaml_io import load_plain_yaml
 
-__all__ = ["Pack", "PackCase", "PackLibrary", "PackTurn", "parse_pack"]
+__all__ = ["TO_WRITE", "Pack", "PackCase", "PackLibrary", "PackTurn", "parse_pack"]
 
 MAX_CLASSES = 32
 MAX_CASES = 256
@@ -42,6 +42,9 @@ MAX_SELECTORS = 512
 
 MAX_PATTERN = 4096
 """Characters of one pattern, delimiter or keyword."""
+
+TO_WRITE = "TODO"
+"""What the description begins with of a pack whose author has not written it yet."""
 
 
 class PackTurn(Strict):
@@ -112,6 +115,11 @@ class Pack(Strict):
             if not source.startswith("https://"):
                 raise invalid("a source is an address, https://…")
         return sources
+
+    @property
+    def is_described(self) -> bool:
+        """Whether somebody wrote the description."""
+        return not self.description.lstrip().startswith(TO_WRITE)
 
     def member(self, name: str) -> SelectorConfig:
         """One class as a selector: what it takes after the classes above it."""
@@ -294,13 +302,14 @@ def _completed_alpha(packs: Mapping[str, Pack], beside: Mapping[str, Any], class
 def _joined_alpha(packs: Iterable[Pack]) -> dict[str, float] | None:
     """What the packs suggest together: the numbers of the first as they stand, and those of every other one times the factor that
     makes its `rest` the same. Without what they do not agree on; None where none suggests anything."""
-    first, *others = [pack.alpha for pack in packs if pack.alpha is not None] or [None]
-    if first is None or not others:
-        return first
-    if not all(numbers[REST] for numbers in (first, *others)):
+    suggested = [pack.alpha for pack in packs if pack.alpha is not None]
+    if len(suggested) < 2:
+        return suggested[0] if suggested else None
+    if not all(numbers[REST] for numbers in suggested):
         return {}
+    first = suggested[0]
     offered = {name: {number} for name, number in first.items()}
-    for numbers in others:
+    for numbers in suggested[1:]:
         for name in numbers.keys() - {REST}:
             offered.setdefault(name, set()).add(numbers[name] * first[REST] / numbers[REST])
     return {name: number for name, (number, *more) in offered.items() if not more}
