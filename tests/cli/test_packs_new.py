@@ -83,7 +83,7 @@ def test_a_config_becomes_a_pack_with_cases_of_its_data(dwl: Dwl, write_config: 
 
 
 def test_a_case_shows_what_the_run_finds_and_not_what_a_cut_makes_of_it(dwl: Dwl, write_config: Write) -> None:
-    """A sum is one only behind `and` of the prompt's kind; cut off from it, its number would be none."""
+    """A number without the words before it would be in another class, so it is not cut off from them."""
     classes = {"made": {"regex": r"(?<=make )\d+"}, "given": {"regex": r"(?<! make )\b\d+ and \d+"}}
     made = dwl("packs", "new", "sums", "--from", write_config(loss="dwl", dwl={"classes": classes}))
     assert made.exit_code == 0, made.output

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -13,7 +16,6 @@ from click.testing import CliRunner
 from hypothesis import given, settings, strategies as st
 
 from dwl_plugin.cli.main import main
-from dwl_plugin.cli.packs import read
 from dwl_plugin.config import Block, parse
 from dwl_plugin.config.pack_cases import run_case
 from dwl_plugin.config.pack_files import MAX_BYTES, PackText, shipped_packs
@@ -21,6 +23,7 @@ from dwl_plugin.config.packs import MAX_CLASSES, MAX_PATTERN, parse_pack
 from dwl_plugin.errors import ConfigError
 
 README = Path(__file__).parents[2] / "README.md"
+PACKS = Path(__file__).parents[2] / "dwl_plugin" / "classes" / "packs"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 MINE = r"""
@@ -456,6 +459,26 @@ def test_packs_are_listed_and_shown() -> None:
     assert "tests:" not in shown.output
 
 
+def test_the_raw_file_of_a_pack_is_a_pack_of_one_s_own(tmp_path: Path) -> None:
+    for name in shipped_packs():
+        assert CliRunner().invoke(main, ["packs", "show", name, "--raw"]).stdout_bytes == (PACKS / f"{name}.yml").read_bytes()
+    dwl = f'"{sys.executable}" -c "from dwl_plugin.cli.main import main; main()"'
+    line = f"{dwl} packs show reasoning --raw > my.yml && {dwl} packs test ./my.yml"
+    done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"\./my\.yml: \d+ cases pass\n", done.stdout)
+
+
+def test_a_raw_file_drives_no_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "odd.yml").write_text("description: \u202edetrevni\nclasses: {a: {regex: a}}\n", encoding="utf-8")
+    as_it_is = CliRunner().invoke(main, ["packs", "show", str(tmp_path / "odd.yml"), "--raw"])
+    assert as_it_is.stdout_bytes == (tmp_path / "odd.yml").read_bytes()
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda self: True, raising=False)
+    shown = CliRunner().invoke(main, ["packs", "show", str(tmp_path / "odd.yml"), "--raw"])
+    assert shown.output == "description: ‹202e›detrevni\nclasses: {a: {regex: a}}\n"
+    no_pack = CliRunner().invoke(main, ["packs", "show", str(tmp_path / "none.yml"), "--raw"])
+    assert no_pack.exit_code == 1
+
+
 def test_a_pack_file_runs_its_own_cases(folder: Path) -> None:
     file = folder / "mine.yml"
     passed = CliRunner().invoke(main, ["packs", "test", str(file), "numbers"])
@@ -473,17 +496,6 @@ def test_a_pack_that_is_none_is_an_error_of_one_line_each(folder: Path) -> None:
         result = CliRunner().invoke(main, ["packs", *arguments])
         assert result.exit_code == 1
         assert "Error: [dwl]" in result.output
-
-
-def test_the_readme_has_the_table_of_the_files() -> None:
-    lines = ["| pack | members, with the suggested α | |", "|---|---|---|"]
-    for name in shipped_packs():
-        pack = read(name)
-        weights = pack.alpha or {}
-        members = ", ".join(f"`{member}` {weights[member]:g}" for member in pack.classes)
-        lines.append(f"| `{name}` | {members}; `rest` {weights['rest']:g} | {pack.description.replace('|', chr(92) + '|')} |")
-    table = "\n".join(["<!-- packs -->", *lines, "<!-- /packs -->"])
-    assert table in README.read_text(encoding="utf-8"), f"the README should have\n{table}"
 
 
 def test_the_readme_s_pack_keeps_its_own_cases_and_its_config_parses() -> None:
