@@ -47,10 +47,11 @@ def _example(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     said = dict(re.findall(r"^# (What for|Needs): +(.*\n(?:#  .*\n)*)", text, re.MULTILINE))
     purpose, needs = (cell(re.sub(r"\n# +", " ", said[key])) for key in ("What for", "Needs"))
+    says = f"{purpose[:1].upper()}{purpose[1:]}\n\nNeeds {needs}"
     loss = "".join(re.findall(r"^(?:loss|dft|dwl):.*\n(?:[ #].*\n)*", text, re.MULTILINE))
     lines = "\n".join(line for written in loss.splitlines() for line in _narrow(written))
     name = path.relative_to(ROOT).as_posix()
-    return f"### {path.stem}\n\n{purpose[:1].upper()}{purpose[1:]}\n\nNeeds {needs}\n\n```yaml\n{lines}\n```\n\n[`{path.name}`](../{name})"
+    return f"### {path.stem}\n\n{says}\n\n```yaml\n{lines}\n```\n\n[`{path.name}`](../{name})"
 
 
 def _narrow(line: str) -> Iterator[str]:
