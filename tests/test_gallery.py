@@ -39,14 +39,15 @@ def test_every_pack_and_every_example_is_there() -> None:
 @pytest.mark.parametrize("name", shipped_packs())
 def test_a_pack_is_shown_by_one_of_its_cases(name: str) -> None:
     """The marks are read back out of the page and compared with what the case itself says."""
-    (marked,) = re.findall(r"<pre>(.*?)</pre>", SECTIONS[name], re.DOTALL)
+    (marked,) = re.findall(r"<pre><code>(.*?)</code></pre>", SECTIONS[name], re.DOTALL)
     pack = read(name)
-    whole = unescape(re.sub(r"<sub>\w+</sub>|</?(mark|i)>", "", marked))
+    whole = unescape(re.sub(r"<sub>\w+</sub>|</?(mark|i)>|↵", "", marked))
     (case,) = [case for case in pack.tests if "".join(turn.prompt + turn.text for turn in case.sample) == whole]
     shown: dict[str, list[str]] = {}
     for text, label in re.findall(r"<mark>(.*?)</mark><sub>(\w+)</sub>", marked, re.DOTALL):
         shown.setdefault(label, []).append(unescape(text))
-    assert shown == {label: list(texts) for label, texts in case.spans.items() if texts and label != "rest"}
+    says = {label: texts for label, texts in case.spans.items() if texts and label != "rest"}
+    assert shown == {label: [text.strip("\n") or "↵" for text in texts] for label, texts in says.items()}
     prompts = [unescape(text) for text in re.findall(r"<i>(.*?)</i>", marked, re.DOTALL)]
     assert prompts == [turn.prompt for turn in case.sample if turn.prompt]
     (config,) = re.findall(r"```yaml\n(.*?)```", SECTIONS[name], re.DOTALL)

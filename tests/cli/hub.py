@@ -95,7 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._refuse(404, "Repository not found", "RepoNotFound")
             return self._answer(200, {"id": match[2], "modelId": match[2], "sha": commits[-1][0], "siblings": [], "tags": []})
         match = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)
-        assert match is not None, self.path
+        if match is None:  # what a client of this version would like to know besides
+            return self._refuse(404, "Not found")
         commits = self.server.repos.get(("datasets" if match[1] else "models", match[2]))
         if commits is None:
             return self._refuse(404, "Repository not found", "RepoNotFound")

@@ -23,7 +23,7 @@ Write = Callable[..., Path]
 CLASSES: dict[str, Any] = {
     "thought": {"between": ["<think>", "</think>"]},
     "end": {"tokens": ["<|im_end|>"], "token_loss": "nll"},
-    "number": {"regex": r"\d+", "allow_empty": True},
+    "number": {"regex": r"\d+", "group": 0, "allow_empty": True},
     "word": {"token_regex": r"\s?[A-Z][a-z]+"},
 }
 ALPHA = {"thought": 1, "end": 2, "number": 4, "word": 0.5, "rest": 1}
@@ -72,8 +72,8 @@ def test_a_config_becomes_a_pack_with_cases_of_its_data(dwl: Dwl, write_config: 
         assert f"{case.prompt or ''}{case.text}" in rendered, "of the data, as it stands there"
         assert len(case.text or "") <= 1000
         assert run_case(pack, case).passed
-    for word in ("thought", "end", "number", "word"):
-        assert sum(bool(case.spans.get(word)) for case in pack.tests) >= 2
+    kinds = [re.sub(r"\d+", "0", f"{case.prompt}{case.text}") for case in pack.tests]
+    assert len({*kinds}) == len(kinds) >= 4, "no two that differ in their numbers alone"
 
     again = dwl("packs", "new", "sums", "--from", config)
     assert (again.exit_code, "is there already, and is not written over" in again.output) == (1, True)
@@ -94,6 +94,17 @@ def test_a_case_shows_what_the_run_finds_and_not_what_a_cut_makes_of_it(dwl: Dwl
     assert untouched_classes(pack) == []
     assert pack.alpha is None
     assert "alpha" not in Path("sums.yml").read_text(encoding="utf-8")
+
+
+def test_a_piece_is_not_cut_off_from_what_decides_its_classes(dwl: Dwl, write_config: Write) -> None:
+    """The words around a number are a thought only behind `<think>`."""
+    classes = {"number": {"regex": r"\d+"}, "thought": {"between": ["<think>", "</think>"]}}
+    dwl("packs", "new", "sums", "--from", write_config(loss="dwl", dwl={"classes": classes}))
+    thoughts = [thought for row in harness.rows(40) for thought in re.findall(r"<think>.*?</think>", row["messages"][1]["content"])]
+    tests = read("sums").tests
+    assert {"number", "thought"} == {name for case in tests for name in case.spans if name != "rest"}
+    for case in tests:
+        assert ("thought" in case.spans) == any(str(case.text) in thought for thought in thoughts) or "</think>" in str(case.text)
 
 
 def test_classes_of_packs_are_written_out(dwl: Dwl, write_config: Write) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -70,6 +71,17 @@ class _Row:
     class_T: Ints
     marks_T: Ints
 
+    @cached_property
+    def masked(self) -> Ints:
+        """Where its tokens are no targets."""
+        return np.flatnonzero(self.class_T == IGNORE_INDEX)
+
+    def turn(self, token: int) -> tuple[int, int]:
+        """Begin and end of the run of targets around one."""
+        at = int(np.searchsorted(self.masked, token))
+        begin = int(self.masked[at - 1]) + 1 if at else 0
+        return begin, int(self.masked[at]) if at < len(self.masked) else len(self.ids_T)
+
     def size(self, piece: _Piece) -> int:
         """In bytes, those of the prompt included."""
         return int(self.offsets[piece.end] - self.offsets[piece.prompt])
@@ -92,7 +104,7 @@ def cases_of(pack: Pack, seen: LookedAt) -> list[PackCase]:
     rows = [row for sample in seen.rows.samples for row in _rows(sample, seen, cutter.table)]
     runs = [(row, *run) for row in rows for run in row.runs()]
     spans = Counter[str]()
-    found: dict[str, PackCase] = {}
+    found: dict[str, PackCase] = {}  # by their text without digits and blanks
     for index, name in enumerate([*pack.classes, REST]):
         own = [(row, begin, end) for row, which, begin, end in runs if which == index][:_RUNS]
         pieces = [(row, piece) for row, begin, end in own for piece in _pieces(row, begin, end)]
@@ -102,8 +114,9 @@ def cases_of(pack: Pack, seen: LookedAt) -> list[PackCase]:
             if spans[name] >= (1 if name == REST else _EACH):
                 break
             case = cutter.case(row, piece, name)
-            if case is not None and str(case.sample) not in found:
-                found[str(case.sample)] = case
+            kind = "" if case is None else regex.sub(r"[\d\s]", "", "".join(turn.prompt + turn.text for turn in case.sample))
+            if case is not None and kind not in found:
+                found[kind] = case
                 spans.update(case.spans.keys())
     return list(found.values())
 
@@ -133,14 +146,13 @@ def _rows(sample: dict[str, Any], seen: LookedAt, table: TokenTable) -> Iterator
 
 def _pieces(row: _Row, begin: int, end: int) -> Iterator[_Piece]:
     """What could be cut out around a run of a class: from some words to the whole turn, with and without what stands before it."""
-    first, last = begin, end
-    while first and row.class_T[first - 1] != IGNORE_INDEX:
-        first -= 1
-    while last < len(row.ids_T) and row.class_T[last] != IGNORE_INDEX:
-        last += 1
-    breaks = [at for at in range(first, last + 1) if at in (first, last) or row.bytes_of(at - 1, at).endswith(b"\n")]
-    words = [at for at in range(first, last + 1) if at in (first, last) or row.bytes_of(at, at + 1)[:1] in (b" ", b"\n")]
-    shown = max((at for at in range(begin + 1, end + 1) if row.offsets[at] - row.offsets[begin] <= _LINE), default=begin + 1)
+    first, last = row.turn(begin)
+    near = range(max(first, begin - _LONGEST), min(last, begin + _LONGEST) + 1)
+    breaks = [at for at in near if at in (first, last) or row.bytes_of(at - 1, at).endswith(b"\n")]
+    words = [at for at in near if at in (first, last) or row.bytes_of(at, at + 1)[:1] in (b" ", b"\n")]
+    shown = max(
+        (at for at in range(begin + 1, min(end, near[-1]) + 1) if row.offsets[at] - row.offsets[begin] <= _LINE), default=begin + 1
+    )
 
     begins = {first}.union(*([edge for edge in edges if edge <= begin][-3:] for edges in (breaks, words)))
     ends = {shown, last}.union(*([edge for edge in edges if edge >= shown][:3] for edges in (breaks, words)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def _text(path: Path, config: Path, raw: Mapping[str, Any], block: Block, cases:
         lines += ["", _yaml({"alpha": {name: _short(number) for name, number in block.dwl.alpha.items()}})]
         lines += [f"reduction: {block.reduction}"] if block.writes_reduction else []
     if cases:
-        lines += ["", "# Text of the data of that config: whoever gets this file reads it.", "tests:"]
+        lines += ["", "tests:                      # text of the data of that config: whoever gets this file reads it"]
         for case in cases:
             keys = case.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
             lines.append(f"  - {_indented(_indented(_yaml(keys, leaves=True))).lstrip()}")
@@ -135,25 +135,33 @@ def _left_out(raw: Mapping[str, Any]) -> Iterator[str]:
     yield from ("dft" for _ in [0] if raw.get("dft") is not None)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Text of several lines as a person writes it, and nothing by reference."""
+class _Inline(yaml.SafeDumper):
+    """Nothing by reference, and text of several lines in one."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-_Dumper.add_representer(
-    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text.strip() else None)
-)
+class _Block(_Inline):
+    """Text of several lines as a person writes it."""
+
+
+def _lines_in(style: str) -> Callable[[yaml.SafeDumper, str], yaml.ScalarNode]:
+    return lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style if "\n" in text else None)
+
+
+_Inline.add_representer(str, _lines_in('"'))
+_Block.add_representer(str, _lines_in("|"))
 
 
 def _yaml(value: dict[str, Any], *, leaves: bool = False) -> str:
-    """A mapping in one line, if it fits; else in several, with what holds no collections in a line if `leaves`."""
-    how: dict[str, Any] = {"Dumper": _Dumper, "width": 1 << 20, "allow_unicode": True, "sort_keys": False}
-    line = str(yaml.dump(value, default_flow_style=True, **how)).strip()
-    if len(line) < _WIDTH:
+    """A mapping in one line, if it fits; else in several. `leaves`: what holds no collections always in one."""
+    how: dict[str, Any] = {"width": 1 << 20, "allow_unicode": True, "sort_keys": False}
+    line = str(yaml.dump(value, Dumper=_Inline, default_flow_style=True, **how)).strip()
+    if len(line) < _WIDTH and (leaves or "\\n" not in line):
         return line[1:-1] if len(value) == 1 else line
-    return str(yaml.dump(value, default_flow_style=None if leaves else False, **how)).removesuffix("\n")
+    text = yaml.dump(value, Dumper=_Inline if leaves else _Block, default_flow_style=None if leaves else False, **how)
+    return str(text).removesuffix("\n")
 
 
 def _indented(text: str) -> str:

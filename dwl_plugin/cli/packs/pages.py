@@ -45,7 +45,7 @@ def section(pack: Pack, name: str) -> str:
     """Description, classes with the suggested α, the line of YAML, an example, sources."""
     parts = [cell(pack.description), _table(pack), f"```yaml\nloss: dwl\ndwl: {{pack: {_quoted(name)}}}\n```"]
     if cases := [case for case in pack.tests if any(case.spans.values())]:
-        parts.append(f"<pre>{_marked(pack, _example(cases))}</pre>")
+        parts.append(f"<pre><code>{_marked(pack, _example(cases))}</code></pre>")
     if pack.sources:
         parts.append("Sources: " + ", ".join(f"<{source}>" if _is_plain(source) else cell(source) for source in pack.sources))
     return "\n\n".join(parts)
@@ -96,6 +96,10 @@ def _marked(pack: Pack, case: PackCase) -> str:
         text = escape(printable(data[start:end].decode(errors="replace"), keep="\n"), quote=False).translate(_IN_PRE)
         if index == IGNORE_INDEX:
             parts.append(f"<i>{text}</i>")
-        else:
-            parts.append(text if names[index] == REST else f"<mark>{text}</mark><sub>{names[index]}</sub>")
+        elif names[index] == REST:
+            parts.append(text)
+        else:  # the name stands in the line that it is about
+            body = text.strip("\n") or "↵"
+            before, _, behind = text.partition(body) if body in text else ("", "", text)
+            parts.append(f"{before}<mark>{body}</mark><sub>{names[index]}</sub>{behind}")
     return "".join(parts)
