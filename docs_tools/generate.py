@@ -13,10 +13,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs_tools import commands, reference
-from docs_tools.reference import cell, table
-from dwl_plugin.config.pack_files import PackReference, read_pack, shipped_packs
-from dwl_plugin.config.packs import parse_pack
+from docs_tools import commands, gallery, reference
 from dwl_plugin.hosts.incompatible import refusal_table
 
 ROOT = Path(__file__).parents[1]
@@ -26,19 +23,11 @@ MAP = re.compile(r"<!-- files -->.*?<!-- end of files -->", re.DOTALL)
 BLOCK = re.compile(r"<!-- made: (\w+) -->\n.*?<!-- end of \1 -->", re.DOTALL)
 
 
-def packs() -> str:
-    rows = []
-    for name in shipped_packs():
-        pack = parse_pack(read_pack(PackReference.of(name, ""), None, ""))
-        alpha = pack.alpha or {}
-        members = [f"`{member}` {alpha[member]:g}" if alpha else f"`{member}`" for member in (*pack.classes, "rest")]
-        rows.append((f"`{name}`", f"{', '.join(members[:-1])}; {members[-1]}", cell(pack.description)))
-    return table(("pack", "members, with the suggested α", ""), rows)
-
-
 BLOCKS: Mapping[str, Callable[[], str]] = {
     **reference.TABLES,
-    "packs": packs,
+    "packs": gallery.pack_table,
+    "pack_gallery": gallery.pack_gallery,
+    "example_gallery": gallery.example_gallery,
     "refusals": refusal_table,
     "command_table": commands.command_table,
     "commands": commands.command_sections,

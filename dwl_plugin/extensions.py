@@ -19,7 +19,7 @@ from pydantic_core import CoreSchema, ValidationError, core_schema
 from dwl_plugin.errors import ConfigError, did_you_mean
 from dwl_plugin.values import line_error
 
-__all__ = ["ChosenByType", "Kind", "class_of", "installed", "load", "other_names", "schema_of_others"]
+__all__ = ["ChosenByType", "Kind", "class_of", "installed", "load", "other_names", "owners", "schema_of_others"]
 
 Kind = Literal["schedule", "controller", "token_loss", "pack"]
 
@@ -46,6 +46,11 @@ def other_names(kind: Kind, built_in: Collection[str]) -> list[str]:
     return sorted(set(installed(kind)) - set(built_in))
 
 
+def owners(kind: Kind, name: str) -> str:
+    """The installed packages that offer `name`, with their versions."""
+    return " and ".join(sorted(_owner(point) for point in installed(kind)[name]))
+
+
 def schema_of_others(names: Sequence[str]) -> dict[str, Any]:
     """JSON Schema of `{type: name, **options}`: the options are known to the packages of these names alone."""
     return {"type": "object", "properties": {"type": {"enum": names}}, "required": ["type"]}
@@ -58,8 +63,7 @@ def load(kind: Kind, name: str, path: str, options: type[BaseModel] | None = Non
     """
     points, what = installed(kind)[name], kind.replace("_", " ")
     if len(points) > 1:
-        owners = " and ".join(sorted(_owner(point) for point in points))
-        raise ConfigError.at(path, f"{owners} both offer a {what} of this name", name, hint="uninstall one of them")
+        raise ConfigError.at(path, f"{owners(kind, name)} both offer a {what} of this name", name, hint="uninstall one of them")
     point = points[0]
     try:
         found = point.load()

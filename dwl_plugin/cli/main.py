@@ -224,7 +224,7 @@ def packs() -> None:
 
 @packs.command("list")
 def packs_list() -> None:
-    """The packs that come with this package."""
+    """The packs that can be used by name: of this package, and of others that are installed."""
     from dwl_plugin.cli.packs import list_packs
 
     list_packs(_console())
@@ -232,14 +232,20 @@ def packs_list() -> None:
 
 @packs.command("show")
 @click.argument("pack")
-def packs_show(pack: str) -> None:
+@click.option("--raw", is_flag=True, help="Print the whole file as it is, for a file of your own: … --raw > my_pack.yml")
+def packs_show(pack: str, raw: bool) -> None:
     """What PACK says: its classes, the suggested α, its sources.
 
     PACK is a name, a file, or hf://user/repo@<commit>/file.yml.
     """
-    from dwl_plugin.cli.packs import show_pack
+    from dwl_plugin.cli.packs import raw_pack, show_pack
 
-    show_pack(_console(), pack)
+    if not raw:
+        show_pack(_console(), pack)
+    elif sys.stdout.isatty():
+        _console().out(raw_pack(pack), end="", highlight=False)
+    else:
+        sys.stdout.buffer.write(raw_pack(pack).encode())
 
 
 @packs.command("test")
@@ -250,6 +256,37 @@ def packs_test(packs: tuple[str, ...]) -> None:
 
     passed = [test_pack(_console(), pack) for pack in packs]
     sys.exit(0 if all(passed) else 1)
+
+
+@packs.command("new")
+@click.argument("name")
+@click.option("--from", "config", type=_INPUT, required=True, help="The config whose classes and α become a pack.")
+@_samples(64)
+@click.option("--no-cases", is_flag=True, help="Put no text of the data into the file; Axolotl and the data are not looked at.")
+@_trust
+def packs_new(name: str, config: Path, samples: int, no_cases: bool, trust: bool) -> None:
+    """Write NAME.yml: the classes and α of a config as a pack, with cases cut from rows of its data.
+
+    The cases are text of your data: whoever gets the file reads them. The status is that of `dwl check`.
+    """
+    from dwl_plugin.cli.packs.new import new_pack
+
+    sys.exit(new_pack(_console(), name, config, None if no_cases else samples, trust))
+
+
+@packs.command("push")
+@click.argument("file", type=_INPUT)
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="If the repository is new, for you alone.")
+@click.option("--untested", is_flag=True, help="Push it although a case fails, or there is none.")
+def packs_push(file: Path, repo: str, private: bool, untested: bool) -> None:
+    """Upload the pack in FILE to the Hugging Face Hub, and print the line that uses it at that commit.
+
+    REPO is user/repo, or datasets/user/repo; it is made if it is not there. Its cases go with it, and a README.md if there is none.
+    """
+    from dwl_plugin.cli.packs.push import push_pack
+
+    push_pack(_console(), file, repo, private, untested)
 
 
 @main.command()

@@ -16,7 +16,7 @@ from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.alpha.schedules import Curve
 from dwl_plugin.cli.config_file import read_config
 from dwl_plugin.cli.output import printable, say
-from dwl_plugin.cli.trust import fetched_packs
+from dwl_plugin.cli.trust import stop_at_packs
 from dwl_plugin.config import Block, parse
 from dwl_plugin.config.overrides import overridden, overrides_of
 from dwl_plugin.errors import ConfigError, DWLError
@@ -38,7 +38,9 @@ def schedule(
     console: Console, config: Path, steps: int | None, epoch_steps: int | None, plot: Path | None, trust: bool = False
 ) -> None:
     """The whole command. Raises `DWLError` where the config is wrong, or a position needs a length that nobody gave."""
-    raw, odd = _read(config, trust)
+    raw, odd = read_config(config)
+    if not trust:
+        stop_at_packs(config, raw)
     for line in odd:
         say(console, f"hint: {line}")
     overrides = overrides_of(os.environ)
@@ -95,15 +97,6 @@ def _tables(block: Block, length: RunLength) -> Iterator[_Numbers]:
         several = len(block.class_names) > 1
         names = [f"{option} {block.class_names[c]}" if several else option for c in moving for option in SCHEDULED]
         yield _Numbers("dft", names, lambda tau: tuple(getattr(at(tau)[c], option) for c in moving for option in SCHEDULED))
-
-
-def _read(config: Path, trust: bool) -> tuple[Mapping[str, Any], list[str]]:
-    raw, odd = read_config(config)
-    packs = fetched_packs(raw)
-    if packs and not trust:
-        listed = "\n".join(f"  {printable(str(danger))}" for danger in packs)
-        raise DWLError(f"{printable(str(config))} fetches:\n{listed}\nNothing was fetched. If you trust it, say so with --trust.")
-    return raw, odd
 
 
 def _length(raw: Mapping[str, Any], steps: int | None, epoch_steps: int | None) -> RunLength:

@@ -16,10 +16,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from dwl_plugin.errors import DWLError
+from dwl_plugin.config.pack_files import is_fetched
+from dwl_plugin.errors import DWLError, printable
 from dwl_plugin.files import read_regular
 
-__all__ = ["PACKS", "RULES", "Danger", "Rule", "dangers", "fetched_packs"]
+__all__ = ["PACKS", "RULES", "Danger", "Rule", "dangers", "fetched_packs", "stop_at_packs"]
 
 Does = Literal["runs code", "fetches"]
 
@@ -259,7 +260,7 @@ def _text(folder: str, file: str) -> str:
 
 
 def _pack_on_hub(value: Any, beside: Mapping[str, Any]) -> bool:
-    return isinstance(value, str) and value.startswith("hf://")
+    return isinstance(value, str) and value.startswith("hf://") and not is_fetched(value)
 
 
 _DATA = ("datasets", "test_datasets")
@@ -357,6 +358,13 @@ def dangers(raw: Mapping[str, Any]) -> list[Danger]:
 def fetched_packs(raw: Mapping[str, Any]) -> list[Danger]:
     """The part of `dangers` that is this package's own, without Axolotl."""
     return _found(raw, (PACKS,), frozenset())
+
+
+def stop_at_packs(config: Path, raw: Mapping[str, Any]) -> None:
+    """Raise `DWLError` with the packs that would have to be fetched, if there are any."""
+    if packs := fetched_packs(raw):
+        listed = "\n".join(f"  {printable(str(danger))}" for danger in packs)
+        raise DWLError(f"{printable(str(config))} fetches:\n{listed}\nNothing was fetched. If you trust it, say so with --trust.")
 
 
 def _found(raw: Mapping[str, Any], rules: tuple[Rule, ...], own: Set[tuple[str, str]]) -> list[Danger]:

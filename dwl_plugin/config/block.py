@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from dwl_plugin.alpha.controllers import ControllerConfig, ControllerOptions
 from dwl_plugin.alpha.schedules import Schedule, ScheduleOptions
@@ -65,11 +65,14 @@ def _or_boolean(schema: dict[str, Any]) -> None:
     schema["anyOf"].append({"type": "boolean"})
 
 
+_PACKS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+
+
 class _TokenLoss(Strict):
-    pack: str | None = Field(
+    pack: Annotated[Any, WithJsonSchema(_PACKS)] = Field(  # what is wrong with it is told while it is replaced
         None,
-        description="A pack whose classes, suggested α and reduction are taken; the keys beside it win. Replaced by them when "
-        "the config is parsed.",
+        description="A pack, or a list of packs in order of priority, whose classes, suggested α and reduction are taken; what "
+        "stands beside it wins, of α class by class. Replaced by them when the config is parsed.",
     )
     token_loss: TokenLossName = Field("nll", description="What a token pays in every class that names none of its own.")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
@@ -23,7 +23,7 @@ from dwl_plugin.extensions import load, other_names
 from dwl_plugin.files import UnreadableError, read_regular
 from dwl_plugin.yaml_io import decoded
 
-__all__ = ["MAX_BYTES", "PackReference", "PackText", "known_packs", "read_pack", "shipped_packs"]
+__all__ = ["MAX_BYTES", "PackReference", "PackText", "is_fetched", "known_packs", "read_pack", "shipped_packs"]
 
 MAX_BYTES = 128 * 1024
 """Size of a pack file; the largest of ours has a fifth of it."""
@@ -34,6 +34,15 @@ _FILE = regex.compile(rf"(?P<pack>.+?\.ya?ml)(?:\.(?P<member>{_NAME}))?")
 _MEMBER = regex.compile(rf"(?P<pack>{_NAME})(?:\.(?P<member>{_NAME}))?")
 _HUB = regex.compile(r"hf://(?P<kind>datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<commit>[^/]*))?/(?P<file>.+)")
 _COMMIT = regex.compile(r"[0-9a-f]{40}")
+_NOT_THERE = {
+    "RepositoryNotFoundError": "the Hub has no such repository, or it is private and you are not logged in as one who may see it",
+    "GatedRepoError": "the Hub shows this repository only to those who were let in, on its page",
+    "RevisionNotFoundError": "the repository has no such commit",
+    "EntryNotFoundError": "the repository has no such file at this commit",
+    "RemoteEntryNotFoundError": "the repository has no such file at this commit",
+}
+"""By the names of the client's errors, which its versions have in other places."""
+
 _PART = regex.compile(r"(?!\.\.?$)[\w.+=@ -]+")
 
 
@@ -52,7 +61,10 @@ class PackReference(NamedTuple):
         match = (_FILE.fullmatch(text) or _MEMBER.fullmatch(text)) if isinstance(text, str) else None
         if match is None:
             forms = f"{', '.join(known_packs())}, ./file.yml, hf://user/repo@<commit>/file.yml"
-            raise ConfigError.at(path, "not a pack", text, forms, "for one class of a pack write a dot and its name after it")
+            hint = "for one class of a pack write a dot and its name after it"
+            if isinstance(text, (list, tuple)):
+                hint = "one pack stands here; for several write `any: [{pack: a}, {pack: b}]`"
+            raise ConfigError.at(path, "not a pack", text, forms, hint)
         return cls(match["pack"], match["member"])
 
 
@@ -122,7 +134,16 @@ def _limited(source: object, name: str, path: str) -> bytes:
     return data
 
 
-def _from_hub(address: str, path: str) -> PackText:
+def is_fetched(address: str) -> bool:
+    """Whether the file at an `hf://` address is on this disk already: a commit is never another one."""
+    try:
+        return _cached(_on_hub(PackReference.of(address, "").pack, ""))
+    except (ConfigError, ImportError, ValueError):  # a ValueError for what the client takes for no name of a repository
+        return False
+
+
+def _on_hub(address: str, path: str) -> dict[str, Any]:
+    """Repository, file and commit of an address, as the Hub's client calls them. Raises `ConfigError` at `path`."""
     match = _HUB.fullmatch(address)
     if match is None:
         form, hint = "hf://user/repo@<commit>/file.yml", "the packs of a data set are at hf://datasets/user/repo@<commit>/file.yml"
@@ -134,14 +155,24 @@ def _from_hub(address: str, path: str) -> PackText:
         why = "a branch or a tag can be moved to other content" if match["commit"] else "without one the content can change"
         hint = "the Hub shows it under `Files`, `History`"
         raise ConfigError.at(path, f"needs the full commit, 40 hexadecimal digits: {why}", address, hint=hint)
+    kind = "dataset" if match["kind"] else "model"
+    return {"repo_id": match["repo"], "filename": match["file"], "repo_type": kind, "revision": match["commit"]}
+
+
+def _cached(where: Mapping[str, Any]) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(**where), str)
+
+
+def _from_hub(address: str, path: str) -> PackText:
+    where = _on_hub(address, path)
     try:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     except ImportError:
         raise ConfigError.at(path, "needs the package huggingface_hub, which is not installed", address) from None
-    kind = "dataset" if match["kind"] else "model"
-    where: dict[str, Any] = {"repo_id": match["repo"], "filename": match["file"], "repo_type": kind, "revision": match["commit"]}
     try:
-        if not isinstance(try_to_load_from_cache(**where), str):
+        if not _cached(where):
             size = get_hf_file_metadata(hf_hub_url(**where)).size
             if size is not None and size > MAX_BYTES:
                 raise ConfigError.at(path, f"a pack has at most {MAX_BYTES // 1024} KiB; this one has {size:,} bytes", address)
@@ -149,6 +180,8 @@ def _from_hub(address: str, path: str) -> PackText:
     except ConfigError:
         raise
     except Exception as error:  # the client's errors have no common base: offline, no such repository, no such file, ...
+        if why := _NOT_THERE.get(type(error).__name__):
+            raise ConfigError.at(path, why, address) from error
         first, *_ = str(error).strip().splitlines() or [""]
         why = f"could not be fetched from the Hub: {type(error).__name__}: {first}"
         hint = "without a network, download the file once and name it as `./file.yml`"

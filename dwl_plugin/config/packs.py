@@ -6,7 +6,7 @@ code, and of other packs it can use only those of this package, so nothing is fe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
@@ -27,20 +27,24 @@ from dwl_plugin.classes.selectors import (
 )
 from dwl_plugin.config.classes import CLASSES, ClassConfig, Classes, name_problems
 from dwl_plugin.config.pack_files import PackReference, PackText, read_pack
-from dwl_plugin.config.problems import alpha_problems, nodes, shown_key, unfit, unique, validate
+from dwl_plugin.config.problems import alpha_problems, collected, nodes, shown_key, unfit, unique, validate
 from dwl_plugin.errors import ConfigError, Problem, did_you_mean
 from dwl_plugin.values import REST, Mark, Reduction, Strict, Weight, invalid
 from dwl_plugin.yaml_io import load_plain_yaml
 
-__all__ = ["Pack", "PackCase", "PackLibrary", "PackTurn", "parse_pack"]
+__all__ = ["TO_WRITE", "Pack", "PackCase", "PackLibrary", "PackTurn", "parse_pack"]
 
 MAX_CLASSES = 32
 MAX_CASES = 256
+MAX_PACKS = 16
 MAX_SELECTORS = 512
 """Selectors of one pack, those inside others and those of the packs it uses included."""
 
 MAX_PATTERN = 4096
 """Characters of one pattern, delimiter or keyword."""
+
+TO_WRITE = "TODO"
+"""What the description begins with of a pack whose author has not written it yet."""
 
 
 class PackTurn(Strict):
@@ -111,6 +115,11 @@ class Pack(Strict):
             if not source.startswith("https://"):
                 raise invalid("a source is an address, https://…")
         return sources
+
+    @property
+    def is_described(self) -> bool:
+        """Whether somebody wrote the description."""
+        return not self.description.lstrip().startswith(TO_WRITE)
 
     def member(self, name: str) -> SelectorConfig:
         """One class as a selector: what it takes after the classes above it."""
@@ -202,35 +211,108 @@ class PackLibrary:
         fields = {key: getattr(selector, key) for key in type(selector).model_fields}
         return CLASSES[selector.key].model_validate({**fields, **options, **_options(config)})
 
-    def with_pack(self, dwl: Mapping[str, Any]) -> dict[str, Any]:
-        """The `dwl` block with its `pack` replaced by classes, α and reduction; keys beside `pack` win.
+    def with_packs(self, dwl: Mapping[str, Any]) -> dict[str, Any]:
+        """The `dwl` block with its `pack` replaced by classes, α and reduction; what stands beside wins, of α class by class.
 
-        A class of the config that has the name of a pack's class takes its place; the others come before the pack's.
+        A class of the config that has the name of a pack's class takes its place; the others come before the packs'.
         """
         beside = {key: value for key, value in dwl.items() if key != "pack" and value is not None}
-        name = dwl.get("pack")
-        if name is None:
+        if dwl.get("pack") is None:
             return beside
-        reference = PackReference.of(name, "dwl.pack")
-        if reference.member is not None:
-            hint = f"for one class write it under `classes`: {{pack: {name}}}"
-            raise ConfigError.at("dwl.pack", "takes a whole pack", name, hint=hint)
-        pack = self.pack(reference, "dwl.pack")
+        packs = self._named(dwl["pack"])
         own = beside.get("classes", {})
         if not isinstance(own, Mapping):
             return beside
-        added = {name: spec for name, spec in own.items() if name not in pack.classes}
-        classes = {**added, **{name: own.get(name, self._measured(config)) for name, config in pack.classes.items()}}
-        suggested = pack.model_dump(include={"alpha", "reduction"}, exclude_none=True) if self.with_losses else {}
-        if added and "alpha" in suggested and "alpha" not in beside:
-            message = f"is needed: the pack suggests α for its own classes, not for {', '.join(map(str, added))}"
-            raise ConfigError.at("dwl.alpha", message, allowed=", ".join([*map(str, classes), REST]))
-        return {**suggested, **beside, "classes": classes}
+        ConfigError.raise_any(_clashes(packs, own))
+        members = {name: config for pack in packs.values() for name, config in pack.classes.items()}
+        added = {name: spec for name, spec in own.items() if name not in members}
+        classes = {**added, **{name: own.get(name, self._measured(config)) for name, config in members.items()}}
+        if not self.with_losses:
+            return {**beside, "classes": classes}
+        return {**_suggested_reduction(packs, beside), **beside, "classes": classes, **_completed_alpha(packs, beside, classes)}
+
+    def _named(self, pack: object) -> dict[str, Pack]:
+        """The packs by their names, in the order of the list; raises `ConfigError` with the place of each that is none."""
+        named = [("dwl.pack", pack)]
+        if isinstance(pack, (list, tuple)):
+            named = [(f"dwl.pack[{index}]", name) for index, name in enumerate(pack)]
+        if not 0 < len(named) <= MAX_PACKS:
+            raise ConfigError.at("dwl.pack", f"names one pack, or a list of up to {MAX_PACKS}", pack)
+        found: dict[str, Pack] = {}
+        problems: list[Problem] = []
+        for path, name in named:
+            with collected(problems):
+                reference = PackReference.of(name, path)
+                if reference.member is not None:
+                    hint = f"for one class write it under `classes`: {{pack: {name}}}"
+                    raise ConfigError.at(path, "takes a whole pack", name, hint=hint)
+                if reference.pack in found:
+                    raise ConfigError.at(path, "stands twice", name)
+                found[reference.pack] = self.pack(reference, path)
+        ConfigError.raise_any(problems)
+        return found
 
     def _measured(self, config: ClassConfig) -> ClassConfig:
         if self.with_losses:
             return config
         return config.model_copy(update={name: None for name in ClassConfig.model_fields if name != "allow_empty"})
+
+
+def _clashes(packs: Mapping[str, Pack], own: Mapping[str, Any]) -> Iterator[Problem]:
+    """Names of classes that two packs have, where the config does not say what they are."""
+    first: dict[str, str] = {}
+    for index, (name, pack) in enumerate(packs.items()):
+        for member in pack.classes:
+            if member in first and member not in own:
+                both = f"{member}: {{any: [{{pack: {first[member]}.{member}}}, {{pack: {name}.{member}}}]}}"
+                hint = (
+                    f"say under `classes` what it is, `{both}`; or leave {name} out here and write its classes there, "
+                    f"under names of your own: `{{pack: {name}.{member}}}`"
+                )
+                yield Problem(f"dwl.pack[{index}]", f"has a class `{member}`, and so has {first[member]}", name, hint=hint)
+            first.setdefault(member, name)
+
+
+def _suggested_reduction(packs: Mapping[str, Pack], beside: Mapping[str, Any]) -> dict[str, Any]:
+    named = {name: pack.reduction for name, pack in packs.items() if pack.reduction is not None}
+    if len({*named.values()}) > 1 and "reduction" not in beside:
+        said = ", ".join(f"{reduction} ({name})" for name, reduction in named.items())
+        raise ConfigError.at("dwl.reduction", f"is needed: the packs suggest different ones, {said}")
+    return {"reduction": next(iter(named.values()))} if named else {}
+
+
+def _completed_alpha(packs: Mapping[str, Pack], beside: Mapping[str, Any], classes: Iterable[str]) -> dict[str, Any]:
+    """The suggested α, with the config's own numbers. Raises `ConfigError` where it has none, and no pack knows some class's."""
+    suggested, written = _joined_alpha(packs.values()), beside.get("alpha")
+    if suggested is None or not isinstance(written, (Mapping, type(None))):  # the schema says what is wrong with it
+        return {}
+    names = [*classes, REST]
+    left = [name for name in names if name not in suggested]
+    if written is None and left:
+        zero = [name for name, pack in packs.items() if pack.alpha and not pack.alpha[REST]]
+        why = f"the pack suggests α for its own classes, not for {', '.join(left)}"
+        if len(packs) > 1:
+            why = f"the packs suggest none, or not the same, for {', '.join(left)}"
+        if len(packs) > 1 and zero:
+            why = f"under {zero[0]} `rest` has α 0, so what the packs suggest has no scale in common"
+        raise ConfigError.at("dwl.alpha", f"is needed: {why}", allowed=", ".join(names))
+    return {"alpha": {**suggested, **(written or {})}}
+
+
+def _joined_alpha(packs: Iterable[Pack]) -> dict[str, float] | None:
+    """What the packs suggest together: the numbers of the first as they stand, and those of every other one times the factor that
+    makes its `rest` the same. Without what they do not agree on; None where none suggests anything."""
+    suggested = [pack.alpha for pack in packs if pack.alpha is not None]
+    if len(suggested) < 2:
+        return suggested[0] if suggested else None
+    if not all(numbers[REST] for numbers in suggested):
+        return {}
+    first = suggested[0]
+    offered = {name: {number} for name, number in first.items()}
+    for numbers in suggested[1:]:
+        for name in numbers.keys() - {REST}:
+            offered.setdefault(name, set()).add(numbers[name] * first[REST] / numbers[REST])
+    return {name: number for name, (number, *more) in offered.items() if not more}
 
 
 def _options(config: ClassConfig) -> dict[str, Any]:

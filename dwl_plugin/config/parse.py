@@ -82,7 +82,7 @@ def parse(raw: Mapping[str, Any], folder: Path | None = None) -> Block | None:
     packs = PackLibrary([*([] if folder is None else [folder]), Path()], with_losses=ours["loss"] == "dwl")
     if isinstance(ours.get("dwl"), Mapping):
         with collected(problems):
-            ours["dwl"] = packs.with_pack(ours["dwl"])
+            ours["dwl"] = packs.with_packs(ours["dwl"])
     dwl = ours["dwl"] if isinstance(ours.get("dwl"), Mapping) else {}
     classes = dwl["classes"] if isinstance(dwl.get("classes"), Mapping) else {}
     names = [*(str(name) for name in classes if name != REST), REST]

@@ -42,8 +42,9 @@ def salvage(
     whole = not paths
     for _ in range(2):
         left = _without(ours, paths) if paths else ours
-        if "dwl.pack" in leave_out and isinstance(ours.get("dwl"), Mapping) and "dwl" not in left:
-            keys = {key: value for key, value in ours["dwl"].items() if f"dwl.{key}" not in paths}
+        no_pack = any(path.partition("[")[0] == "dwl.pack" for path in leave_out)
+        if no_pack and isinstance(ours.get("dwl"), Mapping) and "dwl" not in left:
+            keys = {key: value for key, value in ours["dwl"].items() if key != "pack" and f"dwl.{key}" not in paths}
             left = {**ours, "dwl": {**keys, "classes": _STAND_IN}}
         try:
             return parse(left, folder), problems

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -213,7 +214,7 @@ def test_it_reads_only_the_yaml_and_imports_nothing_heavy(tmp_path: Path) -> Non
 def test_a_pack_on_the_hub_is_not_fetched_before_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda **where: fetched.append(where["repo_id"]))
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda **where: "")
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: SimpleNamespace(size=10))
     path = tmp_path / "config.yml"
     path.write_text(f"loss: dwl\nmax_steps: 3\ndwl: {{pack: 'hf://user/repo@{'0' * 40}/mine.yml'}}\n", encoding="utf-8")
     assert "--trust" in error_of(dwl(path))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 
@@ -264,3 +268,61 @@ def test_its_text_has_the_bounds_of_any_pack_and_ours_keep_their_names(site: Pat
     assert parse({"loss": "dwl", "dwl": {"pack": "numbers"}}) is not None
     install(site, "other-extension", "[dwl_plugin.packs]\ntheirs = elsewhere:PACK\n")
     assert "little-extension 1.5 and other-extension 1.5 both offer" in str(error_of({"pack": "theirs"}))
+
+
+def a_wheel(folder: Path) -> Path:
+    """A package of two packs, one in a file and one that cannot be read, as its author would build it."""
+    info = "recipes_for_dwl-2.0.dist-info"
+    files = {
+        "recipes_for_dwl/__init__.py": "import pathlib\nGREET = pathlib.Path(__file__).with_name('greet.yml')\nODD = 'd: 1'\n",
+        "recipes_for_dwl/greet.yml": "description: Greetings.\nclasses: {hi: {regex: hi}}\nalpha: {hi: 2, rest: 1}\n"
+        "tests: [{text: oh hi, spans: {hi: [hi]}}]\n",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: recipes-for-dwl\nVersion: 2.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/entry_points.txt": "[dwl_plugin.packs]\ngreetings = recipes_for_dwl:GREET\nodd = recipes_for_dwl:ODD\n",
+    }
+    record = "".join(f"{name},,\n" for name in (*files, f"{info}/RECORD"))
+    wheel = folder / "recipes_for_dwl-2.0-py3-none-any.whl"
+    with ZipFile(wheel, "w") as archive:
+        for name, text in {**files, f"{info}/RECORD": record}.items():
+            archive.writestr(name, text)
+    return wheel
+
+
+def test_packs_of_a_package_that_is_installed_are_listed_with_it_and_used(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(site)]
+    subprocess.run([*install, str(a_wheel(tmp_path))], check=True)
+    (tmp_path / "train.yml").write_text("loss: dwl\ndwl: {pack: [greetings, numbers]}\nmax_steps: 1\n")
+    commands = [
+        ["packs", "list"],
+        ["packs", "test", "greetings"],
+        ["packs", "show", "greetings", "--raw"],
+        ["schedule", "train.yml"],
+    ]
+    code = f"""
+from click.testing import CliRunner
+from dwl_plugin.cli.main import main
+for command in {commands}:
+    result = CliRunner(env={{"COLUMNS": "200"}}).invoke(main, command)
+    print(result.exit_code, result.output, sep="\\n", end="---\\n")
+"""
+    paths = os.pathsep.join([str(site), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    listed, tested, raw, schedule, _ = done.stdout.split("---\n")
+    assert listed.startswith("0\n")
+    assert re.search(r"greetings +│ hi → 2 +│ Greetings\.", listed)
+    assert listed.count("of recipes-for-dwl 2.0") == 2
+    assert "not a pack, which is a mapping with `classes`" in listed, "one that is broken hides no other"
+    assert "reasoning" in listed
+    assert tested == "0\ngreetings: 1 cases pass\n"
+    assert raw == f"0\n{(site / 'recipes_for_dwl' / 'greet.yml').read_text()}"
+    assert schedule.startswith("0\n")
+    assert re.findall(r"0\.\d\d", schedule) == ["0.22", "0.44", "0.22", "0.11"], "2, 4, 2 and 1 of 9"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 import textwrap
 import time
 from pathlib import Path
@@ -19,6 +22,7 @@ from dwl_plugin.config.pack_files import MAX_BYTES, PackText, shipped_packs
 from dwl_plugin.config.packs import MAX_CLASSES, MAX_PATTERN, parse_pack
 from dwl_plugin.errors import ConfigError
 
+PACKS = Path(__file__).parents[2] / "dwl_plugin" / "classes" / "packs"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 MINE = r"""
@@ -95,6 +99,139 @@ def test_alpha_is_asked_for_where_the_pack_cannot_know_it(folder: Path) -> None:
     assert "bye" in found["dwl.alpha"]
 
 
+def test_a_number_of_alpha_beside_a_pack_changes_that_class_alone(folder: Path) -> None:
+    block = parsed({"pack": "./mine.yml", "alpha": {"greeting": 4}}, folder=folder)
+    assert block.alpha == (3 / 8, 4 / 8, 1 / 8)
+    block = parsed({"pack": "./mine.yml", "alpha": {"rest": 0}}, folder=folder)
+    assert block.alpha == (3 / 5, 2 / 5, 0.0)
+    block = parsed({"pack": "./mine.yml", "classes": {"bye": {"regex": "bye"}}, "alpha": {"bye": 2}}, folder=folder)
+    assert dict(zip(block.class_names, block.alpha, strict=True)) == {"bye": 2 / 8, "loud": 3 / 8, "greeting": 2 / 8, "rest": 1 / 8}
+
+
+def test_a_number_of_alpha_for_no_class_is_a_mistake_and_one_of_a_pack_without_alpha_is_not_enough(folder: Path) -> None:
+    (said,) = problems_of({"pack": "./mine.yml", "alpha": {"greetnig": 4}}, folder).items()
+    assert said[0] == "dwl.alpha.greetnig"
+    assert "did you mean `greeting`?" in said[1]
+    found = problems_of({"pack": "./mine.yml", "classes": {"bye": {"regex": "bye"}}, "alpha": {"byee": 4}}, folder)
+    assert "did you mean `bye`?" in found["dwl.alpha.byee"]
+    assert "missing: bye" in found["dwl.alpha"]
+    (folder / "bare.yml").write_text("description: d\nclasses: {a: {regex: a}, b: {regex: b}}", encoding="utf-8")
+    assert "missing: b, rest" in problems_of({"pack": "./bare.yml", "alpha": {"a": 4}}, folder)["dwl.alpha"]
+    for alpha in ([1, 2], 3, {"loud": None}, {"loud": "much"}):
+        assert next(iter(problems_of({"pack": "./mine.yml", "alpha": alpha}, folder))).startswith("dwl.alpha")
+
+
+# Several packs
+
+
+BYE = """
+description: Farewells.
+classes: {bye: {regex: bye}, last: {position: {last: 1}}}
+alpha: {bye: 1, last: 3, rest: 2}
+reduction: class_mean
+"""
+
+
+@pytest.fixture
+def two(folder: Path) -> Path:
+    (folder / "bye.yml").write_text(BYE, encoding="utf-8")
+    return folder
+
+
+def test_packs_are_joined_in_order_and_at_rest(two: Path) -> None:
+    """`rest` counts 1 here and 2 there, so what is there is halved; the other way round, what is here is doubled."""
+    block = parsed({"pack": ["./mine.yml", "./bye.yml"]}, folder=two)
+    assert block.class_names == ("loud", "greeting", "bye", "last", "rest")
+    assert block.dump()["dwl"]["alpha"] == {"loud": 3, "greeting": 2, "rest": 1, "bye": 0.5, "last": 1.5}
+    assert block.reduction == "class_mean"
+    block = parsed({"pack": ["./bye.yml", "./mine.yml"]}, folder=two)
+    assert block.class_names == ("bye", "last", "loud", "greeting", "rest")
+    assert block.dump()["dwl"]["alpha"] == {"bye": 1, "last": 3, "rest": 2, "loud": 6, "greeting": 4}
+    one = parsed({"pack": ["./bye.yml"]}, folder=two)
+    assert one == parsed({"pack": "./bye.yml"}, folder=two)
+
+
+def test_a_number_beside_several_packs_is_on_the_scale_of_the_first(two: Path) -> None:
+    block = parsed({"pack": ["./bye.yml", "./mine.yml"], "alpha": {"greeting": 5}}, folder=two)
+    assert block.dump()["dwl"]["alpha"] == {"bye": 1, "last": 3, "rest": 2, "loud": 6, "greeting": 5}
+
+
+def test_classes_beside_several_packs_come_first_or_take_a_place(two: Path) -> None:
+    own = {"bye": {"words": ["bye"]}, "new": {"regex": "new"}}
+    block = parsed({"pack": ["./mine.yml", "./bye.yml"], "classes": own, "alpha": {"new": 1}}, folder=two)
+    assert block.class_names == ("new", "loud", "greeting", "bye", "last", "rest")
+    assert classes_of(block)["bye"]["words"] == ["bye"]
+
+
+def test_a_name_of_two_packs_is_refused_until_the_config_says_what_it_is() -> None:
+    found = problems_of({"pack": ["numbers", "json", "markdown"]})
+    assert list(found) == ["dwl.pack[1]"]
+    assert "has a class `number`, and so has numbers (got 'json')" in found["dwl.pack[1]"]
+    join = {"number": {"any": [{"pack": "numbers.number"}, {"pack": "json.number"}]}}
+    assert "`number: {any: [{pack: numbers.number}, {pack: json.number}]}`" in found["dwl.pack[1]"]
+    block = parsed({"pack": ["numbers", "json"], "classes": join})
+    assert block.class_names == ("result", "number", "key", "string", "literal", "syntax", "rest")
+    assert len(classes_of(block)["number"]["any"]) == 2
+    assert block.dump()["dwl"]["alpha"]["number"] == 2, "both suggest it"
+    apart = {"json_number": {"pack": "json.number"}, "key": {"pack": "json.key"}}
+    block = parsed({"pack": "numbers", "classes": apart, "alpha": {"json_number": 2, "key": 1}})
+    assert block.class_names == ("json_number", "key", "result", "number", "rest")
+
+
+def test_what_packs_do_not_agree_on_is_asked_for(two: Path) -> None:
+    other = BYE.replace("bye: 1", "bye: 4").replace("class_mean", "token_mean").replace("last:", "end:").replace("{end", "{last")
+    (two / "other.yml").write_text(other)
+    both = {"pack": ["./bye.yml", "./other.yml"], "classes": {"bye": {"regex": "bye"}}}
+    found = problems_of(both, two)
+    assert list(found) == ["dwl.reduction"]
+    assert "class_mean (./bye.yml), token_mean (./other.yml)" in found["dwl.reduction"]
+    both["reduction"] = "class_mean"
+    assert "not the same, for bye" in problems_of(both, two)["dwl.alpha"]
+    assert parsed({**both, "alpha": {"bye": 7}}, folder=two).dump()["dwl"]["alpha"]["bye"] == 7
+    del both["reduction"]
+    assert parsed(both, "nll", two).class_names == ("bye", "last", "end", "rest"), "measured alone"
+
+
+def test_packs_without_a_common_scale_or_without_alpha_suggest_none(two: Path) -> None:
+    (two / "bye.yml").write_text(BYE.replace("rest: 2", "rest: 0"), encoding="utf-8")
+    both = {"pack": ["./mine.yml", "./bye.yml"]}
+    assert "under ./bye.yml `rest` has α 0" in problems_of(both, two)["dwl.alpha"]
+    whole = {"loud": 1, "greeting": 1, "bye": 1, "last": 1, "rest": 1}
+    assert parsed({**both, "alpha": whole}, folder=two).alpha == (0.2,) * 5
+    assert parsed({"pack": ["./bye.yml"]}, folder=two).alpha == (0.25, 0.75, 0.0)
+    (two / "bye.yml").write_text(BYE.replace("alpha: {bye: 1, last: 3, rest: 2}", ""), encoding="utf-8")
+    assert "suggest none, or not the same, for bye, last" in problems_of(both, two)["dwl.alpha"]
+    block = parsed({**both, "alpha": {"bye": 2, "last": 2}}, folder=two)
+    assert block.alpha == (0.3, 0.2, 0.2, 0.2, 0.1)
+    (two / "mine.yml").write_text(MINE.replace("alpha: {loud: 3, greeting: 2, rest: 1}", ""), encoding="utf-8")
+    assert parsed(both, folder=two).alpha == (0.2,) * 5, "where none suggests anything, all count alike"
+
+
+@pytest.mark.parametrize(
+    ("pack", "path", "says"),
+    [
+        ([], "dwl.pack", "names one pack, or a list"),
+        (["numbers"] * 17, "dwl.pack", "a list of up to 16"),
+        (["numbers", "code", "numbers"], "dwl.pack[2]", "stands twice"),
+        (["numbers", "raesoning"], "dwl.pack[1]", "did you mean `reasoning`?"),
+        (["numbers", "json.key"], "dwl.pack[1]", "{pack: json.key}"),
+        (["numbers", 7], "dwl.pack[1]", "not a pack"),
+        ([["numbers"]], "dwl.pack[0]", "one pack stands here"),
+        ({"numbers": 1}, "dwl.pack", "not a pack"),
+        ("./none.yml", "dwl.pack", "no such file"),
+    ],
+)
+def test_a_mistake_in_the_list_is_named_with_its_place(pack: object, path: str, says: str) -> None:
+    found = problems_of({"pack": pack})
+    assert list(found) == [path]
+    assert says in found[path]
+
+
+def test_a_selector_takes_one_pack() -> None:
+    (said,) = problems_of({"classes": {"a": {"pack": ["numbers", "json"]}}}).values()
+    assert "`any: [{pack: a}, {pack: b}]`" in said
+
+
 def test_under_another_loss_a_pack_is_measured(folder: Path) -> None:
     for loss in ("nll", "dft"):
         block = parsed({"pack": "./mine.yml"}, loss, folder)
@@ -136,11 +273,11 @@ def test_packs_nest_in_selectors() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    whole=st.sampled_from([None, *shipped_packs()]),
+    whole=st.sampled_from([None, *shipped_packs(), ["numbers", "reasoning"], ["tool_call", "end_of_turn", "math_answer"]]),
     members=st.lists(st.sampled_from([*shipped_packs(), "tool_call.name", "numbers.number", "json.syntax"]), max_size=3),
     loss=st.sampled_from(["nll", "dft", "dwl"]),
 )
-def test_what_is_dumped_parses_to_the_same(whole: str | None, members: list[str], loss: str) -> None:
+def test_what_is_dumped_parses_to_the_same(whole: str | list[str] | None, members: list[str], loss: str) -> None:
     classes: dict[str, Any] = {f"own{n}": {"any": [{"pack": name}, {"regex": "x"}]} for n, name in enumerate(members)}
     dwl = ({"classes": classes} if classes else {}) if whole is None else {"pack": whole}
     block = parse({"loss": loss, "dwl": dwl})
@@ -319,6 +456,26 @@ def test_packs_are_listed_and_shown() -> None:
     assert "weighted_mean" in shown.output
     assert "https://arxiv.org/abs/2110.14168" in shown.output
     assert "tests:" not in shown.output
+
+
+def test_the_raw_file_of_a_pack_is_a_pack_of_one_s_own(tmp_path: Path) -> None:
+    for name in shipped_packs():
+        assert CliRunner().invoke(main, ["packs", "show", name, "--raw"]).stdout_bytes == (PACKS / f"{name}.yml").read_bytes()
+    dwl = f'"{sys.executable}" -c "from dwl_plugin.cli.main import main; main()"'
+    line = f"{dwl} packs show reasoning --raw > my.yml && {dwl} packs test ./my.yml"
+    done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"\./my\.yml: \d+ cases pass\n", done.stdout)
+
+
+def test_a_raw_file_drives_no_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "odd.yml").write_text("description: \u202edetrevni\nclasses: {a: {regex: a}}\n", encoding="utf-8")
+    as_it_is = CliRunner().invoke(main, ["packs", "show", str(tmp_path / "odd.yml"), "--raw"])
+    assert as_it_is.stdout_bytes == (tmp_path / "odd.yml").read_bytes()
+    monkeypatch.setattr("click.testing._NamedTextIOWrapper.isatty", lambda self: True, raising=False)
+    shown = CliRunner().invoke(main, ["packs", "show", str(tmp_path / "odd.yml"), "--raw"])
+    assert shown.output == "description: ‹202e›detrevni\nclasses: {a: {regex: a}}\n"
+    no_pack = CliRunner().invoke(main, ["packs", "show", str(tmp_path / "none.yml"), "--raw"])
+    assert no_pack.exit_code == 1
 
 
 def test_a_pack_file_runs_its_own_cases(folder: Path) -> None:

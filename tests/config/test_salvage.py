@@ -98,3 +98,12 @@ def test_a_pack_with_a_typo_hides_nothing_else() -> None:
         "dwl.schedule.oevr",
         "dwl.reductoin",
     }
+
+
+def test_a_pack_that_is_not_to_be_looked_into_hides_nothing_else_in_a_list_either() -> None:
+    hub = f"hf://user/repo@{'0' * 40}/p.yml"
+    for pack, left_out in ((hub, "dwl.pack"), (["numbers", hub], "dwl.pack[1]")):
+        raw = {"loss": "dwl", "dwl": {"pack": pack, "alpha": {"result": 9}, "reduction": "weigthed_mean"}}
+        assert looked_at(raw, leave_out=[left_out])[1] == {"dwl.reduction"}
+        del raw["dwl"]["reduction"]  # type: ignore[attr-defined]
+        assert looked_at(raw, leave_out=[left_out])[1] == set()

@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dwl_plugin.cli.analysis import Findings, LookedAt, Raw, analyse, looking
+from dwl_plugin.cli.analysis import LookedAt, analyse, looking
 from dwl_plugin.cli.check import print_findings
 from dwl_plugin.cli.config_file import read_config
+from dwl_plugin.cli.first_look import Findings, Raw
 from dwl_plugin.cli.output import Console, number, print_json, say, table_of_classes
 from dwl_plugin.cli.preflight import ClassProbabilities, load_model, measure, summarise
 from dwl_plugin.cli.suggest.block import block_lines

@@ -1,4 +1,4 @@
-"""`dwl packs`: which packs there are, what one says, whether a pack file keeps its own promises."""
+"""`dwl packs list`, `show` and `test`: which packs there are, what one says, whether a pack file keeps its own promises."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from rich.text import Text
 
 from dwl_plugin.cli.output import printable, say
 from dwl_plugin.config.pack_cases import CaseResult, run_case, untouched_classes
-from dwl_plugin.config.pack_files import PackReference, known_packs, read_pack
+from dwl_plugin.config.pack_files import PackReference, known_packs, read_pack, shipped_packs
 from dwl_plugin.config.packs import Pack, PackLibrary, parse_pack
 from dwl_plugin.errors import ConfigError, DWLError, shortened
+from dwl_plugin.extensions import owners
 
-__all__ = ["list_packs", "read", "show_pack", "test_pack"]
+__all__ = ["list_packs", "raw_pack", "read", "show_pack", "test_pack"]
 
 
 def read(name: str) -> Pack:
@@ -32,19 +33,31 @@ def _reference(name: str) -> PackReference:
 
 
 def list_packs(console: Console) -> None:
-    """A table of the packs that can be used by name."""
+    """A table of the packs that can be used by name; those of other packages with the package, and with what is wrong with them."""
     table = Table(show_lines=True)
     for column in ("pack", "classes → suggested α", "what they are"):
         table.add_column(column, no_wrap=column == "pack")
     for name in known_packs():
-        pack = read(name)
-        table.add_row(Text(name, "bold"), "\n".join(_weights(pack)), pack.description)
+        owner = "" if name in shipped_packs() else f"\nof {owners('pack', name)}"
+        try:
+            pack = read(name)
+            weights, says = "\n".join(_weights(pack)), Text(pack.description)
+        except ConfigError as error:
+            weights, says = "", Text("\n".join(map(str, error.problems)), "red")
+        table.add_row(Text.assemble((name, "bold"), owner), weights, says)
     console.print(table)
 
 
 def _weights(pack: Pack) -> Iterator[str]:
     for name in (*pack.classes, "rest"):
         yield name if pack.alpha is None else f"{name} → {pack.alpha[name]:g}"
+
+
+def raw_pack(name: str) -> str:
+    """The text of a pack file as it is, once it is known to be a pack."""
+    source = read_pack(_reference(name), [Path()], "pack")
+    parse_pack(source)
+    return source.text
 
 
 def show_pack(console: Console, name: str) -> None:
@@ -74,6 +87,8 @@ def test_pack(console: Console, name: str) -> bool:
                 console.print(_differences(result))
     if untouched := untouched_classes(pack):
         say(console, f"No case has a span of: {', '.join(untouched)}", "yellow")
+    if not pack.is_described:
+        say(console, "Its description is still to be written.", "yellow")
     count = len(pack.tests)
     verdict = (f"{failed} of {count} cases fail", "red") if failed else (f"{count} cases pass", "green")
     console.print(Text.assemble(f"{printable(name)}: ", verdict if count else ("has no cases", "yellow")), soft_wrap=True)
