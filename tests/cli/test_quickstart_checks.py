@@ -49,7 +49,7 @@ def test_a_failed_preparation_leaves_no_half_model(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(model, "_gguf_file", lambda: tmp_path / "none.gguf")
 
-    def stopped(source: Path, target: Path, console: Console) -> None:
+    def stopped(source: Path, target: Path) -> None:
         (target / "model.safetensors").touch()
         raise KeyboardInterrupt
 
