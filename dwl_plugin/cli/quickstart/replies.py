@@ -14,10 +14,10 @@ from typing import Any
 
 from dwl_plugin.files import write_whole
 
-__all__ = ["BEFORE", "write_replies"]
+__all__ = ["BEFORE", "MOST_TOKENS", "write_replies"]
 
 BEFORE = "before training"
-_MOST_TOKENS = 100
+MOST_TOKENS = 100
 
 
 def write_replies(folder: Path, file: Path, runs: Sequence[Path]) -> None:
@@ -37,7 +37,7 @@ def write_replies(folder: Path, file: Path, runs: Sequence[Path]) -> None:
         if run is not None:
             model = PeftModel.from_pretrained(model, str(run))
         with torch.inference_mode():
-            written = model.generate(**batch, do_sample=False, max_new_tokens=_MOST_TOKENS)
+            written = model.generate(**batch, do_sample=False, max_new_tokens=MOST_TOKENS)
         replies = tokenizer.batch_decode(written[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, reply in zip(rows, replies, strict=True):
             row[name] = reply
