@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from dwl_plugin.cli import quickstart
-from dwl_plugin.cli.quickstart.problems import generate
+from dwl_plugin.cli.quickstart.problems import generate, with_mistakes
 from dwl_plugin.config import parse
 
 FOLDER = Path(__file__).parents[1] / "example_configs"
@@ -89,6 +89,13 @@ def test_the_quickstart_writes_the_template_with_its_paths_and_steps(tmp_path: P
     assert written == {**yaml.safe_load(quickstart.template()), **changed}
 
 
+def test_the_baseline_of_the_quickstart_is_the_same_run_without_weights() -> None:
+    config, plain = (yaml.safe_load(text) for text in (quickstart.template(), quickstart.baseline(quickstart.template())))
+    changed = {"loss": "nll", "dwl": {"classes": config["dwl"]["classes"]}, "output_dir": "./baseline"}
+    assert list(config["dwl"]) == ["classes", "reduction", "alpha", "schedule"]
+    assert plain == {**config, **changed}
+
+
 def test_the_command_imports_neither_torch_nor_a_host() -> None:
     heavy = ("torch", "axolotl", "transformers", "rich")
     code = f"import sys, dwl_plugin.cli.main; print([name for name in {heavy} if name in sys.modules])"
@@ -135,7 +142,7 @@ def rows(dataset: dict[str, Any]) -> list[dict[str, Any]]:
     field = dataset.get("field_messages", "messages")
     keys = dataset.get("message_property_mappings", {"role": "role", "content": "content"})
     out = []
-    for number, problem in enumerate(generate(64, seed=3)):
+    for number, problem in enumerate(with_mistakes(generate(64, seed=3), 1, seed=3)):
         messages = problem.row()["messages"]
         notations = f"\n\\boxed{{{problem.answer}}}\nThe answer is: {problem.answer}\n#### "
         call = f'<tool_call>\n{{"name": "add", "arguments": {{"to": {problem.answer}}}}}\n</tool_call>'

@@ -210,11 +210,12 @@ def report(runs: tuple[Path, ...], html: Path | None, compare: bool) -> None:
 @main.command()
 @click.option("--out", type=_FOLDER, default="dwl-quickstart", help="Folder for the data, the YAML and the trained adapter.")
 @click.option("--steps", type=_COUNT, help="Optimizer steps, instead of the YAML's own number.")
-def quickstart(out: Path, steps: int | None) -> None:
-    """Fine-tune a small real model on this machine's CPU and show what every token class learned."""
+@click.option("--compare", is_flag=True, help="Train plain SFT on the same rows, too, and show both beside one another.")
+def quickstart(out: Path, steps: int | None, compare: bool) -> None:
+    """Fine-tune a small real model on this machine's CPU and show what it learned, and what it was told not to."""
     from dwl_plugin.cli.quickstart import run
 
-    run(_console(), out, steps)
+    run(_console(), out, steps, compare)
 
 
 @main.group(cls=_Commands)

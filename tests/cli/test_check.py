@@ -13,7 +13,7 @@ import yaml
 from click.testing import Result
 
 from dwl_plugin.cli import quickstart
-from dwl_plugin.cli.quickstart.problems import generate, write_jsonl
+from dwl_plugin.cli.quickstart.problems import generate, with_mistakes, write_jsonl
 from dwl_plugin.config import parse
 from dwl_plugin.run.dataset_check import picked_rows
 from tests.hosts import harness
@@ -351,15 +351,16 @@ def test_an_example_on_local_data(dwl: Check, little_model: Path, tmp_path: Path
 
 
 def test_the_quickstart_example_on_its_own_data(dwl: Check, little_model: Path, tmp_path: Path) -> None:
-    write_jsonl(generate(64, seed=1), tmp_path / "problems.jsonl")
+    write_jsonl(with_mistakes(generate(64, seed=1), 1, seed=1), tmp_path / "problems.jsonl")
     config = tmp_path / "quickstart.yml"
     config.write_text(quickstart.render(quickstart.template(), little_model, tmp_path, None), encoding="utf-8")
     found = findings(dwl("check", config, "--json"))
     assert found["status"] == 0, found
     classes = {figure["name"]: figure for figure in found["classes"]}
-    assert list(classes) == ["answer", "number", "reasoning", "end_of_turn", "rest"]
+    assert list(classes) == ["mistake", "answer", "number", "reasoning", "end_of_turn", "rest"]
     assert classes["end_of_turn"]["tokens"] == found["rows"]
-    assert classes["number"]["alpha_end"] == pytest.approx(0.35)
+    assert classes["mistake"]["alpha_end"] == 0
+    assert classes["number"]["alpha_end"] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(("number", "form"), [(r"\d+", "--samples=9"), (r"(\d+", "--json")], ids=["good", "bad"])

