@@ -58,4 +58,3 @@ def _narrow(line: str) -> Iterator[str]:
         yield from textwrap.wrap(comment, _COLUMNS, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
         line = code.rstrip()
     yield line
-

@@ -45,7 +45,7 @@ CASES = {
         f"plugins:\n  - dwl_plugin.DWLPlugin\n\n{TEXT}\n\na: 1\n",
     ),
     "a block is there": (
-        "plugins: [dwl_plugin.DWLPlugin]\nloss: dwl  # old\ndwl:\n  pack: json\n  # in it\n  alpha:\n    a: 1   # end\n# next\nb: 2",
+        "plugins: [dwl_plugin.DWLPlugin]\nloss: dwl  # old\ndwl:\n  pack: json\n  # in it\n  alpha:\n    a: 1  # end\n# next\nb: 2",
         f"plugins: [dwl_plugin.DWLPlugin]\n{TEXT}\n# next\nb: 2",
     ),
     "a block in three places": (
