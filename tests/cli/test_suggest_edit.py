@@ -45,12 +45,12 @@ CASES = {
         f"plugins:\n  - dwl_plugin.DWLPlugin\n\n{TEXT}\n\na: 1\n",
     ),
     "a block is there": (
-        "plugins: [dwl_plugin.DWLPlugin]\nloss: dwl  # old\ndwl:\n  pack: json\n  # in it\n  alpha:\n    a: 1   # end\n# next\nb: 2",
+        "plugins: [dwl_plugin.DWLPlugin]\nloss: dwl  # old\ndwl:\n  pack: json\n  # in it\n  alpha:\n    a: 1  # z\n# next\nb: 2",
         f"plugins: [dwl_plugin.DWLPlugin]\n{TEXT}\n# next\nb: 2",
     ),
     "a block in three places": (
         "dft: {exponent: 1}\na: 1\nloss: dft\nb: 2\n\n# of it\n\ndwl: {pack: json}",
-        f"plugins:\n  - dwl_plugin.DWLPlugin\n\n{TEXT}\na: 1\nb: 2\n\n# of it\n",
+        f"plugins:\n  - dwl_plugin.DWLPlugin\n\n{TEXT}\na: 1\nb: 2\n\n# of it\n\n",
     ),
     "anchors elsewhere, a text of many lines": (
         "x: &x {lr: 1}\ny: *x\ntext: |\n  loss: nll\n\n  dwl:\nplugins: [dwl_plugin.DWLPlugin]\nz: {<<: *x}\n",
