@@ -50,7 +50,7 @@ CASES = {
     ),
     "a block in three places": (
         "dft: {exponent: 1}\na: 1\nloss: dft\nb: 2\n\n# of it\n\ndwl: {pack: json}",
-        f"plugins:\n  - dwl_plugin.DWLPlugin\n\n{TEXT}\na: 1\nb: 2\n\n# of it\n",
+        f"plugins:\n  - dwl_plugin.DWLPlugin\n\n{TEXT}\na: 1\nb: 2\n\n# of it\n\n",
     ),
     "anchors elsewhere, a text of many lines": (
         "x: &x {lr: 1}\ny: *x\ntext: |\n  loss: nll\n\n  dwl:\nplugins: [dwl_plugin.DWLPlugin]\nz: {<<: *x}\n",

@@ -112,8 +112,10 @@ def test_a_number_of_alpha_for_no_class_is_a_mistake_and_one_of_a_pack_without_a
     (said,) = problems_of({"pack": "./mine.yml", "alpha": {"greetnig": 4}}, folder).items()
     assert said[0] == "dwl.alpha.greetnig"
     assert "did you mean `greeting`?" in said[1]
-    found = problems_of({"pack": "./mine.yml", "classes": {"bye": {"regex": "bye"}}, "alpha": {"byee": 4}}, folder)
-    assert "did you mean `bye`?" in found["dwl.alpha.byee"]
+    (said,) = problems_of({"pack": "./mine.yml", "classes": {"bye": {"regex": "bye"}}, "alpha": {"byee": 4}}, folder).items()
+    assert said[0] == "dwl.alpha.byee"
+    assert "did you mean `bye`?" in said[1]
+    found = problems_of({"pack": "./mine.yml", "classes": {"bye": {"regex": "bye"}}, "alpha": {"greeting": 4}}, folder)
     assert "missing: bye" in found["dwl.alpha"]
     (folder / "bare.yml").write_text("description: d\nclasses: {a: {regex: a}, b: {regex: b}}", encoding="utf-8")
     assert "missing: b, rest" in problems_of({"pack": "./bare.yml", "alpha": {"a": 4}}, folder)["dwl.alpha"]

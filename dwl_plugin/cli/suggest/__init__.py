@@ -6,7 +6,6 @@ puts that into the config.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,9 +15,10 @@ from typing import Any
 from dwl_plugin.cli.analysis import LookedAt, analyse, looking
 from dwl_plugin.cli.check import print_findings
 from dwl_plugin.cli.config_file import read_config
-from dwl_plugin.cli.first_look import Findings, Raw
+from dwl_plugin.cli.first_look import Findings, Raw, Teller
 from dwl_plugin.cli.output import Console, number, print_json, say, table_of_classes
 from dwl_plugin.cli.preflight import ClassProbabilities, load_model, measure, summarise
+from dwl_plugin.cli.progress import progress
 from dwl_plugin.cli.suggest.block import block_lines
 from dwl_plugin.cli.suggest.counting import Matches, Structure, matches_in, structure_of
 from dwl_plugin.cli.suggest.edit import PLUGIN, names_plugin, write_into
@@ -41,29 +41,23 @@ def suggest(
     console: Console, config: Path, samples: int, trust: bool, with_model: bool, weigh: str, write: bool, as_json: bool
 ) -> int:
     """The whole command; the exit status."""
-    progress, began = Console(stderr=True), time.monotonic()
-
-    def begin(what: str) -> None:
-        say(progress, f"{what} … ({time.monotonic() - began:.0f} s)", "dim")
-
-    begin(f"Axolotl reads the config, and up to {samples:,} rows of its data")
-    found, seen = analyse(config, samples, trust, to_run=with_model, spread=True, change=_with_a_loss)
+    tell = Teller(None if as_json else console)
+    found, seen = analyse(config, samples, trust, to_run=with_model, spread=True, change=_with_a_loss, tell=tell)
     if found.problems or found.dangers or seen is None or seen.block is None:
-        print_findings(console, found, seen, as_json)
+        print_findings(console, found, seen, as_json, tell)
         return found.status
-    begin(f"Every pack in {len(seen.rows.samples):,} rows")
-    matches, structure = matches_in(seen), structure_of(seen.tokenizer, seen.rows.samples)
+    with progress(f"Every pack is looked for in {len(seen.rows.samples):,} rows"):
+        matches, structure = matches_in(seen), structure_of(seen.tokenizer, seen.rows.samples)
     chosen, left_out = choose(matches, own_classes(seen.raw, seen.block))
     stays = seen.block.loss == "dwl" and not weigh
     one_token = {row.name: row.weight.one_token for row in seen.figures if row.weight is not None}
     proposal = against(seen.raw, seen.block, one_token, matches) if stays else propose(matches, chosen, seen.raw, weigh=weigh)
     measured: list[ClassProbabilities] | None = None
     if with_model:
-        begin(f"The model, and p in {min(P_ROWS, matches.rows)} of the rows")
-        with looking(found, trust):
+        with progress(f"The model is loaded, and asked for p in {min(P_ROWS, matches.rows)} of the rows"), looking(found, trust):
             measured = _measured(seen, proposal, config.parent)
         if measured is None:
-            print_findings(console, found, seen, as_json)
+            print_findings(console, found, seen, as_json, tell)
             return found.status
         if not stays:
             proposal = propose(matches, chosen, seen.raw, {row.name: row.mean for row in measured}, weigh)
@@ -83,7 +77,7 @@ def suggest(
         _print_block(console, config, lines, proposal, weigh, is_new, not names_plugin(written))
     if write and is_new:
         write_into(config, written, lines, proposal.keys)
-        say(progress if as_json else console, f"Written into {config}.")
+        say(Console(stderr=True) if as_json else console, f"Written into {config}.")
     return found.status
 
 

@@ -99,14 +99,15 @@ def _changes(
         before = text[:end]
         gap = "" if not before or re.search(r"\n[ \t]*\r?\n$", before) else "\n" if before.endswith("\n") else "\n\n"
         yield end, end, gap + put
-    for index, entry in enumerate(ours):
+    regions: list[tuple[int, int]] = []
+    for entry in ours:
         stop = _line_end(text, entry.end)
-        if index == 0:
-            yield entry.begin, stop, put.removesuffix("\n")
-        elif stop < len(text):
-            yield entry.begin, _behind(r"\r?\n", text, stop), ""
+        if regions and _next_line(text, regions[-1][1]) == entry.begin:
+            regions[-1] = regions[-1][0], stop
         else:
-            yield len(text[: entry.begin].removesuffix("\n").removesuffix("\r")), stop, ""
+            regions.append((entry.begin, stop))
+    for number, (begin, stop) in enumerate(regions):
+        yield (begin, _next_line(text, stop), "") if number else (begin, stop, put.removesuffix("\n"))
 
 
 def _plugin_item(text: str, plugins: _Entry) -> tuple[int, str]:
@@ -166,19 +167,21 @@ def _behind_text(text: str, at: int) -> int:
 
 
 def _line_end(text: str, at: int) -> int:
-    return _behind(r"[^\r\n]*", text, at)
+    match = re.compile(r"[^\r\n]*").match(text, at)
+    assert match is not None
+    return match.end()
+
+
+def _next_line(text: str, at: int) -> int:
+    """Behind the line end at `at`, if there is one."""
+    match = re.compile(r"(\r?\n)?").match(text, at)
+    assert match is not None
+    return match.end()
 
 
 def _blank_follows(text: str, at: int) -> bool:
     """Whether the line that ends at `at` is the last, or the next is empty."""
     return re.compile(r"\Z|\r?\n[ \t]*(\r?\n|\Z)").match(text, at) is not None
-
-
-def _behind(pattern: str, text: str, at: int) -> int:
-    """The end of a pattern that matches anywhere, nothing if need be."""
-    match = re.compile(pattern).match(text, at)
-    assert match is not None
-    return match.end()
 
 
 def _at(mark: Any) -> Any:
