@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from dwl_plugin.cli.packs import read
+from dwl_plugin.cli.packs.pages import section
 from dwl_plugin.config import parse
-from dwl_plugin.config.pack_files import shipped_packs
+from dwl_plugin.config.pack_files import PackText, shipped_packs
+from dwl_plugin.config.packs import parse_pack
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
@@ -55,3 +57,9 @@ def test_an_example_shows_its_whole_loss(path: Path) -> None:
     assert max(map(len, shown.splitlines())) <= 100
     assert SECTIONS[path.stem].strip().splitlines()[0] != ""
     assert "Needs " in SECTIONS[path.stem]
+
+
+def test_what_a_class_takes_of_lines_alone_is_seen_too() -> None:
+    text = 'description: d\nclasses: {end: {regex: \'\\n+\'}}\ntests: [{text: "b\\nb", spans: {end: ["\\n"]}}]'
+    pack = parse_pack(PackText("p", text))
+    assert "<pre><code>b<mark>↵</mark><sub>end</sub>\nb</code></pre>" in section(pack, "./p.yml")

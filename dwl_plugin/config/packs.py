@@ -310,7 +310,7 @@ def _joined_alpha(packs: Iterable[Pack]) -> dict[str, float] | None:
     first = suggested[0]
     offered = {name: {number} for name, number in first.items()}
     for numbers in suggested[1:]:
-        for name in numbers.keys() - {REST}:
+        for name in (name for name in numbers if name != REST):
             offered.setdefault(name, set()).add(numbers[name] * first[REST] / numbers[REST])
     return {name: number for name, (number, *more) in offered.items() if not more}
 

@@ -24,6 +24,15 @@ def test_the_two_line_form_trains_and_logs_the_pack_s_classes(configure: Configu
     assert "pack" not in (Path(run.trainer.args.output_dir) / "dwl_config.yaml").read_text()
 
 
+def test_two_packs_with_a_number_of_one_s_own_train_as_one_block(configure: Configure) -> None:
+    run = train(configure(loss="dwl", dwl={"pack": ["numbers", "reasoning"], "alpha": {"number": 5}}, max_steps=2))
+    whole = {"result": 4, "number": 5, "thinking": 1 / 3, "tags": 2 / 3, "rest": 1}
+    for name, alpha in whole.items():
+        assert run.logged(f"dwl/alpha/{name}") == pytest.approx([alpha / 11] * 2, abs=1e-4)
+    written = yaml.safe_load((Path(run.trainer.args.output_dir) / "dwl_config.yaml").read_text())
+    assert list(written["dwl"]["classes"]) == ["result", "number", "thinking", "tags"]
+
+
 def test_a_pack_beside_the_config_is_found_and_stays_resolved(configure: Configure, tmp_path: Path) -> None:
     from axolotl.cli.config import load_cfg
 

@@ -41,7 +41,8 @@ def push_pack(console: Console, file: Path, repo: str, private: bool, untested: 
         why = "a case fails" if pack.tests else "without a case nobody sees what its classes take"
         raise DWLError(f"{file} was not pushed: {why}. --untested pushes it all the same.")
     commit = _uploaded(where, file.name, content, pack, private)
-    say(console, f"Pushed to {'datasets/' if where['datasets'] else ''}{where['id']}, with its {len(pack.tests)} cases. To use it:")
+    cases = "1 case" if len(pack.tests) == 1 else f"{len(pack.tests)} cases"
+    say(console, f"Pushed to {repo}, with its {cases}. To use it:")
     say(console, f"  pack: hf://{repo}@{commit}/{file.name}", "bold")
     say(console, f"sha256 {hashlib.sha256(content).hexdigest()}")
 
@@ -83,15 +84,16 @@ def _uploaded(where: Any, name: str, content: bytes, pack: Pack, private: bool) 
 
 def _refused(error: Any, me: Mapping[str, Any], where: Any) -> str:
     """What the Hub said no to, as a sentence."""
-    status, own = error.response.status_code, [str(group["name"]) for group in me.get("orgs") or ()]
+    status, name = error.response.status_code, me.get("name", "its owner")
+    own = [name, *(group["name"] for group in me.get("orgs") or ())]
     if status == 401:
         return "The Hub does not know this token: log in with `hf auth login`, or renew the one in HF_TOKEN."
-    if status in (403, 404) and where["owner"] not in (me["name"], *own):
-        mine = " and ".join(f"`{name}`" for name in (me["name"], *own))
-        return f"The Hub does not let {me['name']} write under `{where['owner']}`: the names that are theirs are {mine}."
+    if status in (403, 404) and where["owner"] not in own:
+        mine = " and ".join(f"`{name}`" for name in own)
+        return f"The Hub does not let {name} write under `{where['owner']}`: the names that are theirs are {mine}."
     if status == 403:
         return (
-            f"The Hub does not let this token of {me['name']} write to {where['id']}: make one with write access at "
+            f"The Hub does not let this token of {name} write to {where['id']}: make one with write access at "
             "https://huggingface.co/settings/tokens."
         )
     return f"The Hub did not take it ({status}): {error.server_message or first_line(error)}"
