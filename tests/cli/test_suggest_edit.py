@@ -48,6 +48,10 @@ CASES = {
         "plugins: [dwl_plugin.DWLPlugin]\nloss: dwl  # old\ndwl:\n  pack: json\n  # in it\n  alpha:\n    a: 1  # end\n# next\nb: 2",
         f"plugins: [dwl_plugin.DWLPlugin]\n{TEXT}\n# next\nb: 2",
     ),
+    "a text at the end of the block": (
+        "plugins: [dwl_plugin.DWLPlugin]\nloss: dwl\ndwl:\n  classes:\n    x:\n      regex: >-\n        a\n\n# next\nb: 2\n",
+        f"plugins: [dwl_plugin.DWLPlugin]\n{TEXT}\n\n# next\nb: 2\n",
+    ),
     "a block in three places": (
         "dft: {exponent: 1}\na: 1\nloss: dft\nb: 2\n\n# of it\n\ndwl: {pack: json}",
         f"plugins:\n  - dwl_plugin.DWLPlugin\n\n{TEXT}\na: 1\nb: 2\n\n# of it\n\n",

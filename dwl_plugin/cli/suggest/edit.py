@@ -78,7 +78,7 @@ def edited(text: str, block: Sequence[str], keys: Mapping[str, Any]) -> str:
 def _changes(
     text: str, entries: Sequence[_Entry], column: int, end: int, block: Sequence[str], add_plugin: bool
 ) -> Iterator[tuple[int, int, str]]:
-    """What to put in place of which part of the text; where one goes in at the beginning of another, it goes in front."""
+    """What to put in place of which part of the text; no two at one place."""
     ours = [entry for entry in entries if entry.key in Block.model_fields]
     plugins = [entry for entry in entries if entry.key == "plugins"][-1:]
     new_key = ["plugins:", f"  - {PLUGIN}", ""] if add_plugin and not plugins else []
@@ -97,7 +97,7 @@ def _changes(
         yield at, at, beside
     elif not ours and not plugins:
         before = text[:end]
-        gap = "" if not before or re.search(r"\n[ \t]*\r?\n$", before) else "\n" if before.endswith("\n") else "\n\n"
+        gap = "" if re.search(r"\n[ \t]*\r?\n$", before) else "\n" if before.endswith("\n") else "\n\n"
         yield end, end, gap + put
     regions: list[tuple[int, int]] = []
     for entry in ours:
