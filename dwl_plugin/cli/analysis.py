@@ -1,5 +1,6 @@
 """What `check`, `inspect`, `suggest`, `preflight` and `score` find out of a config, in three stages: the file is read, Axolotl and
-the tokenizer validate it, and rows are looked at. Each stage works on what the one before left, so that one mistake hides little else.
+the tokenizer validate it, and rows are looked at. Each stage works on what the one before left, so that one mistake hides little
+else.
 """
 
 from __future__ import annotations
