@@ -69,12 +69,16 @@ def suggest(
     if as_json:
         print_json(console, _as_dict(found, matches, structure, proposal, advice, left_out, measured, lines))
     else:
-        _print_counts(console, seen, matches, structure, proposal, measured, _alpha(proposal, weigh, config.parent))
+        alpha = _alpha(proposal, weigh, config.parent)
+        _print_counts(console, seen, matches, structure, proposal, measured, alpha)
         _print_list(console, "Packs that are not in the block", [] if stays else left_out)
         _print_list(console, "What follows (in brackets: sections of docs/evidence.md)", advice)
         _print_list(console, "Hints", found.hints)
         _print_list(console, "Not looked at", found.unseen)
-        _print_block(console, config, lines, proposal, weigh, is_new, not names_plugin(written))
+        packs = dict.fromkeys(
+            entry.key.pack for entry in proposal.classes if entry.name in alpha and entry.key.pack != "end_of_turn"
+        )
+        _print_block(console, config, lines, proposal, [] if stays or weigh else list(packs), is_new, not names_plugin(written))
     if write and is_new:
         write_into(config, written, lines, proposal.keys)
         say(Console(stderr=True) if as_json else console, f"Written into {config}.")
@@ -178,7 +182,7 @@ def _print_list(console: Console, title: str, lines: Sequence[str]) -> None:
 
 
 def _print_block(
-    console: Console, config: Path, lines: Sequence[str], proposal: Proposal, weigh: str, is_new: bool, needs_plugin: bool
+    console: Console, config: Path, lines: Sequence[str], proposal: Proposal, packs: list[str], is_new: bool, needs_plugin: bool
 ) -> None:
     if not is_new:
         say(console, f"There is nothing to write into {config}.", "bold")
@@ -192,8 +196,7 @@ def _print_block(
     for line in [*(["plugins:", f"  - {PLUGIN}", ""] if needs_plugin else []), *lines]:
         say(console, line)
     console.print()
-    packs = dict.fromkeys(entry.key.pack for entry in proposal.classes if entry.key.pack not in ("", "end_of_turn"))
-    if packs and not weigh:
+    if packs:
         say(console, f"Nothing in the data tells what matters to you. If one of these does: --weigh {' or '.join(packs)}")
 
 
