@@ -284,9 +284,10 @@ def _suggested_reduction(packs: Mapping[str, Pack], beside: Mapping[str, Any]) -
 def _completed_alpha(packs: Mapping[str, Pack], beside: Mapping[str, Any], classes: Iterable[str]) -> dict[str, Any]:
     """The suggested α, with the config's own numbers. Raises `ConfigError` where it has none, and no pack knows some class's."""
     suggested, written = _joined_alpha(packs.values()), beside.get("alpha")
-    if suggested is None or not isinstance(written, (Mapping, type(None))):  # the schema says what is wrong with it
-        return {}
     names = [*classes, REST]
+    well_formed = isinstance(written, (Mapping, type(None))) and all(isinstance(name, str) for name in names)
+    if suggested is None or not well_formed:  # the schema says what is wrong with it
+        return {}
     left = [name for name in names if name not in suggested]
     if written is None and left:
         zero = [name for name, pack in packs.items() if pack.alpha and not pack.alpha[REST]]

@@ -239,5 +239,4 @@ def test_a_wandb_agent_drives_three_runs_which_a_report_lays_over_one_another(
     assert re.search(r"class +run0 +run1 +run2", shown)
     assert {line.split()[0] for line in shown.splitlines() if line.split()} >= {*NAMES, "all"}
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 2
     assert all(f"{what} by class" in page for what in ("α", "nll"))
