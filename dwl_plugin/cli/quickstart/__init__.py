@@ -73,7 +73,7 @@ What to type next
   dwl report {runs} --html report.html
       the curves
 {again}What to change in {out}/quickstart.yml
-  `mistake`, under `alpha` and under `to`: with 0.2, as much as most other tokens, the model makes mistakes and takes them back
+  `mistake`, under `alpha` and under `to`: with 0.2, what most tokens have, it is learned too
   `datasets` and `classes`: your data, and a pattern for what matters in it, or does not
 Then train it again:
   {command}"""
