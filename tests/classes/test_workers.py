@@ -62,7 +62,7 @@ def test_a_pattern_inside_other_selectors_is_named_with_its_path(tokenizer: Any)
 def test_the_limit_is_one_for_all_turns_of_a_sample(tokenizer: Any) -> None:
     labeller = build_labeller({"evil": RegexClass(regex=r"(a|aa)+$")}, tokenizer)
     turn = ids_of(tokenizer, "a" * 20 + "!")  # some hundredths of a second each, not stopped alone
-    ids, labels = (turn + turn[-1:]) * 40, ([*turn, -100]) * 40
+    ids, labels = (turn + turn[-1:]) * 400, ([*turn, -100]) * 400
     began = time.process_time()
     with pytest.raises(PatternTooSlowError, match=r"dwl\.classes\.evil\.regex: too slow"):
         labeller(ids, labels)
