@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from docs_tools.reference import table
 from dwl_plugin.cli.packs import read
 from dwl_plugin.cli.packs.pages import LEGEND, cell, section, weights
 from dwl_plugin.config.pack_files import shipped_packs
@@ -25,8 +26,8 @@ def pack_table() -> str:
     for name in shipped_packs():
         pack = read(name)
         *members, rest = weights(pack)
-        rows.append(f"| `{name}` | {', '.join(members)}; {rest} | {cell(pack.description)} |")
-    return "\n".join(["| pack | members, with the suggested α | |", "|---|---|---|", *rows])
+        rows.append((f"`{name}`", f"{', '.join(members)}; {rest}", cell(pack.description)))
+    return table(("pack", "members, with the suggested α", ""), rows)
 
 
 def pack_gallery() -> str:

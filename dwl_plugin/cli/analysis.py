@@ -31,6 +31,7 @@ from dwl_plugin.hosts.axolotl_data import data_set_names
 from dwl_plugin.hosts.axolotl_keys import dropped_keys
 from dwl_plugin.hosts.axolotl_preview import Rows
 from dwl_plugin.hosts.needed_files import MISSING_DATA, MODELS
+from dwl_plugin.hosts.plugin_line import LINE, names_plugin
 from dwl_plugin.run.dataset_check import SURVEY_ROWS, labeller_of, no_rows, no_targets
 from dwl_plugin.values import REST
 
@@ -217,11 +218,11 @@ def _plugin_line(raw: Mapping[str, Any], found: Findings, active: bool) -> None:
         return
     if not active:
         message = "`loss` is set, but dwl_plugin is not active: the run would train plain cross-entropy"
-        hint = "add `- dwl_plugin.DWLPlugin` under `plugins:`"
+        hint = f"add `- {LINE}` under `plugins:`"
         found.problems.append(Problem("plugins", message, raw.get("plugins"), hint=hint))
-    elif not any("dwl_plugin" in str(name) for name in raw.get("plugins") or ()):
+    elif not names_plugin(raw):
         found.hints.append(
-            "the plugin is active because it is installed here; add `- dwl_plugin.DWLPlugin` under `plugins:`, or a machine "
+            f"the plugin is active because it is installed here; add `- {LINE}` under `plugins:`, or a machine "
             "without the package trains plain cross-entropy and says nothing"
         )
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from dwl_plugin.cli.analysis import ClassFigures, LookedAt, analyse
 from dwl_plugin.cli.data_table import data_figures
 from dwl_plugin.cli.first_look import WITHOUT_LOSS, Findings, Teller
-from dwl_plugin.cli.output import fixed, number, print_json, say, table_of_classes
+from dwl_plugin.cli.output import fixed, number, print_json, say, say_list, table_of_classes
 from dwl_plugin.errors import Problem
 
 if TYPE_CHECKING:
@@ -40,11 +40,11 @@ def check(console: Console, config: Path, samples: int, trust: bool, as_json: bo
                     console.print(figures.table())
                 for table in figures.group_tables():
                     console.print(table)
-                _print_list(console, "", list(figures.sentences()))
+                say_list(console, "", list(figures.sentences()))
             if len(seen.class_names) > 1:
                 _print_overlaps(console, seen)
-        _print_list(console, "Hints", found.hints)
-        _print_list(console, "Notes", found.notes + _row_notes(seen))
+        say_list(console, "Hints", found.hints)
+        say_list(console, "Notes", found.notes + _row_notes(seen))
         say(console, *_verdict(found))
     return found.status
 
@@ -57,16 +57,7 @@ def print_findings(
         print_json(console, as_dict(found, seen))
         return
     (tell or Teller(console))(found)
-    _print_list(console, "Not looked at", found.unseen)
-
-
-def _print_list(console: Console, title: str, lines: list[str]) -> None:
-    if lines:
-        if title:
-            say(console, title, "bold")
-        for line in lines:
-            say(console, f"  · {line}")
-        console.print()
+    say_list(console, "Not looked at", found.unseen)
 
 
 def class_table(survey: ClassSurvey, figures: Sequence[ClassFigures]) -> Table:

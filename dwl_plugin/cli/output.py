@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import rich.console
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from dwl_plugin.errors import printable
 
-__all__ = ["Console", "fixed", "number", "print_json", "printable", "say", "short", "table_of_classes"]
+__all__ = ["Console", "fixed", "number", "print_json", "printable", "say", "say_list", "short", "table_of_classes"]
 
 
 class Console(rich.console.Console):
@@ -44,6 +44,16 @@ def short(text: str, letters: int) -> str:
 def say(console: rich.console.Console, line: object, style: str | None = None) -> None:
     """Print one line: without markup, wrapped by nothing but the terminal, and still one where a stranger's name has line ends."""
     console.out(printable(str(line), keep="\t"), style=style, highlight=False)
+
+
+def say_list(console: rich.console.Console, title: str, lines: Sequence[str]) -> None:
+    """Print lines below a title, which may be ""; nothing where there are none."""
+    if lines:
+        if title:
+            say(console, title, "bold")
+        for line in lines:
+            say(console, f"  · {line}")
+        console.print()
 
 
 def print_json(console: rich.console.Console, data: object) -> None:

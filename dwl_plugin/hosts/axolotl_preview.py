@@ -45,6 +45,7 @@ from dwl_plugin.hosts.axolotl_fields import (
     wrong_values,
 )
 from dwl_plugin.hosts.instead import instead
+from dwl_plugin.hosts.plugin_line import names_plugin
 from dwl_plugin.run.dataset_check import ids_outside, no_rows, no_targets, picked_rows
 from dwl_plugin.run.row_codes import RowCodes, RowError, row_number
 from dwl_plugin.values import IGNORE_INDEX
@@ -267,9 +268,8 @@ def plugin_is_active(raw: Mapping[str, Any]) -> bool:
     with quiet():
         from axolotl.integrations import base
 
-        names = [str(name) for name in raw.get("plugins") or ()]
         installed: tuple[str, ...] = getattr(base, "get_builtin_plugins", tuple)()  # Axolotl 0.21 finds installed plugins by itself
-    return any("dwl_plugin" in name for name in (*names, *installed))
+    return names_plugin(raw) or any("dwl_plugin" in name for name in installed)
 
 
 def load_tokenizer(cfg: Any) -> Any:

@@ -7,11 +7,16 @@ from typing import Any
 
 from dwl_plugin.errors import Problem, did_you_mean
 
-__all__ = ["LINE", "named_right"]
+__all__ = ["LINE", "named_right", "names_plugin"]
 
 LINE = "dwl_plugin.DWLPlugin"
 _ALSO_RIGHT = ("dwl_plugin.hosts.axolotl.DWLPlugin",)
 _PACKAGE = ("dwl_plugin", "axolotl_dwl", "axolotl-dwl")
+
+
+def names_plugin(config: Mapping[str, Any]) -> bool:
+    """Whether `plugins` has a line of ours."""
+    return any("dwl_plugin" in str(name) for name in config.get("plugins") or ())
 
 
 def named_right(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:

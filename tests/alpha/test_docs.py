@@ -13,19 +13,20 @@ from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.config import Block, parse
 from dwl_plugin.loss.token_losses import objective_of
 from dwl_plugin.run.moving import alpha_of, controller_of
+from tests.pages import ROOT, blocks
 
-DOC = (Path(__file__).parents[2] / "docs" / "extending.md").read_text(encoding="utf-8")
+DOC = ROOT / "docs" / "extending.md"
 LENGTH = RunLength(100, None)
 
 
 @pytest.fixture(autouse=True)
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_package.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", DOC, re.S)), encoding="utf-8")
+    (tmp_path / "my_package.py").write_text("\n".join(block.text for block in blocks(DOC, "python")), encoding="utf-8")
     (tmp_path / "recipes.yml").write_text("{description: d, classes: {shout: {regex: '[A-Z]+'}}}", encoding="utf-8")
     info = tmp_path / "my_package-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n", encoding="utf-8")
-    (project,) = re.findall(r"```toml\n(.*?)```", DOC, re.S)
+    (project,) = (block.text for block in blocks(DOC, "toml"))
     points = re.sub(r'\[project\.entry-points\."(.*)"\]', r"[\1]", project).replace('"', "")
     (info / "entry_points.txt").write_text(points, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)

@@ -49,6 +49,11 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
     return dwl, write_run(tmp_path / "baseline", entries([dict.fromkeys(SHARES, 1.0)] * 2, BEFORE, AFTER_SFT), nll)
 
 
+def printed(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines, with one blank between words."""
+    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+
 def test_two_runs_class_by_class(runs: tuple[Path, Path]) -> None:
     rows = {row.name: row for row in compared(*read_runs(runs))}
     assert list(rows) == ["mistake", "number", "rest", "all but mistake", "all"]
@@ -64,7 +69,7 @@ def test_their_table_fits_a_narrow_terminal_and_says_which_sign_is_good(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     print_comparison(Console(), *read_runs(runs))
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    lines = printed(capsys)
     assert "mistake 10.0 % 0 4.000 1.000 4.500 +3.500 wished" in lines
     assert "number 30.0 % 0.5 → 0.75 1.000 0.500 0.250 −0.250 better" in lines
     assert "rest 60.0 % 0.5 → 0.25 3.000 0.200 0.300 +0.100 worse" in lines
@@ -104,7 +109,7 @@ def test_the_first_question_and_the_counts_are_shown(tmp_path: Path, capsys: pyt
     rows = [{"question": f"How many {at}?", "answer": "6", "base": REPLIES[2], "out": reply} for at, reply in enumerate(REPLIES)]
     (tmp_path / "replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print_replies(Console(), tmp_path / "replies.jsonl", {"base": "before", "out": "dwl"})
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    lines = printed(capsys)
     assert "How many 0? (6)" in lines
     assert "before I do not know." in lines
     assert "that say “Wait, that is wrong.” 0 1" in lines

@@ -21,6 +21,7 @@ from dwl_plugin.cli import progress, score as command
 from dwl_plugin.cli.nll import batches_of
 from dwl_plugin.hosts import axolotl_preview
 from tests.hosts import harness
+from tests.pages import ROOT, blocks
 
 Run = Callable[..., Result]
 Write = Callable[..., Path]
@@ -399,8 +400,7 @@ def test_targets_of_no_class_are_told(dwl: Run, write_config: Write, tmp_path: P
 
 def documented(language: str) -> str:
     """The first block of docs/scoring.md in a language."""
-    text = (Path(__file__).parents[2] / "docs" / "scoring.md").read_text(encoding="utf-8")
-    return text.partition(f"```{language}\n")[2].partition("```")[0]
+    return blocks(ROOT / "docs" / "scoring.md", language)[0].text
 
 
 @pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])

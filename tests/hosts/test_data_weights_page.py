@@ -12,10 +12,11 @@ import pytest
 import yaml
 
 from tests.hosts import harness
+from tests.pages import ROOT, blocks
 
-PAGE = (Path(__file__).parents[2] / "docs" / "data-weights.md").read_text(encoding="utf-8")
-ROWS = [json.loads(row) for block in re.findall(r"```json\n(.*?)```", PAGE, re.S) for row in re.split(r"\n(?={)", block)]
-CONFIGS = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.S)]
+PAGE = ROOT / "docs" / "data-weights.md"
+ROWS = [json.loads(row) for block in blocks(PAGE, "json") for row in re.split(r"\n(?={)", block.text)]
+CONFIGS = [yaml.safe_load(block.text) for block in blocks(PAGE, "yaml")]
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("_axolotl")]
 

@@ -19,6 +19,7 @@ from dwl_plugin.cli.output import fixed, number, say, table_of_classes
 from dwl_plugin.cli.quickstart.problems import SUM, TAKEN_BACK, holds
 from dwl_plugin.cli.quickstart.replies import MOST_TOKENS
 from dwl_plugin.cli.report.run import Run
+from dwl_plugin.cli.report.tables import difference, percent
 
 __all__ = ["Judged", "Row", "compared", "judge", "print_comparison", "print_replies"]
 
@@ -140,8 +141,7 @@ def print_comparison(console: Console, dwl: Run, sft: Run) -> None:
 def _add(table: Table, row: Row) -> None:
     start, end = row.alpha
     alpha = "–" if math.isnan(start) else f"{start:.2g}" if start == end else f"{start:.2g} → {end:.2g}"
-    difference = row.dwl - row.sft
-    told = f"{'+' * (difference >= 0)}{number(difference)} {row.verdict}".replace("-", "−")
+    told = f"{difference((row.sft, row.dwl))} {row.verdict}"
     style = {"better": "green", "wished": "green", "": ""}.get(row.verdict, "red")
-    cells = (f"{fixed(100 * row.token_share, 1)} %", alpha, number(row.before), number(row.sft), number(row.dwl))
+    cells = (percent(row.token_share), alpha, number(row.before), number(row.sft), number(row.dwl))
     table.add_row(row.name, *cells, Text(told, style=style))

@@ -24,10 +24,12 @@ __all__ = [
     "called",
     "compared",
     "data_sets_of",
+    "difference",
     "differing",
     "facts",
     "in_training",
     "made_of",
+    "percent",
     "print_comparison",
     "print_run",
     "rows_of",
@@ -236,7 +238,7 @@ class ComparedRow:
     def cells(self) -> list[str]:
         """The first run's number, and every other's with its change against the first."""
         first = self.values[0]
-        change = change_of if self.what == "nll" else _difference
+        change = change_of if self.what == "nll" else difference
         return [number(first), *(f"{number(value)} ({change((first, value))})" for value in self.values[1:])]
 
     @property
@@ -275,9 +277,8 @@ def print_comparison(console: Console, runs: Sequence[Run]) -> None:
         _print_by_run(console, "What differs", "setting", runs, [(name, [*map(Text, cells)]) for name, cells in rows])
     if told:
         say(console, told)
-    _, source, notes = compared(runs)
     for what in ("nll", "p"):
-        compared_rows, *_ = compared(runs, what)
+        compared_rows, source, notes = compared(runs, what)
         if any(math.isfinite(value) for row in compared_rows for value in row.values):
             cells = [
                 [Text(cell, style="green" if at == row.best else "") for at, cell in enumerate(row.cells)] for row in compared_rows
@@ -321,7 +322,7 @@ def arrow(ends: Ends, form: Callable[[float], str] = number) -> str:
     return f"{form(ends[0])} → {form(ends[1])}" if all(map(math.isfinite, ends)) else NONE
 
 
-def _difference(ends: Ends) -> str:
+def difference(ends: Ends) -> str:
     change = ends[1] - ends[0]
     return f"{'+' * (change >= 0)}{number(change)}".replace("-", "−") if math.isfinite(change) else NONE
 

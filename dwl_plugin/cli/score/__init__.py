@@ -20,7 +20,8 @@ from dwl_plugin.cli.check import print_findings
 from dwl_plugin.cli.first_look import Findings, Teller
 from dwl_plugin.cli.nll import Measure, batches_of, measuring
 from dwl_plugin.cli.output import Console, number, say, short, table_of_classes
-from dwl_plugin.cli.progress import counted, progress
+from dwl_plugin.cli.preflight import load_model
+from dwl_plugin.cli.progress import counted
 from dwl_plugin.cli.score.folder import Folder, digest_of, weights_of
 from dwl_plugin.cli.score.model import config_with, require_same_tokens
 from dwl_plugin.cli.score.rows import FIGURES, table_of
@@ -67,7 +68,7 @@ def _scored(console: Console, seen: LookedAt, folder: Folder, rows: int | None, 
     names = [str(name) for name in (seen.cfg.base_model, seen.cfg.lora_model_dir) if name]
     loaded, weights = None, weights_of(names)
     if weights is None:  # on the hub, and not in its cache before it is loaded
-        loaded, weights = _model(seen), weights_of(names)
+        loaded, weights = load_model(seen), weights_of(names)
     folder.belongs_to(_settings(seen, rows, weights or ""))
     todo = [at for at, part in enumerate(parts) if not folder.has(at, part.digest())]
     total = sum(part.rows for part in parts)
@@ -75,7 +76,7 @@ def _scored(console: Console, seen: LookedAt, folder: Folder, rows: int | None, 
     if done and todo:
         say(console, f"{done:,} of {total:,} rows were scored before.")
     if todo:
-        with measuring(loaded or _model(seen)) as measure, counted("Scoring", done, total) as advance:
+        with measuring(loaded or load_model(seen)) as measure, counted("Scoring", done, total) as advance:
             for at in todo:
                 samples = parts[at].samples()
                 advance(parts[at].rows - len(samples))
@@ -95,11 +96,6 @@ def _settings(seen: LookedAt, rows: int | None, weights: str) -> dict[str, Any]:
         "--rows": rows,
         "rows in a file": PART_ROWS,
     }
-
-
-def _model(seen: LookedAt) -> Any:
-    with progress("The model is being loaded"):
-        return host.load_model(seen.cfg, seen.tokenizer)
 
 
 def _measured(

@@ -16,16 +16,17 @@ from dwl_plugin.cli.analysis import LookedAt, analyse, looking
 from dwl_plugin.cli.check import print_findings
 from dwl_plugin.cli.config_file import read_config
 from dwl_plugin.cli.first_look import Findings, Raw, Teller
-from dwl_plugin.cli.output import Console, number, print_json, say, table_of_classes
+from dwl_plugin.cli.output import Console, number, print_json, say, say_list, table_of_classes
 from dwl_plugin.cli.preflight import ClassProbabilities, load_model, measure, summarise
 from dwl_plugin.cli.progress import progress
 from dwl_plugin.cli.suggest.block import block_lines
 from dwl_plugin.cli.suggest.counting import Matches, Structure, matches_in, structure_of
-from dwl_plugin.cli.suggest.edit import PLUGIN, names_plugin, write_into
+from dwl_plugin.cli.suggest.edit import write_into
 from dwl_plugin.cli.suggest.rules import PACKS, Proposal, against, choose, own_classes, propose, weights_of
 from dwl_plugin.config import Block, parse
 from dwl_plugin.errors import DWLError
 from dwl_plugin.hosts.axolotl_data import data_set_names
+from dwl_plugin.hosts.plugin_line import LINE, names_plugin
 from dwl_plugin.loss.reduction import class_weight_table
 from dwl_plugin.run.dataset_check import labeller_of
 from dwl_plugin.values import REST
@@ -54,7 +55,7 @@ def suggest(
     proposal = against(seen.raw, seen.block, one_token, matches) if stays else propose(matches, chosen, seen.raw, weigh=weigh)
     measured: list[ClassProbabilities] | None = None
     if with_model:
-        with progress(f"The model is loaded, and asked for p in {min(P_ROWS, matches.rows)} of the rows"), looking(found, trust):
+        with looking(found, trust):
             measured = _measured(seen, proposal, config.parent)
         if measured is None:
             print_findings(console, found, seen, as_json, tell)
@@ -71,10 +72,10 @@ def suggest(
     else:
         alpha = _alpha(proposal, weigh, config.parent)
         _print_counts(console, seen, matches, structure, proposal, measured, alpha)
-        _print_list(console, "Packs that are not in the block", [] if stays else left_out)
-        _print_list(console, "What follows (in brackets: sections of docs/evidence.md)", advice)
-        _print_list(console, "Hints", found.hints)
-        _print_list(console, "Not looked at", found.unseen)
+        say_list(console, "Packs that are not in the block", [] if stays else left_out)
+        say_list(console, "What follows (in brackets: sections of docs/evidence.md)", advice)
+        say_list(console, "Hints", found.hints)
+        say_list(console, "Not looked at", found.unseen)
         packs = dict.fromkeys(
             entry.key.pack for entry in proposal.classes if entry.name in alpha and entry.key.pack != "end_of_turn"
         )
@@ -90,7 +91,7 @@ def _with_a_loss(raw: Raw) -> Raw:
     plugins = raw.get("plugins")
     if any(raw.get(key) is not None for key in Block.model_fields) or not isinstance(plugins, (list, type(None))):
         return raw
-    return raw | {"loss": "nll"} | ({} if names_plugin(raw) else {"plugins": [*(plugins or ()), PLUGIN]})
+    return raw | {"loss": "nll"} | ({} if names_plugin(raw) else {"plugins": [*(plugins or ()), LINE]})
 
 
 def _measured(seen: LookedAt, proposal: Proposal, folder: Path) -> list[ClassProbabilities]:
@@ -173,14 +174,6 @@ def _alpha(proposal: Proposal, weigh: str, folder: Path) -> dict[str, tuple[str,
     return shown
 
 
-def _print_list(console: Console, title: str, lines: Sequence[str]) -> None:
-    if lines:
-        say(console, title, "bold")
-        for line in lines:
-            say(console, f"  · {line}")
-        console.print()
-
-
 def _print_block(
     console: Console, config: Path, lines: Sequence[str], proposal: Proposal, packs: list[str], is_new: bool, needs_plugin: bool
 ) -> None:
@@ -193,7 +186,7 @@ def _print_block(
         say(console, "Nothing here speaks for weighting classes; DFT with a floor is worth a run beside plain SFT.", "bold")
     say(console, f"To paste into {config}, or --write:")
     console.print()
-    for line in [*(["plugins:", f"  - {PLUGIN}", ""] if needs_plugin else []), *lines]:
+    for line in [*(["plugins:", f"  - {LINE}", ""] if needs_plugin else []), *lines]:
         say(console, line)
     console.print()
     if packs:

@@ -16,11 +16,10 @@ import yaml
 from dwl_plugin.config import Block
 from dwl_plugin.errors import DWLError
 from dwl_plugin.files import read_regular, write_whole
+from dwl_plugin.hosts.plugin_line import LINE, names_plugin
 from dwl_plugin.yaml_io import decoded, load_yaml
 
-__all__ = ["PLUGIN", "edited", "names_plugin", "write_into"]
-
-PLUGIN = "dwl_plugin.DWLPlugin"
+__all__ = ["edited", "write_into"]
 
 _MOST_BYTES = 1 << 20
 """A config that could be looked at is not larger."""
@@ -34,11 +33,6 @@ class _Entry(NamedTuple):
     begin: int
     end: int
     value: list[yaml.Event]
-
-
-def names_plugin(config: Mapping[str, Any]) -> bool:
-    """Whether `plugins` has a line of ours."""
-    return any("dwl_plugin" in str(name) for name in config.get("plugins") or ())
 
 
 def write_into(path: Path, seen: Mapping[str, Any], block: Sequence[str], keys: Mapping[str, Any]) -> None:
@@ -63,7 +57,7 @@ def edited(text: str, block: Sequence[str], keys: Mapping[str, Any]) -> str:
         new = new[:begin] + put.replace("\n", newline) + new[stop:]
     expected = {key: value for key, value in old.items() if key not in Block.model_fields} | dict(keys)
     if not names_plugin(old):
-        expected["plugins"] = [*(old.get("plugins") or ()), PLUGIN]
+        expected["plugins"] = [*(old.get("plugins") or ()), LINE]
     try:
         found = load_yaml(new, "the config")
     except DWLError:
@@ -81,7 +75,7 @@ def _changes(
     """What to put in place of which part of the text; no two at one place."""
     ours = [entry for entry in entries if entry.key in Block.model_fields]
     plugins = [entry for entry in entries if entry.key == "plugins"][-1:]
-    new_key = ["plugins:", f"  - {PLUGIN}", ""] if add_plugin and not plugins else []
+    new_key = ["plugins:", f"  - {LINE}", ""] if add_plugin and not plugins else []
     put = "".join(f"{' ' * column if line else ''}{line}\n" for line in (*new_key, *block))
     beside = ""
     if not ours and plugins:
@@ -114,12 +108,12 @@ def _plugin_item(text: str, plugins: _Entry) -> tuple[int, str]:
     """Where our item goes in the list of `plugins`, and how it is written there."""
     first, *inside = plugins.value
     if isinstance(first, yaml.ScalarEvent) and not first.value and first.style is None:  # `plugins:` with nothing behind it
-        return _line_end(text, plugins.end), f"\n{' ' * (plugins.column + 2)}- {PLUGIN}"
+        return _line_end(text, plugins.end), f"\n{' ' * (plugins.column + 2)}- {LINE}"
     if not isinstance(first, yaml.SequenceStartEvent):
         raise _by_hand("its `plugins` is no plain list")
     items = [event for event in inside if isinstance(event, yaml.ScalarEvent)]
     quote = (items[-1].style or "") if items and items[-1].style in ("'", '"', None) else ""
-    name = f"{quote}{PLUGIN}{quote}"
+    name = f"{quote}{LINE}{quote}"
     if first.flow_style:
         return (_at(items[-1].end_mark).index, f", {name}") if items else (_at(first.end_mark).index, name)
     return _line_end(text, plugins.end), f"\n{' ' * _at(first.start_mark).column}- {name}"
