@@ -208,6 +208,22 @@ def report(runs: tuple[Path, ...], html: Path | None, compare: bool) -> None:
 
 
 @main.command()
+@click.argument("run", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.option("--out", type=_OUTPUT, help="Write it here instead of printing it.")
+def export(run: Path, out: Path | None) -> None:
+    """A run as one config that somebody else trains again: `axolotl train FILE`.
+
+    RUN_DIR is the `output_dir` of its YAML. Overrides and options are in their places and packs are written out; versions, data
+    with its sha256 and results by class stand at its head. Accounts, projects, secrets and paths of this machine are left out,
+    and listed.
+    """
+    from dwl_plugin.cli.export import export
+    from dwl_plugin.cli.output import Console
+
+    export(Console(stderr=True), run, out)
+
+
+@main.command()
 @click.option("--out", type=_FOLDER, default="dwl-quickstart", help="Folder for the data, the YAML and the trained adapter.")
 @click.option("--steps", type=_COUNT, help="Optimizer steps, instead of the YAML's own number.")
 @click.option("--compare", is_flag=True, help="Train plain SFT on the same rows, too, and show both beside one another.")
