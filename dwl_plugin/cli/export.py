@@ -67,7 +67,8 @@ def export(console: Console, folder: Path, out: Path | None) -> None:
         (run,) = read_runs([folder])
     changes = Changes()
     whole = _in_place(_held(_public(config, "", changes), record, changes), block)
-    text = f"{_head(record, run, changes)}\n{_yaml(whole)}"
+    record = _named_here(record, changes)
+    text = f"{_head(record, run)}\n{_yaml(whole)}"
     if out is None:
         print(text, end="")
     else:
@@ -94,6 +95,20 @@ def _public(node: Any, path: str, changes: Changes) -> Any:
         changes.moved[path] = node, changes.here(node)
         return changes.here(node)
     return node
+
+
+def _named_here(record: Record, changes: Changes) -> Record:
+    """The record with the names that paths of that disk have in the exported config, and of any other such path the last part."""
+
+    def here(name: str) -> str:
+        for path, new in changes.names.items():
+            if name == path or name.startswith((f"{path}/", f"{path}\\")):
+                return new + name[len(path) :]
+        return re.split(r"[\\/]", name)[-1] if _OF_THIS_DISK.fullmatch(name) else name
+
+    named = {key: {here(name): digest for name, digest in (getattr(record, key) or {}).items()} for key in ("packs", "files")}
+    model, data = record.model and here(record.model), record.data and [here(name) for name in record.data]
+    return record.model_copy(update={**named, "model": model, "data": data})
 
 
 def _is_secret(value: object) -> bool:
@@ -133,27 +148,19 @@ def _yaml(config: Mapping[str, Any]) -> str:
     return str(yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
 
 
-def _head(record: Record, run: Run | None, changes: Changes) -> str:
+def _head(record: Record, run: Run | None) -> str:
     """What the run was, as comments."""
-    facts = {name: _told(fact, changes) for name, fact in record.facts().items()}
     lines = ["A run with dwl_plugin, to be trained again by", "    axolotl train THIS_FILE", ""]
-    lines += [f"{name:<14}{fact}" for name, fact in facts.items()]
+    lines += [f"{name:<14}{fact}" for name, fact in record.facts().items()]
     lines += [f"{'model commit':<14}{record.model_commit}"] if record.model_commit else []
     for what, hashed in (("pack", record.packs), ("file", record.files)):
-        lines += [f"{what:<14}{_told(name, changes)}   {_digest(digest)}" for name, digest in (hashed or {}).items()]
+        lines += [f"{what:<14}{name}   {_digest(digest)}" for name, digest in (hashed or {}).items()]
     lines += ["", *(_results(run) if run is not None else ["No step of it was logged and saved when this was written."])]
     return "\n".join(f"# {printable(line)}".rstrip() for line in lines) + "\n"
 
 
 def _digest(digest: str | None) -> str:
     return "not hashed" if digest is None else f"sha256 {digest}"
-
-
-def _told(text: str, changes: Changes) -> str:
-    """`text` with the names that paths of this disk have in the exported config, also of what lies below them."""
-    for path in sorted(changes.names, key=len, reverse=True):
-        text = text.replace(path, changes.names[path])
-    return re.sub(r"(?<![\w.:/])/[^, ]*/", "", text)  # of what else lies somewhere on that disk, the name
 
 
 def _results(run: Run) -> Iterator[str]:
@@ -170,13 +177,12 @@ def _tell(console: Console, out: Path | None, whole: Mapping[str, Any], record: 
         say(console, f"{out}: the whole run as one config, for `axolotl train {out}`.", "bold green")
     _list(console, "Left out", changes.left_out)
     _list(console, "Otherwise than in the run", [f"{path}: {old} → {new}" for path, (old, new) in changes.moved.items()])
-    _list(console, "Has to be there", list(_needed(whole, record, changes)))
+    _list(console, "Has to be there", list(_needed(whole, record.files or {})))
     _list(console, "Asks for trust, as it runs code", [str(danger) for danger in runs_code(whole)])
 
 
-def _needed(config: Mapping[str, Any], record: Record, changes: Changes) -> Iterator[str]:
+def _needed(config: Mapping[str, Any], files: Mapping[str, str | None]) -> Iterator[str]:
     """Model and data: of that disk by their names in the folder that is trained in, with the sha256; of elsewhere by their own."""
-    files = {_told(name, changes): digest for name, digest in (record.files or {}).items()}
     yield from (f"{name}   {_digest(digest)}" for name, digest in files.items())
     datasets = [entry for key in ("datasets", "test_datasets") for entry in config.get(key) or () if isinstance(entry, Mapping)]
     named = [(config.get("base_model"), config.get("revision_of_model"))]

@@ -137,7 +137,12 @@ def test_the_same_through_the_hosts_own_command_on_the_real_model(tmp_path: Path
     data = write_rows(first / "sums.jsonl", rows(40))
     settings = config(model, data, first, loss="dwl", dwl=DWL, max_steps=4, val_set_size=0.2, eval_steps=4, adapter="lora")
     settings |= {"lora_r": 8, "lora_alpha": 16, "lora_target_linear": True, "sample_packing": True, "sequence_len": 256}
-    settings |= {"learning_rate": 0.001, "save_strategy": "steps", "save_steps": 4, "dataset_prepared_path": str(first / "prepared")}
+    settings |= {
+        "learning_rate": 0.001,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "dataset_prepared_path": str(first / "prepared"),
+    }
     (first / "train.yml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
     def run(folder: Path, *options: str, **environment: str) -> list[dict[str, Any]]:
