@@ -98,6 +98,37 @@ def main() -> None:
 
 
 @main.command()
+@click.option("--for", "purpose", help="What to train for.", show_default=False)
+@click.option("--card", help="What to train on.", show_default=False)
+@click.option("--model", help="A name on the Hub or a folder.", show_default="the largest known one that fits the card")
+@click.option("--data", metavar="FILE", help="Rows of `messages`, one a line.", show_default="a data set on the Hub")
+@click.option("-o", "--out", type=_OUTPUT, default="train.yml", help="The file that is written; never over another.")
+def init(purpose: str | None, card: str | None, model: str | None, data: str | None, out: Path) -> None:
+    """Write a whole config, with comments, for a purpose and a card; without options, list what there is."""
+    from dwl_plugin.cli.init import choices, init
+
+    if purpose is None and card is None:
+        choices(_console())
+    elif purpose is None or card is None:
+        raise click.UsageError(f"Say {'--for' if purpose is None else '--card'}, too; `dwl init` lists what there is.")
+    else:
+        init(_console(), purpose, card, model, data, out)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("-o", "--out", type=_OUTPUT, help="Write it here instead of printing it; never over another file.")
+def examples(name: str | None, out: Path | None) -> None:
+    """The example configs; with NAME, one of them."""
+    from dwl_plugin.cli.examples import examples, write_example
+
+    if name is None:
+        examples(_console())
+    else:
+        write_example(_console(), name, out)
+
+
+@main.command()
 @_config
 @_samples(512)
 @_trust

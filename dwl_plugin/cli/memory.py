@@ -6,7 +6,7 @@ QLoRA, bytes:
     all other weights 2 each: embedding, head
     LoRA              4 a weight, 4 its gradient, 2 its optimizer in 8 bits (8 in 32)
     activations       L·T·H·2, the inputs of the layers, from which each is computed again as its turn comes
-    one layer         T·(6·I + 7·H)·2, what autograd keeps of the one whose turn it is, with gradients; and its largest weight in bf16
+    one layer         T·(6·I + 7·H)·2, what autograd keeps of the one whose turn it is, with gradients; its largest weight in bf16
     the loss          `loss.workspace`
 
 Full fine-tuning on R cards, of all weights 16 each, divided by R: in fp32 the weight, its gradient and two of Adam (FSDP2), or in
