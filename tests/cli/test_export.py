@@ -67,9 +67,8 @@ def test_nothing_of_whoever_trained_is_in_it_and_all_of_it_is_listed(run: Path) 
     for own in ("/home", "anna b", "hub_model_id", "wandb", "comet", "hf_Ab", "resume", "~", "..", LEFT_OUT):
         assert own not in text.replace("...", ""), own
     left = ["wandb_project", "use_wandb", "hub_model_id", "comet_api_key", "resume_from_checkpoint", "note"]
-    assert [line for line in result.stderr.splitlines() if line in {f"  · {key}" for key in CONFIG}] == [
-        f"  · {key}" for key in left
-    ]
+    listed = result.stderr.partition("Left out\n")[2].partition("Otherwise")[0].splitlines()
+    assert [line.strip(" ·") for line in listed] == left
     assert "base_model: /home/anna/models/tiny → ./tiny" in result.stderr
     assert "plugins[1]: annas_plugin.AnnasPlugin" in result.stderr
 
@@ -128,12 +127,8 @@ def test_a_run_that_has_logged_nothing_is_exported_without_results(tmp_path: Pat
 
 
 def test_a_line_of_a_stranger_ends_no_comment(tmp_path: Path) -> None:
-    record = {
-        "model": "m\nplugins: [evil]",
-        "data": ["a\u2028b: c\x85d: e"],
-        "files": {"f\nevil: 1": None},
-        "packs": {"p\nevil: 1": SHA},
-    }
+    data = ["a\u2028b: c\x85d: e"]
+    record = {"model": "m\nplugins: [evil]", "data": data, "files": {"f\nevil: 1": None}, "packs": {"p\nevil: 1": SHA}}
     result = dwl(run_of(tmp_path, {"base_model": "x/y"}, record))
     assert result.exit_code == 0
     assert set(yaml.safe_load(result.stdout)) == {"base_model", *DWL}

@@ -51,8 +51,8 @@ dwl:
     "dft": Purpose(
         "Dynamic Fine-Tuning (arXiv 2508.05629): a token's loss is multiplied by the model's own probability of it, so that "
         "improbable tokens pull less.",
-        "`nll`, which compares with plain SFT, where `loss` does not; dwl/p should rise. If the end of a turn is not learned, raise "
-        "min_weight.",
+        "`nll`, which compares with plain SFT, where `loss` does not; dwl/p should rise. Where the end of a turn is not learned, "
+        "raise min_weight.",
         """\
 loss: dft
 dft:
