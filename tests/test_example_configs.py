@@ -162,7 +162,8 @@ def rows(dataset: dict[str, Any]) -> list[dict[str, Any]]:
     out = []
     for number, problem in enumerate(with_mistakes(generate(64, seed=3), 1, seed=3)):
         messages = problem.row()["messages"]
-        notations = f"\n\\boxed{{{problem.answer}}}\nThe answer is: {problem.answer}\n#### "
+        code = f"\n```python\nanswer = {problem.answer}\n```"
+        notations = f"{code}\n\\boxed{{{problem.answer}}}\nThe answer is: {problem.answer}\n#### "
         call = f'<tool_call>\n{{"name": "add", "arguments": {{"to": {problem.answer}}}}}\n</tool_call>'
         messages[1]["content"] = messages[1]["content"].replace("\n#### ", notations).replace("#### ", f"{call}\n#### ")
         own = {"weight": 0.5, "mark": "critical"} if number % 3 == 0 else {}
