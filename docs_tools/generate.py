@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from docs_tools import commands, gallery, reference
+from docs_tools import cards, commands, gallery, reference
 from dwl_plugin.hosts.incompatible import refusal_table
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +29,9 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "pack_gallery": gallery.pack_gallery,
     "example_gallery": gallery.example_gallery,
     "refusals": refusal_table,
+    "memory_qlora": cards.qlora_table,
+    "memory_full": cards.full_table,
+    "memory_measured": cards.measured_table,
     "command_table": commands.command_table,
     "commands": commands.command_sections,
 }

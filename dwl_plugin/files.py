@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import stat
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from dwl_plugin.errors import DWLError
 
-__all__ = ["UnreadableError", "kind_of_file", "read_regular", "write_whole"]
+__all__ = ["UnreadableError", "kind_of_file", "read_regular", "sha256_of", "write_whole"]
 
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 
@@ -34,6 +35,19 @@ def read_regular(path: Path, limit: int) -> bytes:
         raise UnreadableError(path, f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
     _need_small(path, len(content), limit)
     return content
+
+
+def sha256_of(path: Path, limit: int) -> str | None:
+    """In hexadecimal; None of what is no file, has over `limit` bytes, or cannot be read."""
+    try:
+        _need_regular(path, os.stat(path), limit)
+        with open(path, "rb", opener=_without_waiting) as file:
+            digest = hashlib.sha256()
+            while part := file.read(1 << 20):
+                digest.update(part)
+            return digest.hexdigest()
+    except (OSError, ValueError, UnreadableError):
+        return None
 
 
 def _need_small(path: Path, size: int, limit: int) -> None:

@@ -1,11 +1,5 @@
-"""Does QLoRA fit a small card: what one call of the loss allocates with a frozen head in bf16, beside the formula for it.
-
-    T·H·2       ∂hidden of T positions, which the model wants of any loss
-    R·H·(4 + 2) a block of R ≤ 2,048 targets: its ∂hidden in fp32, its hidden states where other positions are ignored
-    R·W·(4 + 2) a block and a tile of W tokens: products in fp32, exponentials in bf16; 48 MiB at most
-    T·88        numbers of each token
-
-R and W are those of `gpu_walk`; V is in none of them. Exit status 1 if a call takes a twentieth more than that.
+"""Does QLoRA fit a small card: what one call of the loss allocates with a frozen head in bf16, beside the formula for it, which is
+in `dwl_plugin/loss/workspace.py`. Exit status 1 if a call takes a twentieth more than that.
 """
 
 from __future__ import annotations
@@ -16,16 +10,15 @@ from functools import partial
 from bench.gpu.common import MIB, TOY, Table, inputs, peak_mib
 from dwl_plugin import linear_cross_entropy
 from dwl_plugin.loss import gpu_walk
+from dwl_plugin.loss.workspace import loss_bytes
 
 SHAPES = [(40, 32, 1009)] if TOY else [(T, H, V) for T in (2048, 4096, 8192) for H, V in ((2048, 151_936), (2304, 262_144))]
-NUMBERS = 88
-"""Bytes of each token: its position, target, loss, nll, coefficients."""
 
 
 def by_formula(T: int, N: int, H: int, V: int) -> int:
-    """Bytes of a call with N targets among T positions."""
+    """Bytes of a call with N targets among T positions, in the blocks and tiles that it takes."""
     plan = gpu_walk._plan(N, V)
-    return T * H * 2 + plan.rows * (H * (6 if N < T else 4) + plan.width * 6) + T * NUMBERS
+    return loss_bytes(T, N, H, rows=plan.rows, tile_bytes=plan.rows * plan.width * 6)
 
 
 def measured(T: int, H: int, V: int) -> tuple[float, float, float, float]:

@@ -98,6 +98,37 @@ def main() -> None:
 
 
 @main.command()
+@click.option("--for", "purpose", help="What to train for.", show_default=False)
+@click.option("--card", help="What to train on.", show_default=False)
+@click.option("--model", help="A name on the Hub or a folder.", show_default="the largest known one that fits the card")
+@click.option("--data", metavar="FILE", help="Rows of `messages`, one a line.", show_default="a data set on the Hub")
+@click.option("-o", "--out", type=_OUTPUT, default="train.yml", help="The file that is written; never over another.")
+def init(purpose: str | None, card: str | None, model: str | None, data: str | None, out: Path) -> None:
+    """Write a whole config, with comments, for a purpose and a card; without options, list what there is."""
+    from dwl_plugin.cli.init import choices, init
+
+    if purpose is None and card is None:
+        choices(_console())
+    elif purpose is None or card is None:
+        raise click.UsageError(f"Say {'--for' if purpose is None else '--card'}, too; `dwl init` lists what there is.")
+    else:
+        init(_console(), purpose, card, model, data, out)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("-o", "--out", type=_OUTPUT, help="Write it here instead of printing it; never over another file.")
+def examples(name: str | None, out: Path | None) -> None:
+    """The example configs; with NAME, one of them."""
+    from dwl_plugin.cli.examples import examples, write_example
+
+    if name is None:
+        examples(_console())
+    else:
+        write_example(_console(), name, out)
+
+
+@main.command()
 @_config
 @_samples(512)
 @_trust
@@ -205,6 +236,22 @@ def report(runs: tuple[Path, ...], html: Path | None, compare: bool) -> None:
     if compare != (len(runs) > 1):
         raise click.UsageError("Name one run, or several with --compare: dwl report RUN_DIR --compare RUN_DIR...")
     report(_console(), runs, html)
+
+
+@main.command()
+@click.argument("run", metavar="RUN_DIR", type=click.Path(path_type=Path))
+@click.option("--out", type=_OUTPUT, help="Write it here instead of printing it.")
+def export(run: Path, out: Path | None) -> None:
+    """A run as one config that somebody else trains again: `axolotl train FILE`.
+
+    RUN_DIR is the `output_dir` of its YAML. Overrides and options are in their places and packs are written out; versions, data
+    with its sha256 and results by class stand at its head. Accounts, projects, secrets and paths of this machine are left out,
+    and listed.
+    """
+    from dwl_plugin.cli.export import export
+    from dwl_plugin.cli.output import Console
+
+    export(Console(stderr=True), run, out)
 
 
 @main.command()

@@ -20,7 +20,7 @@ from dwl_plugin.config.pack_files import is_fetched
 from dwl_plugin.errors import DWLError, printable
 from dwl_plugin.files import read_regular
 
-__all__ = ["PACKS", "RULES", "Danger", "Rule", "dangers", "fetched_packs", "stop_at_packs"]
+__all__ = ["PACKS", "RULES", "Danger", "Rule", "dangers", "fetched_packs", "runs_code", "stop_at_packs"]
 
 Does = Literal["runs code", "fetches"]
 
@@ -353,6 +353,11 @@ def dangers(raw: Mapping[str, Any]) -> list[Danger]:
         import_axolotl()
         own = other_names()
     return _found(raw, (*RULES, PACKS), own)
+
+
+def runs_code(raw: Mapping[str, Any]) -> list[Danger]:
+    """The part of `dangers` that runs code, without Axolotl and its other names for keys."""
+    return _found(raw, tuple(rule for rule in RULES if rule.does == "runs code"), frozenset())
 
 
 def fetched_packs(raw: Mapping[str, Any]) -> list[Danger]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from dwl_plugin.errors import ConfigError, Problem, did_you_mean
 from dwl_plugin.values import REST, Mark, Reduction, Strict, Weight, invalid
 from dwl_plugin.yaml_io import load_plain_yaml
 
-__all__ = ["TO_WRITE", "Pack", "PackCase", "PackLibrary", "PackTurn", "parse_pack"]
+__all__ = ["TO_WRITE", "Pack", "PackCase", "PackLibrary", "PackTurn", "packs_used", "parse_pack"]
 
 MAX_CLASSES = 32
 MAX_CASES = 256
@@ -159,6 +160,14 @@ def parse_pack(source: PackText) -> Pack:
     if problems or pack is None:
         raise ConfigError(replace(problem, path=f"{source.name}: {problem.path}") for problem in unique(problems))
     return pack
+
+
+def packs_used(dwl: object, folders: Sequence[Path]) -> dict[str, str]:
+    """The packs that a `dwl` block of a config names, each with the sha256 of its file; raises `ConfigError` as parsing it does."""
+    named = [node["pack"] for _, node, _ in nodes(dwl, "dwl") if isinstance(node, Mapping) and node.get("pack") is not None]
+    texts = [text for pack in named for text in (pack if isinstance(pack, (list, tuple)) else [pack])]
+    packs = (PackReference.of(text, "dwl") for text in texts)
+    return {pack.pack: sha256(read_pack(pack, folders, "dwl").text.encode()).hexdigest() for pack in packs}
 
 
 class PackLibrary:

@@ -6,17 +6,30 @@ command line, a sweep's parameters and `DWL_OVERRIDES` were put over it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import date, datetime
+from enum import Enum
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from types import NoneType
 from typing import Any
 
 import yaml
 
-__all__ = ["config_as_it_ran", "without_password"]
+from dwl_plugin.config import Block
+from dwl_plugin.files import UnreadableError, read_regular
+
+__all__ = ["LEFT_OUT", "config_as_it_ran", "config_to_keep", "without_password"]
+
+LEFT_OUT = "‹left out›"
+"""In the place of what opens some service, in the config that a run keeps."""
 
 _SECRET = ("api_key", "secret", "password", "webhook_url")
+_MOST_BYTES = 1 << 20
+"""Of a file of settings."""
 _WITH_PASSWORD = re.compile(r"://[^/\s]*@")
 
 
@@ -41,6 +54,41 @@ def config_as_it_ran(file: Path, ran: Mapping[str, Any]) -> Path:
         out.write(f"# {file.name} as it ran; not in the file, or otherwise: {others}\n")
         yaml.dump(shown, out, sort_keys=False, allow_unicode=True)
     return Path(out.name)
+
+
+def config_to_keep(ran: Mapping[str, Any]) -> dict[str, Any]:
+    """What `ran` beside our own keys, which a run keeps resolved: as plain YAML, with the files of settings that it names in it."""
+    kept = {str(key): _kept(str(key), value) for key, value in ran.items() if key not in Block.model_fields}
+    kept |= {key: LEFT_OUT for key, value in kept.items() if key.endswith("token") and isinstance(value, str)}
+    if isinstance(kept.get("deepspeed"), str) and (text := _text(kept["deepspeed"])) is not None:
+        with suppress(ValueError):  # what is no JSON is the host's to complain of
+            kept["deepspeed"] = json.loads(text)
+    datasets = kept.get("datasets")
+    for node in (kept, *(datasets if isinstance(datasets, list) else ())):
+        if isinstance(node, dict) and isinstance(path := node.get("chat_template_jinja"), str):
+            node["chat_template_jinja"] = _text(path) or path
+    return kept
+
+
+def _kept(key: str, value: Any) -> Any:
+    """`value` in types that YAML has by itself."""
+    if value is not None and (key.endswith(_SECRET) or _opens(value)):
+        return LEFT_OUT
+    if isinstance(value, Enum):
+        return _kept(key, value.value)
+    if isinstance(value, Mapping):
+        return {str(name): _kept(str(name), part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_kept("", part) for part in value]
+    return value if type(value) in (bool, int, float, str, date, datetime, NoneType) else str(value)
+
+
+def _text(path: str) -> str | None:
+    """Of a file of settings; None if there is none."""
+    try:
+        return read_regular(Path(path), _MOST_BYTES).decode()
+    except (UnreadableError, ValueError):
+        return None
 
 
 def _public(value: Any) -> Any:

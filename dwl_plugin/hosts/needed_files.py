@@ -17,7 +17,7 @@ from dwl_plugin.errors import ConfigError, Problem, closest
 from dwl_plugin.files import UnreadableError, kind_of_file, read_regular
 from dwl_plugin.hosts.checkpoints import require_whole
 
-__all__ = ["MISSING_DATA", "MODELS", "file_problems", "on_the_hub_perhaps"]
+__all__ = ["MISSING_DATA", "MODELS", "file_problems", "files_read", "on_the_hub_perhaps"]
 
 MODELS = ("base_model", "base_model_config", "tokenizer_config", "processor_config")
 _DATA = ("datasets", "test_datasets", "pretraining_dataset")
@@ -29,6 +29,9 @@ _TAKEN_FIRST = ("model.safetensors", "model.safetensors.index.json", "pytorch_mo
 _MAX_BYTES = 64 << 20
 _MOST_BESIDE = 2000
 """Files that are looked through for one of nearly the same name."""
+
+_MOST_FILES = 16
+"""Of a folder that are named one by one."""
 
 _FOR_PATH = ("file", "files", "filename", "name", "dataset", "data")
 """What people write for `path`."""
@@ -67,6 +70,18 @@ def file_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
             yield from _special_files("lora_model_dir", name)
         elif not _may_be_on_the_hub(name):
             yield Problem("lora_model_dir", _MISSING_FOLDER, name)
+
+
+def files_read(raw: Mapping[str, Any]) -> Iterator[str]:
+    """What of the model, an adapter and the data lies on this disk, by the names of the config: files, and of a folder those in it
+    that hold weights or rows; a folder that has too many, or none, by itself."""
+    names = [raw.get(key) for key in (*MODELS, "lora_model_dir")]
+    for _, entry in _data_entries(raw):
+        names += [entry.get("path"), *_strings(entry.get("data_files"))]
+    for name in dict.fromkeys(name for name in names if isinstance(name, str) and os.path.exists(name)):
+        inside = sorted(os.listdir(name)) if os.path.isdir(name) else []
+        files = [os.path.join(name, file) for file in inside if file.endswith((*_WEIGHTS, *_ROWS))]
+        yield from files if 0 < len(files) <= _MOST_FILES else [name]
 
 
 def on_the_hub_perhaps(raw: Mapping[str, Any]) -> Iterator[str]:

@@ -32,6 +32,7 @@ from dwl_plugin.config import Block
 from dwl_plugin.errors import ConfigError, LossNotTakenError, NotFiniteError, RunError, first_line
 from dwl_plugin.hosts.base_nll import base_nll
 from dwl_plugin.hosts.checkpoints import finished_checkpoints, named_in, require_whole, unfinished
+from dwl_plugin.hosts.model_card import add_section, section, without_our_metrics
 from dwl_plugin.hosts.versions import divided_later, gradients_are_averaged
 from dwl_plugin.loss.class_sums import ForwardMetrics
 from dwl_plugin.loss.deferred_logits import DeferredLogits
@@ -187,6 +188,13 @@ class TrainerMixin(Trainer):
 
         return on_own_tokens
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The host's, with a section on the loss in place of a column for each of our metrics."""
+        with without_our_metrics(self):
+            super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_section(Path(self.args.output_dir) / "README.md", section(self._dwl, self.state.log_history))
+
     def stop_if_not_finite(self) -> None:
         """Before anything is logged or saved; the checkpoints from before stay."""
         found = self._dwl.first_bad.found(self.accelerator.gather, self.args.device)
@@ -312,7 +320,8 @@ class AlphaCallback(TrainerCallback):
         session.loop = self._closed_loop(saved, tau)
         session.move(tau)
         if state.is_world_process_zero:
-            keep_config(session.block, _record(self._trainer, tau), Path(args.output_dir))
+            config = None if session.source is None else session.source.config
+            keep_config(session.block, _record(self._trainer, tau), config, Path(args.output_dir))
         picks = args.metric_for_best_model or "loss" if args.load_best_model_at_end else None
         lines = [*startup_lines(session.block, session.survey, session.alpha_at, session.length, session.replaced, picks)]
         if saved is not None:
@@ -384,7 +393,8 @@ def _require_cut_sequences(accelerator: Any, batches: Sequence[Any]) -> None:
 
 
 def _record(trainer: TrainerMixin, tau: int) -> Record:
-    args, rows = trainer.args, trainer.train_dataset
+    args, rows, source = trainer.args, trainer.train_dataset, trainer._dwl.source
+    model = getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None)
     batch = trainer.get_total_train_batch_size(args)
     micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     names = {"dwl_plugin": "axolotl-dwl", **{name: name for name in _VERSIONED if name in sys.modules}}
@@ -395,12 +405,15 @@ def _record(trainer: TrainerMixin, tau: int) -> Record:
     return Record(
         began=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         resumed_at_step=tau or None,
-        model=getattr(getattr(trainer.accelerator.unwrap_model(trainer.model), "config", None), "name_or_path", None) or None,
-        data=trainer._dwl.data,
+        model=getattr(model, "name_or_path", None) or None,
+        model_commit=getattr(model, "_commit_hash", None),
+        data=None if source is None else source.data,
         rows=len(rows) if hasattr(rows, "__len__") else None,
         learning_rate=args.learning_rate,
         batch=BatchSize(micro=micro, accumulation=accumulation, ranks=max(batch // (micro * accumulation), 1)),
         versions=versions,
+        packs=None if source is None else dict(source.packs),
+        files=None if source is None else dict(source.files),
     )
 
 

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["BatchSize", "Record"]
+__all__ = ["BatchSize", "Record", "Source"]
 
 Count = Annotated[int, Field(ge=1, le=10**15)]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What only the config of the host tells: paths of the data, its packs and the files that it reads with their sha256 (None of
+    what was not hashed), and all of its keys but ours."""
+
+    data: list[str]
+    packs: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str | None] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
 
 
 class BatchSize(BaseModel):
@@ -27,15 +40,18 @@ class Record(BaseModel):
     began: str | None = None
     resumed_at_step: Count | None = None
     model: str | None = None
+    model_commit: str | None = None
     data: list[str] | None = None
     rows: Count | None = None
     learning_rate: float | None = None
     batch: BatchSize | None = None
     versions: dict[str, str] | None = None
+    packs: dict[str, str] | None = None
+    files: dict[str, str | None] | None = None
 
     def dump(self) -> dict[str, Any]:
         """Plain YAML types."""
-        return self.model_dump(mode="json", exclude_none=True)
+        return {key: value for key, value in self.model_dump(mode="json").items() if value is not None and value != {}}
 
     def facts(self) -> dict[str, str]:
         """The same in words, by name."""

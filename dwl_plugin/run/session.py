@@ -27,6 +27,7 @@ from dwl_plugin.run.closed_loop import ClosedLoop
 from dwl_plugin.run.collate import CLASS_IDS
 from dwl_plugin.run.moving import alpha_of, token_losses_of
 from dwl_plugin.run.nan_guard import FirstBadStep
+from dwl_plugin.run.record import Source
 from dwl_plugin.run.startup import log_line
 from dwl_plugin.values import Strict
 
@@ -73,8 +74,8 @@ class Session:
         self.replaced = " and ".join([self.seam.replaced, *(f"`{key}`" for key in taken_over)])
         self.read: Callable[[Any, str], Any] | None = None
         """A data set, and its name -> the same with what its rows say of their tokens; None where rows come with it."""
-        self.data: list[str] | None = None
-        """Paths of the data, where the host has them."""
+        self.source: Source | None = None
+        """Where the host has a config."""
         self.loop: ClosedLoop | None = None
         self.base_nll: dict[str, float] | None = None
         self.keeps_logits = False

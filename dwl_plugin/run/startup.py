@@ -37,9 +37,10 @@ def log_line(line: str) -> None:
             print("\n".join(f"{PREFIX} {printable(part)}" for part in line.splitlines()), flush=True)
 
 
-def keep_config(block: Block, record: Record, folder: Path) -> None:
-    """For people and `dwl report`. Training does not stop for want of it."""
-    text = yaml.safe_dump({**block.dump(), "run": record.dump()}, sort_keys=False, allow_unicode=True)
+def keep_config(block: Block, record: Record, config: Mapping[str, Any] | None, folder: Path) -> None:
+    """For people, `dwl report` and `dwl export`. Training does not stop for want of it."""
+    kept = {**block.dump(), "run": record.dump(), **({} if config is None else {"axolotl": dict(config)})}
+    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / _RESOLVED_CONFIG, text.encode())

@@ -18,9 +18,10 @@ from click.testing import CliRunner, Result
 
 from dwl_plugin.cli import plots, report
 from dwl_plugin.cli.main import main
-from dwl_plugin.cli.report.run import LoggedCurve, read_runs
+from dwl_plugin.cli.report.run import read_runs
 from dwl_plugin.cli.report.tables import compared, differing, rows_of
 from dwl_plugin.files import write_whole
+from dwl_plugin.run.curve import LoggedCurve
 from tests.cli.browser import OUT_OF_SIGHT, looked_at, needs_a_browser
 from tests.cli.little_runs import DWL, Entry, evaluation, step, write_run, write_state
 

@@ -15,8 +15,9 @@ from dwl_plugin.cli.output import printable, short
 from dwl_plugin.cli.plots import MOST_LINES, Line, draw_panels, draw_shares, frame_of, look_of, need_matplotlib, stroke_of, to_svg
 from dwl_plugin.cli.report import tables
 from dwl_plugin.cli.report.metrics import MOVING, OF_THE_WHOLE, SHOWN_ALWAYS, Metric, marked
-from dwl_plugin.cli.report.run import LoggedCurve, Run, key_of
+from dwl_plugin.cli.report.run import Run
 from dwl_plugin.config import Block
+from dwl_plugin.run.curve import LoggedCurve, key_of
 from dwl_plugin.values import REST
 
 if TYPE_CHECKING:

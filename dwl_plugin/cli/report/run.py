@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 
 from dwl_plugin.config import Block, parse
 from dwl_plugin.config.problems import nodes
-from dwl_plugin.errors import DWLError
+from dwl_plugin.errors import DWLError, first_line
 from dwl_plugin.files import read_regular
+from dwl_plugin.run.curve import LoggedCurve, key_of
 from dwl_plugin.run.record import Record
 from dwl_plugin.values import REST
 from dwl_plugin.yaml_io import load_plain_yaml
 
-__all__ = ["MOST_CLASSES", "LoggedCurve", "Run", "key_of", "largest", "read_runs"]
+__all__ = ["MOST_CLASSES", "Run", "largest", "read_runs", "settings_of"]
 
 STATE = "trainer_state.json"
 CONFIG = "dwl_config.yaml"
@@ -46,44 +47,6 @@ _LARGEST = 10**15
 MOST_CLASSES = 100
 _MOST_STEPS = 100_000
 _MOST_NOTES = 10
-
-
-@dataclass(frozen=True)
-class LoggedCurve:
-    """One number over the run; NaN where the step has none, such as a class that was absent from it."""
-
-    steps: tuple[int, ...]
-    values: tuple[float, ...]
-
-    def __bool__(self) -> bool:
-        return any(map(math.isfinite, self.values))
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """The first and the last value there is."""
-        return self._known[0], self._known[-1]
-
-    @property
-    def tenths(self) -> tuple[float, float]:
-        """The means of the first and of the last tenth of the values: single batches are noisy."""
-        count = max(len(self._known) // 10, 1)
-        return fmean(self._known[:count]), fmean(self._known[-count:])
-
-    @property
-    def mean(self) -> float:
-        return fmean(self._known)
-
-    @cached_property
-    def _known(self) -> list[float]:
-        return [value for value in self.values if math.isfinite(value)] or [math.nan]
-
-    def thinned(self, limit: int) -> LoggedCurve:
-        """At most `limit` points, each the mean of as many neighbours."""
-        width = math.ceil(len(self.steps) / limit)
-        if width <= 1:
-            return self
-        parts = [LoggedCurve(self.steps[at : at + width], self.values[at : at + width]) for at in range(0, len(self.steps), width)]
-        return LoggedCurve(tuple(part.steps[-1] for part in parts), tuple(part.mean for part in parts))
 
 
 @dataclass(frozen=True)
@@ -142,14 +105,32 @@ class Run:
         return self.eval_curve(key).ends if self.evals else self.curve(key).tenths
 
 
-def key_of(what: str, name: str | None) -> str:
-    """What `nll` or `p` of a class, or of all targets, is logged as."""
-    return f"dwl/{what}/{name}" if name is not None else "nll" if what == "nll" else f"dwl/{what}"
-
-
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Raises `DWLError` where a folder holds no run of ours."""
     return [_read(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+
+
+def settings_of(folder: Path) -> tuple[Block, Record, Mapping[str, Any]]:
+    """The loss of a run by Axolotl, what it was made of, and the other keys of its config, from its folder or a checkpoint in it.
+
+    Raises `DWLError` where they are not there.
+    """
+    path = _config_of(folder)
+    if path is None:
+        raise DWLError(f"There is no {CONFIG} in {folder}: a run with `loss:` writes one into its `output_dir` as it begins.")
+    try:
+        raw = load_plain_yaml(read_regular(path, _CONFIG_BYTES).decode(), str(path))
+        if not isinstance(raw, Mapping) or any(_has_pack(raw)):
+            raise DWLError(f"{path} is not what a run writes.")
+        if not isinstance(raw.get("axolotl"), Mapping):
+            why = "the run was by `dwl_plugin.apply`, which takes this file as it is, or by an earlier version"
+            raise DWLError(f"{path} has the loss of a run and no config of Axolotl: {why}.")
+        block, record = parse(raw), Record.model_validate(raw.get("run", {}))
+    except (ValueError, RecursionError) as error:
+        raise DWLError(f"{path} cannot be read by this version: {first_line(error)}") from None
+    if block is None:
+        raise DWLError(f"{path} has no `loss`.")
+    return block, record, raw["axolotl"]
 
 
 def _read(folder: Path, name: str) -> Run:

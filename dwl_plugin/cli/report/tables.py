@@ -14,7 +14,8 @@ from rich.text import Text
 
 from dwl_plugin.cli.output import fixed, number, printable, say, short, table_of_classes
 from dwl_plugin.cli.report.metrics import MOVING, OF_THE_WHOLE, SHOWN_ALWAYS, marked
-from dwl_plugin.cli.report.run import MOST_CLASSES, LoggedCurve, Run, key_of, largest
+from dwl_plugin.cli.report.run import MOST_CLASSES, Run, largest
+from dwl_plugin.run.curve import LoggedCurve, key_of
 from dwl_plugin.values import REST
 
 __all__ = [

@@ -1,0 +1,199 @@
+"""`dwl export`: a run as one config that somebody else trains again, with where it came from and what it came to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dwl_plugin.cli.output import Console, printable, say
+from dwl_plugin.cli.report.run import Run, read_runs, settings_of
+from dwl_plugin.cli.report.tables import arrow, called, percent, rows_of
+from dwl_plugin.cli.trust import runs_code
+from dwl_plugin.config import Block
+from dwl_plugin.errors import DWLError
+from dwl_plugin.files import write_whole
+from dwl_plugin.hosts.as_it_ran import LEFT_OUT
+from dwl_plugin.run.record import Record
+
+__all__ = ["export"]
+
+_ONES_OWN = (
+    *("wandb", "mlflow", "comet", "swanlab", "trackio", "otel", "hub_", "push_", "hf_use_auth_token", "gradio"),
+    *("use_wandb", "use_mlflow", "use_comet", "use_swanlab", "use_trackio", "use_otel"),
+    *("resume_from_checkpoint", "auto_resume_from_checkpoints"),
+)
+"""What keys begin with that name accounts, projects and places of whoever trained, or the middle of a run."""
+
+_TOKEN = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)\w{16,}")
+_OF_THIS_DISK = re.compile(r"(?:file://)?(?:/[^/\s]+/|~|[A-Za-z]:[\\/]|\\\\)[^\n]*|\.\.[\\/][^\n]*")
+"""An absolute path, or one that leads out of the folder; `/think` is none."""
+
+
+@dataclass
+class Changes:
+    """What the exported config does not have from the run's: paths of keys, and path -> (old, new)."""
+
+    left_out: list[str] = field(default_factory=list)
+    moved: dict[str, tuple[str, str]] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+
+    def here(self, path: str) -> str:
+        """A name in the folder of the config for a path of this disk, another one for each."""
+        if path not in self.names:
+            name, taken = re.split(r"[\\/]", path.rstrip("\\/"))[-1].lstrip("~") or "home", set(self.names.values())
+            stem, dot, suffix = name.rpartition(".")
+            tries = (name, *(f"{stem}-{count}{dot}{suffix}" if dot else f"{name}-{count}" for count in range(2, len(taken) + 3)))
+            self.names[path] = next(f"./{free}" for free in tries if f"./{free}" not in taken)
+        return self.names[path]
+
+
+def export(console: Console, folder: Path, out: Path | None) -> None:
+    """The whole command: the config to `out`, or to stdout; to `console` what was left out and what has to be there.
+
+    Raises:
+        DWLError: the folder has no config of a run by Axolotl, or `out` is there.
+    """
+    if out is not None and out.exists():
+        raise DWLError(f"{out} is there already, and is not written over.")
+    block, record, config = settings_of(folder)
+    run = None
+    with suppress(DWLError):  # nothing was logged or saved yet
+        (run,) = read_runs([folder])
+    changes = Changes()
+    whole = _in_place(_held(_public(config, "", changes), record, changes), block)
+    record = _named_here(record, changes)
+    text = f"{_head(record, run)}\n{_yaml(whole)}"
+    if out is None:
+        print(text, end="")
+    else:
+        write_whole(out, text.encode())
+    _tell(console, out, whole, record, changes)
+
+
+def _public(node: Any, path: str, changes: Changes) -> Any:
+    """`node` without what belongs to whoever trained."""
+    if isinstance(node, Mapping):
+        kept = {}
+        for key, value in node.items():
+            at = f"{path}.{key}".lstrip(".")
+            if (not path and str(key).startswith(_ONES_OWN)) or _is_secret(value):
+                changes.left_out += [] if value is None else [at]
+            else:
+                kept[key] = _public(value, at, changes)
+        return kept
+    if isinstance(node, list):
+        places = [(f"{path}[{index}]", value) for index, value in enumerate(node)]
+        changes.left_out += [at for at, value in places if _is_secret(value)]
+        return [_public(value, at, changes) for at, value in places if not _is_secret(value)]
+    if isinstance(node, str) and _OF_THIS_DISK.fullmatch(node):
+        changes.moved[path] = node, changes.here(node)
+        return changes.here(node)
+    return node
+
+
+def _named_here(record: Record, changes: Changes) -> Record:
+    """The record with the names that paths of that disk have in the exported config, and of any other such path the last part."""
+
+    def here(name: str) -> str:
+        for path, new in changes.names.items():
+            if name == path or name.startswith((f"{path}/", f"{path}\\")):
+                return new + name[len(path) :]
+        return re.split(r"[\\/]", name)[-1] if _OF_THIS_DISK.fullmatch(name) else name
+
+    named = {key: {here(name): digest for name, digest in (getattr(record, key) or {}).items()} for key in ("packs", "files")}
+    model, data = record.model and here(record.model), record.data and [here(name) for name in record.data]
+    return record.model_copy(update={**named, "model": model, "data": data})
+
+
+def _is_secret(value: object) -> bool:
+    return isinstance(value, str) and (value == LEFT_OUT or _TOKEN.search(value) is not None)
+
+
+def _held(config: dict[str, Any], record: Record, changes: Changes) -> dict[str, Any]:
+    """The config with the commit of a model that was taken from the Hub as it was that day."""
+    apart = ("revision_of_model", "base_model_config", "tokenizer_config", "processor_config")
+    if record.model_commit is None or any(config.get(key) is not None for key in apart):
+        return config
+    changes.moved["revision_of_model"] = "none", record.model_commit
+    return {**config, "revision_of_model": record.model_commit}
+
+
+def _in_place(config: Mapping[str, Any], block: Block) -> dict[str, Any]:
+    """The config with our keys behind `plugins`."""
+    ours, before = block.dump(), list(config)
+    at = before.index("plugins") + 1 if "plugins" in before else 0
+    whole = {key: config[key] for key in before[:at]} | ours
+    return whole | {key: config[key] for key in before[at:] if key not in ours}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Nothing by reference, and text of several lines as a person writes it."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, "|" if "\n" in text else None)
+)
+
+
+def _yaml(config: Mapping[str, Any]) -> str:
+    return str(yaml.dump(dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
+
+
+def _head(record: Record, run: Run | None) -> str:
+    """What the run was, as comments."""
+    lines = ["A run with dwl_plugin, to be trained again by", "    axolotl train THIS_FILE", ""]
+    lines += [f"{name:<14}{fact}" for name, fact in record.facts().items()]
+    lines += [f"{'model commit':<14}{record.model_commit}"] if record.model_commit else []
+    for what, hashed in (("pack", record.packs), ("file", record.files)):
+        lines += [f"{what:<14}{name}   {_digest(digest)}" for name, digest in (hashed or {}).items()]
+    lines += ["", *(_results(run) if run is not None else ["No step of it was logged and saved when this was written."])]
+    return "\n".join(f"# {printable(line)}".rstrip() for line in lines) + "\n"
+
+
+def _digest(digest: str | None) -> str:
+    return "not hashed" if digest is None else f"sha256 {digest}"
+
+
+def _results(run: Run) -> Iterator[str]:
+    where = "on the evaluation set" if run.evals else "in training, first and last tenth of the steps"
+    of = f" of {run.max_steps:,}" if run.max_steps > run.step else ""
+    yield f"After {run.step:,}{of} steps; nll in nats per token, {where}:"
+    yield f"{'':<24}{'targets':>9}   {'α':<15}   nll"
+    for row in rows_of(run):
+        yield f"{called(row.name):<24}{percent(row.token_share):>9}   {arrow(row.alpha):<15}   {arrow(row.nll)}"
+
+
+def _tell(console: Console, out: Path | None, whole: Mapping[str, Any], record: Record, changes: Changes) -> None:
+    if out is not None:
+        say(console, f"{out}: the whole run as one config, for `axolotl train {out}`.", "bold green")
+    _list(console, "Left out", changes.left_out)
+    _list(console, "Otherwise than in the run", [f"{path}: {old} → {new}" for path, (old, new) in changes.moved.items()])
+    _list(console, "Has to be there", list(_needed(whole, record.files or {})))
+    _list(console, "Asks for trust, as it runs code", [str(danger) for danger in runs_code(whole)])
+
+
+def _needed(config: Mapping[str, Any], files: Mapping[str, str | None]) -> Iterator[str]:
+    """Model and data: of that disk by their names in the folder that is trained in, with the sha256; of elsewhere by their own."""
+    yield from (f"{name}   {_digest(digest)}" for name, digest in files.items())
+    datasets = [entry for key in ("datasets", "test_datasets") for entry in config.get(key) or () if isinstance(entry, Mapping)]
+    named = [(config.get("base_model"), config.get("revision_of_model"))]
+    named += [(entry.get("path"), entry.get("revision")) for entry in datasets]
+    for name, revision in named:
+        if isinstance(name, str) and not any(file.startswith(name) for file in files):
+            yield f"{name}, which is not of that disk{'' if revision is None else f', at {revision}'}"
+
+
+def _list(console: Console, title: str, lines: list[str]) -> None:
+    if lines:
+        say(console, title, "bold")
+        for line in lines:
+            say(console, f"  · {line}")
