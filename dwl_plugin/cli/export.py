@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -15,7 +16,7 @@ from dwl_plugin.cli.output import Console, printable, say
 from dwl_plugin.cli.report.run import Run, read_runs, settings_of
 from dwl_plugin.cli.report.tables import arrow, called, percent, rows_of
 from dwl_plugin.cli.trust import runs_code
-from dwl_plugin.config import Block
+from dwl_plugin.config.problems import nodes
 from dwl_plugin.errors import DWLError
 from dwl_plugin.files import write_whole
 from dwl_plugin.hosts.as_it_ran import LEFT_OUT
@@ -30,9 +31,12 @@ _ONES_OWN = (
 )
 """What keys begin with that name accounts, projects and places of whoever trained, or the middle of a run."""
 
-_TOKEN = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)\w{16,}")
+_TOKEN = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)[\w-]{16,}")
 _OF_THIS_DISK = re.compile(r"(?:file://)?(?:/[^/\s]+/|~|[A-Za-z]:[\\/]|\\\\)[^\n]*|\.\.[\\/][^\n]*")
 """An absolute path, or one that leads out of the folder; `/think` is none."""
+
+_PLACE = re.compile(r"(?:path|_dir|_model|data_files(?:\[\d+\])?)$")
+"""Keys whose value is a path or a name: there `/rows` is a path too."""
 
 
 @dataclass
@@ -42,11 +46,13 @@ class Changes:
     left_out: list[str] = field(default_factory=list)
     moved: dict[str, tuple[str, str]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    there: frozenset[str] = frozenset()
+    """Names in the folder of the config that it has already."""
 
     def here(self, path: str) -> str:
         """A name in the folder of the config for a path of this disk, another one for each."""
         if path not in self.names:
-            name, taken = re.split(r"[\\/]", path.rstrip("\\/"))[-1].lstrip("~") or "home", set(self.names.values())
+            name, taken = re.split(r"[\\/]", path.rstrip("\\/"))[-1].lstrip("~") or "home", {*self.names.values(), *self.there}
             stem, dot, suffix = name.rpartition(".")
             tries = (name, *(f"{stem}-{count}{dot}{suffix}" if dot else f"{name}-{count}" for count in range(2, len(taken) + 3)))
             self.names[path] = next(f"./{free}" for free in tries if f"./{free}" not in taken)
@@ -65,8 +71,8 @@ def export(console: Console, folder: Path, out: Path | None) -> None:
     run = None
     with suppress(DWLError):  # nothing was logged or saved yet
         (run,) = read_runs([folder])
-    changes = Changes()
-    whole = _in_place(_held(_public(config, "", changes), record, changes), block)
+    changes = Changes(there=frozenset(f"./{posixpath.normpath(node)}" for _, node, _ in nodes(config, "") if isinstance(node, str)))
+    whole = _in_place(_held(_public(config, "", changes), record, changes), _renamed(block.dump(), changes.names))
     record = _named_here(record, changes)
     text = f"{_head(record, run)}\n{_yaml(whole)}"
     if out is None:
@@ -91,7 +97,7 @@ def _public(node: Any, path: str, changes: Changes) -> Any:
         places = [(f"{path}[{index}]", value) for index, value in enumerate(node)]
         changes.left_out += [at for at, value in places if _is_secret(value)]
         return [_public(value, at, changes) for at, value in places if not _is_secret(value)]
-    if isinstance(node, str) and _OF_THIS_DISK.fullmatch(node):
+    if isinstance(node, str) and (_OF_THIS_DISK.fullmatch(node) or (_PLACE.search(path) and node.startswith("/"))):
         changes.moved[path] = node, changes.here(node)
         return changes.here(node)
     return node
@@ -124,11 +130,21 @@ def _held(config: dict[str, Any], record: Record, changes: Changes) -> dict[str,
     return {**config, "revision_of_model": record.model_commit}
 
 
-def _in_place(config: Mapping[str, Any], block: Block) -> dict[str, Any]:
+def _renamed(node: Any, names: Mapping[str, str]) -> Any:
+    """Our keys, with classes of a data set that goes by its path at the path that it has now."""
+    if isinstance(node, Mapping):
+        return {
+            key: names.get(value, value) if key == "dataset" and isinstance(value, str) else _renamed(value, names)
+            for key, value in node.items()
+        }
+    return [_renamed(part, names) for part in node] if isinstance(node, list) else node
+
+
+def _in_place(config: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """The config with our keys behind `plugins`."""
-    ours, before = block.dump(), list(config)
+    before = list(config)
     at = before.index("plugins") + 1 if "plugins" in before else 0
-    whole = {key: config[key] for key in before[:at]} | ours
+    whole = {key: config[key] for key in before[:at]} | dict(ours)
     return whole | {key: config[key] for key in before[at:] if key not in ours}
 
 
