@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dwl_plugin.errors import DWLError
 
-__all__ = ["UnreadableError", "kind_of_file", "read_regular", "sha256_of", "write_whole"]
+__all__ = ["UnreadableError", "kind_of_file", "read_regular", "require_new", "sha256_of", "write_whole"]
 
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
 
@@ -69,6 +69,12 @@ def kind_of_file(mode: int) -> str:
 def _without_waiting(name: str, flags: int) -> int:
     """A pipe that took the place of the file since would wait for its other end."""
     return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def require_new(path: Path) -> None:
+    """Raises `DWLError` where something has that name, a link to nothing among them."""
+    if os.path.lexists(path):
+        raise DWLError(f"{path} is there already, and is not written over.")
 
 
 def write_whole(path: Path, content: bytes) -> None:

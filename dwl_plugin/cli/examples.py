@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -11,9 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 import dwl_plugin
-from dwl_plugin.cli.output import say
+from dwl_plugin.cli.output import deliver, say
 from dwl_plugin.errors import DWLError, did_you_mean
-from dwl_plugin.files import write_whole
 
 __all__ = ["examples", "folder", "write_example"]
 
@@ -43,11 +41,6 @@ def write_example(console: Console, name: str, out: Path | None) -> None:
     if path is None:
         hint = did_you_mean(name, list(known))
         raise DWLError(f"There is no example {name}; there are {', '.join(known)}.{f' ({hint})' if hint else ''}")
-    content = path.read_bytes()
-    if out is None:
-        sys.stdout.write(content.decode())
-        return
-    if out.exists():
-        raise DWLError(f"{out} is there already, and is not written over.")
-    write_whole(out, content)
-    say(console, f"{out} is written. Next: dwl check {out}")
+    deliver(path.read_text(encoding="utf-8"), out)
+    if out is not None:
+        say(console, f"{out} is written. Next: dwl check {out}")

@@ -12,14 +12,13 @@ from typing import Any
 
 import yaml
 
-from dwl_plugin.cli.output import Console, printable, say
+from dwl_plugin.cli.output import Console, deliver, printable, say, say_list
 from dwl_plugin.cli.report.run import Run, read_runs, settings_of
 from dwl_plugin.cli.report.tables import arrow, called, percent, rows_of
 from dwl_plugin.cli.trust import runs_code
 from dwl_plugin.config.problems import nodes
 from dwl_plugin.errors import DWLError
-from dwl_plugin.files import write_whole
-from dwl_plugin.hosts.as_it_ran import LEFT_OUT
+from dwl_plugin.hosts.as_it_ran import opens
 from dwl_plugin.run.record import Record
 
 __all__ = ["export"]
@@ -31,9 +30,10 @@ _ONES_OWN = (
 )
 """What keys begin with that name accounts, projects and places of whoever trained, or the middle of a run."""
 
-_TOKEN = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)[\w-]{16,}")
 _OF_THIS_DISK = re.compile(r"(?:file://)?(?:/[^/\s]+/|~|[A-Za-z]:[\\/]|\\\\)[^\n]*|\.\.[\\/][^\n]*")
 """An absolute path, or one that leads out of the folder; `/think` is none."""
+
+_NAMES_A_HOME = re.compile(r"(?:^|[^\w.])(?:/home/|/Users/|/root/|~/)|[A-Za-z]:\\+Users\\", re.IGNORECASE)
 
 _PLACE = re.compile(r"(?:path|_dir|_model|data_files(?:\[\d+\])?)$")
 """Keys whose value is a path or a name: there `/rows` is a path too."""
@@ -65,8 +65,6 @@ def export(console: Console, folder: Path, out: Path | None) -> None:
     Raises:
         DWLError: the folder has no config of a run by Axolotl, or `out` is there.
     """
-    if out is not None and out.exists():
-        raise DWLError(f"{out} is there already, and is not written over.")
     block, record, config = settings_of(folder)
     run = None
     with suppress(DWLError):  # nothing was logged or saved yet
@@ -75,10 +73,7 @@ def export(console: Console, folder: Path, out: Path | None) -> None:
     whole = _in_place(_held(_public(config, "", changes), record, changes), _renamed(block.dump(), changes.names))
     record = _named_here(record, changes)
     text = f"{_head(record, run)}\n{_yaml(whole)}"
-    if out is None:
-        print(text, end="")
-    else:
-        write_whole(out, text.encode())
+    deliver(text, out)
     _tell(console, out, whole, record, changes)
 
 
@@ -88,15 +83,15 @@ def _public(node: Any, path: str, changes: Changes) -> Any:
         kept = {}
         for key, value in node.items():
             at = f"{path}.{key}".lstrip(".")
-            if (not path and str(key).startswith(_ONES_OWN)) or _is_secret(value):
+            if (not path and str(key).startswith(_ONES_OWN)) or opens(str(key), value):
                 changes.left_out += [] if value is None else [at]
             else:
                 kept[key] = _public(value, at, changes)
         return kept
     if isinstance(node, list):
         places = [(f"{path}[{index}]", value) for index, value in enumerate(node)]
-        changes.left_out += [at for at, value in places if _is_secret(value)]
-        return [_public(value, at, changes) for at, value in places if not _is_secret(value)]
+        changes.left_out += [at for at, value in places if opens("", value)]
+        return [_public(value, at, changes) for at, value in places if not opens("", value)]
     if isinstance(node, str) and (_OF_THIS_DISK.fullmatch(node) or (_PLACE.search(path) and node.startswith("/"))):
         changes.moved[path] = node, changes.here(node)
         return changes.here(node)
@@ -115,10 +110,6 @@ def _named_here(record: Record, changes: Changes) -> Record:
     named = {key: {here(name): digest for name, digest in (getattr(record, key) or {}).items()} for key in ("packs", "files")}
     model, data = record.model and here(record.model), record.data and [here(name) for name in record.data]
     return record.model_copy(update={**named, "model": model, "data": data})
-
-
-def _is_secret(value: object) -> bool:
-    return isinstance(value, str) and (value == LEFT_OUT or _TOKEN.search(value) is not None)
 
 
 def _held(config: dict[str, Any], record: Record, changes: Changes) -> dict[str, Any]:
@@ -191,10 +182,12 @@ def _results(run: Run) -> Iterator[str]:
 def _tell(console: Console, out: Path | None, whole: Mapping[str, Any], record: Record, changes: Changes) -> None:
     if out is not None:
         say(console, f"{out}: the whole run as one config, for `axolotl train {out}`.", "bold green")
-    _list(console, "Left out", changes.left_out)
-    _list(console, "Otherwise than in the run", [f"{path}: {old} → {new}" for path, (old, new) in changes.moved.items()])
-    _list(console, "Has to be there", list(_needed(whole, record.files or {})))
-    _list(console, "Asks for trust, as it runs code", [str(danger) for danger in runs_code(whole)])
+    say_list(console, "Left out", changes.left_out)
+    say_list(console, "Otherwise than in the run", [f"{path}: {old} → {new}" for path, (old, new) in changes.moved.items()])
+    homes = [path[1:] for path, node, _ in nodes(whole, "") if isinstance(node, str) and _NAMES_A_HOME.search(node)]
+    say_list(console, "Names somebody's folder inside a longer text, and stays", homes)
+    say_list(console, "Has to be there", list(_needed(whole, record.files or {})))
+    say_list(console, "Asks for trust, as it runs code", [str(danger) for danger in runs_code(whole)])
 
 
 def _needed(config: Mapping[str, Any], files: Mapping[str, str | None]) -> Iterator[str]:
@@ -206,10 +199,3 @@ def _needed(config: Mapping[str, Any], files: Mapping[str, str | None]) -> Itera
     for name, revision in named:
         if isinstance(name, str) and not any(file.startswith(name) for file in files):
             yield f"{name}, which is not of that disk{'' if revision is None else f', at {revision}'}"
-
-
-def _list(console: Console, title: str, lines: list[str]) -> None:
-    if lines:
-        say(console, title, "bold")
-        for line in lines:
-            say(console, f"  · {line}")

@@ -286,14 +286,13 @@ def packs_show(pack: str, raw: bool) -> None:
 
     PACK is a name, a file, or hf://user/repo@<commit>/file.yml.
     """
+    from dwl_plugin.cli.output import deliver
     from dwl_plugin.cli.packs import raw_pack, show_pack
 
-    if not raw:
-        show_pack(_console(), pack)
-    elif sys.stdout.isatty():
-        _console().out(raw_pack(pack), end="", highlight=False)
+    if raw:
+        deliver(raw_pack(pack), None)
     else:
-        sys.stdout.buffer.write(raw_pack(pack).encode())
+        show_pack(_console(), pack)
 
 
 @packs.command("test")

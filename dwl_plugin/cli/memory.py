@@ -20,11 +20,13 @@ allocates comes what it does not: the context of CUDA, and what an allocator lea
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from dwl_plugin.errors import DWLError
 from dwl_plugin.files import read_regular
@@ -76,14 +78,14 @@ class Shape(BaseModel):
         return self.num_hidden_layers * self.layer_weights + self.embedding_weights
 
 
-def _shape(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, *, tied: bool) -> Shape:
+def _shape(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab: int, *, tied: bool, head: int = 128) -> Shape:
     return Shape(
         hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=128,
+        head_dim=head,
         vocab_size=vocab,
         tie_word_embeddings=tied,
     )
@@ -95,8 +97,13 @@ MODELS = {
     "Qwen/Qwen3-4B": _shape(2560, 9728, 36, 32, 8, 151_936, tied=True),
     "Qwen/Qwen3-8B": _shape(4096, 12288, 36, 32, 8, 151_936, tied=False),
     "Qwen/Qwen3-14B": _shape(5120, 17408, 40, 40, 8, 151_936, tied=False),
+    "meta-llama/Llama-3.2-1B": _shape(2048, 8192, 16, 32, 8, 128_256, tied=True, head=64),
+    "meta-llama/Llama-3.2-3B": _shape(3072, 8192, 28, 24, 8, 128_256, tied=True),
+    "meta-llama/Llama-3.1-8B": _shape(4096, 14336, 32, 32, 8, 128_256, tied=False),
+    "google/gemma-3-1b-it": _shape(1152, 6912, 26, 4, 1, 262_144, tied=True, head=256),
+    "HuggingFaceTB/SmolLM3-3B": _shape(2048, 11008, 36, 16, 4, 128_256, tied=True),
 }
-"""By the config.json of each on the Hub; from small to large."""
+"""By the config.json of each on the Hub. `dwl init` takes one of Qwen3 where no model is named, which are from small to large."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +159,8 @@ def _activations(shape: Shape, tokens: int) -> int:
     return 2 * tokens * (of_all + _LAYER_I * shape.intermediate_size + _LAYER_H * shape.hidden_size)
 
 
-def shape_of(model: str) -> Shape | None:
-    """Of a model that is known here, lies in a folder, or is in the cache of the Hub; None of any other."""
+def shape_of(model: str) -> Shape:
+    """Of a model that is known here, lies in a folder, or is in the cache of the Hub. Raises `DWLError` with why there is none."""
     if model in MODELS:
         return MODELS[model]
     config: Any = Path(model, "config.json")
@@ -161,12 +168,14 @@ def shape_of(model: str) -> Shape | None:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
-        try:
+        with suppress(HFValidationError):
             config = try_to_load_from_cache(model, "config.json")
-        except HFValidationError:
-            return None
+    if not isinstance(config, (str, Path)) or not os.path.isfile(config):
+        raise DWLError(f"config.json of {model} is not on this disk")
     try:
-        found = json.loads(read_regular(Path(config), _CONFIG_BYTES)) if isinstance(config, (str, Path)) else None
-        return None if found is None else Shape.model_validate({"num_key_value_heads": found.get("num_attention_heads"), **found})
-    except (DWLError, ValidationError, ValueError, AttributeError, RecursionError):
-        return None
+        found = json.loads(read_regular(Path(config), _CONFIG_BYTES))
+        if any("expert" in key for key in found):
+            raise DWLError(f"{model} is a mixture of experts, and the formula is of dense models")
+        return Shape.model_validate({"num_key_value_heads": found.get("num_attention_heads"), **found})
+    except (ValueError, AttributeError, TypeError, RecursionError):  # a ValidationError is a ValueError
+        raise DWLError(f"config.json of {model} has not the sizes of a dense decoder under their usual names") from None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import rich.console
@@ -16,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dwl_plugin.errors import printable
+from dwl_plugin.files import require_new, write_whole
 
-__all__ = ["Console", "fixed", "number", "print_json", "printable", "say", "say_list", "short", "table_of_classes"]
+__all__ = ["Console", "deliver", "fixed", "number", "print_json", "printable", "say", "say_list", "short", "table_of_classes"]
 
 
 class Console(rich.console.Console):
@@ -54,6 +57,17 @@ def say_list(console: rich.console.Console, title: str, lines: Sequence[str]) ->
         for line in lines:
             say(console, f"  · {line}")
         console.print()
+
+
+def deliver(text: str, out: Path | None) -> None:
+    """Write a file to `out`, or to stdout, byte for byte unless that is a terminal. Raises `DWLError` if `out` is there already."""
+    if out is not None:
+        require_new(out)
+        write_whole(out, text.encode())
+    elif sys.stdout.isatty():
+        Console().out(text, end="", highlight=False)
+    else:
+        sys.stdout.buffer.write(text.encode())
 
 
 def print_json(console: rich.console.Console, data: object) -> None:

@@ -22,14 +22,24 @@ import yaml
 from dwl_plugin.config import Block
 from dwl_plugin.files import UnreadableError, read_regular
 
-__all__ = ["LEFT_OUT", "config_as_it_ran", "config_to_keep", "without_password"]
+__all__ = ["LEFT_OUT", "config_as_it_ran", "config_to_keep", "opens", "without_password"]
 
 LEFT_OUT = "‹left out›"
 """In the place of what opens some service, in the config that a run keeps."""
 
-_SECRET = ("api_key", "secret", "password", "webhook_url")
-_MOST_BYTES = 1 << 20
-"""Of a file of settings."""
+_SECRET_KEYS = (
+    *("apikey", "accesskey", "accesskeyid", "secret", "secretkey", "password", "webhookurl", "credentials", "storageoptions"),
+    *("accesstoken", "apitoken", "authtoken", "hftoken", "hubtoken"),
+)
+"""How keys end that open some service, without what is between their words. `pad_token` does not."""
+_SECRET_TEXT = re.compile(
+    r"\b(?:hf_|ghp_)[A-Za-z0-9]{20,}|\bsk-[\w-]{20,}|\bgithub_pat_\w{20,}|\bAKIA[A-Z0-9]{16}\b"
+    r"|[?&](?:X-Amz-Signature|X-Goog-Signature|sig|signature|token|access_token|api_?key)=",
+    re.IGNORECASE,
+)
+"""Tokens by their looks, and addresses that are signed."""
+_MOST_BYTES = 64 << 10
+"""Of a file of settings that is kept in the place of its path."""
 _WITH_PASSWORD = re.compile(r"://[^/\s]*@")
 
 
@@ -45,7 +55,7 @@ def config_as_it_ran(file: Path, ran: Mapping[str, Any]) -> Path:
     except yaml.YAMLError:  # of a config made in Python: the host wrote its enums down with their classes
         written = {}
     changed = {key: value for key, value in ran.items() if key not in written or written[key] != value}
-    public = {key: _public(value) for key, value in changed.items() if not key.endswith((*_SECRET, "token")) and not _opens(value)}
+    public = {key: _public(value) for key, value in changed.items() if not opens(key, value)}
     shown = {key: public.get(key, value) for key, value in ran.items() if key in public or key not in changed}
     if not changed.keys() & shown.keys():
         return file
@@ -59,7 +69,6 @@ def config_as_it_ran(file: Path, ran: Mapping[str, Any]) -> Path:
 def config_to_keep(ran: Mapping[str, Any]) -> dict[str, Any]:
     """What `ran` beside our own keys, which a run keeps resolved: as plain YAML, with the files of settings that it names in it."""
     kept = {str(key): _kept(str(key), value) for key, value in ran.items() if key not in Block.model_fields}
-    kept |= {key: LEFT_OUT for key, value in kept.items() if key.endswith("token") and isinstance(value, str)}
     if isinstance(kept.get("deepspeed"), str) and (text := _text(kept["deepspeed"])) is not None:
         with suppress(ValueError):  # what is no JSON is the host's to complain of
             kept["deepspeed"] = json.loads(text)
@@ -72,7 +81,7 @@ def config_to_keep(ran: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kept(key: str, value: Any) -> Any:
     """`value` in types that YAML has by itself."""
-    if value is not None and (key.endswith(_SECRET) or _opens(value)):
+    if opens(key, value):
         return LEFT_OUT
     if isinstance(value, Enum):
         return _kept(key, value.value)
@@ -94,10 +103,17 @@ def _text(path: str) -> str | None:
 def _public(value: Any) -> Any:
     """`value` without what is secret inside it."""
     if isinstance(value, Mapping):
-        inside = value.items()
-        return {key: _public(part) for key, part in inside if not str(key).endswith(_SECRET) and not _opens(part)}
-    return [_public(part) for part in value if not _opens(part)] if isinstance(value, list) else value
+        return {key: _public(part) for key, part in value.items() if not opens(str(key), part)}
+    return [_public(part) for part in value if not opens("", part)] if isinstance(value, list) else value
 
 
-def _opens(value: Any) -> bool:
-    return isinstance(value, str) and _WITH_PASSWORD.search(value) is not None
+def opens(key: str, value: Any) -> bool:
+    """Whether a value, under this key if it has one, opens some service or stands for what did."""
+    if value is None or isinstance(value, bool):
+        return False
+    name = re.sub("[^a-z]", "", key.lower())
+    if name == "token" or name.endswith(_SECRET_KEYS):
+        return True
+    if not isinstance(value, str):
+        return False
+    return value == LEFT_OUT or _WITH_PASSWORD.search(value) is not None or _SECRET_TEXT.search(value) is not None

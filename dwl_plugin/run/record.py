@@ -8,7 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["BatchSize", "Record", "Source"]
+__all__ = ["MOST_KEPT_BYTES", "RESOLVED_CONFIG", "BatchSize", "Record", "Source"]
+
+RESOLVED_CONFIG = "dwl_config.yaml"
+MOST_KEPT_BYTES = 256 << 10
+"""Of that file: PyYAML takes seconds for it."""
 
 Count = Annotated[int, Field(ge=1, le=10**15)]
 

@@ -21,11 +21,10 @@ from dwl_plugin.files import write_whole
 from dwl_plugin.loss.reduction import ClassWeight, class_weight_table
 from dwl_plugin.loss.token_losses import SCHEDULED, DFTConfig
 from dwl_plugin.run.moving import alpha_of, end_hints, token_losses_of
-from dwl_plugin.run.record import Record
+from dwl_plugin.run.record import MOST_KEPT_BYTES, RESOLVED_CONFIG, Record
 
 __all__ = ["hints", "keep_config", "log_line", "other_length_lines", "other_options_lines", "startup_lines"]
 
-_RESOLVED_CONFIG = "dwl_config.yaml"
 _NEAR_ONE, _FAR_FROM_ONE = 0.8, 3
 """A loss of this share of SFT's size, and one that factors make so much larger or smaller, is not worth a hint."""
 
@@ -39,13 +38,20 @@ def log_line(line: str) -> None:
 
 def keep_config(block: Block, record: Record, config: Mapping[str, Any] | None, folder: Path) -> None:
     """For people, `dwl report` and `dwl export`. Training does not stop for want of it."""
-    kept = {**block.dump(), "run": record.dump(), **({} if config is None else {"axolotl": dict(config)})}
-    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    kept = {**block.dump(), "run": record.dump()}
+    text = _yaml(kept if config is None else {**kept, "axolotl": dict(config)})
+    if config is not None and len(text) > MOST_KEPT_BYTES:
+        log_line(f"the config of this run is not kept: it has more than {MOST_KEPT_BYTES >> 10} KiB; `dwl export` needs it.")
+        text = _yaml(kept)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / _RESOLVED_CONFIG, text.encode())
+        write_whole(folder / RESOLVED_CONFIG, text)
     except (OSError, DWLError) as error:
         log_line(f"{error} Training goes on, and `dwl report` will not know this run's settings.")
+
+
+def _yaml(kept: Mapping[str, Any]) -> bytes:
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).encode()
 
 
 def startup_lines(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from click.testing import CliRunner, Result
 from dwl_plugin.cli.main import main
 from dwl_plugin.config import parse
 from dwl_plugin.hosts.as_it_ran import LEFT_OUT, config_to_keep
+from dwl_plugin.run.record import Record
+from dwl_plugin.run.startup import keep_config
 from tests.cli.little_runs import DWL, evaluation, step, write_run
 
 HISTORY = [evaluation(0, number=3.0, rest=1.0), step(1, alpha=0.2), step(2, alpha=0.7), evaluation(2, number=0.6, rest=1.1)]
@@ -68,7 +71,7 @@ def test_nothing_of_whoever_trained_is_in_it_and_all_of_it_is_listed(run: Path) 
         assert own not in text.replace("...", ""), own
     left = ["wandb_project", "use_wandb", "hub_model_id", "comet_api_key", "resume_from_checkpoint", "note"]
     listed = result.stderr.partition("Left out\n")[2].partition("Otherwise")[0].splitlines()
-    assert [line.strip(" ·") for line in listed] == left
+    assert [line.strip(" ·") for line in listed if line] == left
     assert "base_model: /home/anna/models/tiny → ./tiny" in result.stderr
     assert "plugins[1]: annas_plugin.AnnasPlugin" in result.stderr
 
@@ -83,9 +86,37 @@ def test_what_is_no_path_of_the_disk_stays_and_each_path_has_a_name_of_its_own(r
     assert parse(again) == parse(DWL)
 
 
+def test_two_files_stay_two_where_one_is_in_the_folder_already(tmp_path: Path) -> None:
+    data = [{"path": "rows.jsonl"}, {"path": "/home/anna/rows.jsonl"}, {"path": "/rows.jsonl"}]
+    again = yaml.safe_load(dwl(run_of(tmp_path, {**CONFIG, "datasets": data})).stdout)
+    assert [entry["path"] for entry in again["datasets"]] == ["rows.jsonl", "./rows-2.jsonl", "./rows-3.jsonl"]
+
+
+def test_a_short_path_is_a_path_where_one_is_meant(tmp_path: Path) -> None:
+    data = [{"path": "json", "data_files": ["/rows.jsonl"]}]
+    config = {"base_model": "/tiny", "datasets": data, "output_dir": "/out", "eot_tokens": ["/think"]}
+    again = yaml.safe_load(dwl(run_of(tmp_path, config)).stdout)
+    assert again["datasets"] == [{"path": "json", "data_files": ["./rows.jsonl"]}]
+    assert (again["base_model"], again["output_dir"], again["eot_tokens"]) == ("./tiny", "./out", ["/think"])
+
+
+def test_a_class_of_a_data_set_goes_by_its_new_name(tmp_path: Path) -> None:
+    ours = {"classes": {"own": {"dataset": "/home/anna/one/rows.jsonl"}, "dataset": {"dataset": "anna/rows"}}}
+    result = dwl(run_of(tmp_path, dwl={**ours, "alpha": {"own": 2, "dataset": 1, "rest": 1}}))
+    classes = yaml.safe_load(result.stdout)["dwl"]["classes"]
+    assert (classes["own"]["dataset"], classes["dataset"]["dataset"]) == ("./rows.jsonl", "anna/rows")
+    assert "/home" not in result.stdout
+
+
+def test_what_is_inside_a_longer_text_stays_and_is_told(tmp_path: Path) -> None:
+    config = {**CONFIG, "note": "python /home/anna/prepare.py", "other": "C:\\Users\\anna", "plain": "see example.com/home/x"}
+    told = dwl(run_of(tmp_path, config)).stderr
+    assert "inside a longer text, and stays\n  · note\n\nHas to be there" in told
+
+
 def test_what_has_to_be_there_has_the_names_of_the_file_and_is_told_with_its_hash(run: Path) -> None:
     told = dwl(run).stderr.partition("Has to be there")[2].splitlines()
-    assert [line.strip(" ·") for line in told[1:7]] == [
+    assert [line.strip(" ·") for line in told[1:] if line][:6] == [
         f"./tiny/model.safetensors   sha256 {SHA}",
         f"./rows.jsonl   sha256 {SHA}",
         "./rows-2.jsonl   not hashed",
@@ -124,6 +155,12 @@ def test_a_run_that_has_logged_nothing_is_exported_without_results(tmp_path: Pat
     assert result.exit_code == 0
     assert "No step of it" in result.stdout
     assert yaml.safe_load(result.stdout)["base_model"] == "x/y"
+
+
+def test_a_long_template_is_in_it(tmp_path: Path) -> None:
+    config = {**CONFIG, "chat_template_jinja": "{# " + "x" * 60_000 + " #}\n{{ messages }}"}
+    again = yaml.safe_load(dwl(run_of(tmp_path, config)).stdout)
+    assert again["chat_template_jinja"] == config["chat_template_jinja"]
 
 
 def test_a_line_of_a_stranger_ends_no_comment(tmp_path: Path) -> None:
@@ -192,3 +229,63 @@ def test_a_run_keeps_settings_of_other_files_and_no_secret(tmp_path: Path) -> No
     text = yaml.safe_dump(kept)
     assert "hush" not in text
     assert "&" not in text, "the reader of a stranger's run takes no aliases"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hf_token", "hush"),
+        ("token", "hush"),
+        ("accessToken", "hush"),
+        ("aws_access_key_id", "hush"),
+        ("AWS_SECRET_ACCESS_KEY", "hush"),
+        ("password", 12345),
+        ("storage_options", {"key": "hush", "anon": False}),
+        ("path", "https://bucket.s3.amazonaws.com/rows.jsonl?X-Amz-Date=1&X-Amz-Signature=ab"),
+        ("path", "https://host/rows.jsonl?token=ab"),
+        ("note", "OPENAI=sk-proj-AbCd-EfGh_IjKlMnOpQr"),
+        ("note", "hf_AbCdEfGhIjKlMnOpQrStUvWxYzAbCdEfGh"),
+        ("note", "AKIAABCDEFGHIJKLMNOP"),
+    ],
+)
+def test_what_opens_a_service_is_left_out_wherever_it_stands(key: str, value: Any, tmp_path: Path) -> None:
+    config = {"base_model": "x/y", "datasets": [{"path": "a/b", "inner": {key: value}}], "more": {"deep": [deepcopy(value)]}}
+    in_a_list = key in ("path", "note")
+    kept = config_to_keep(config)
+    assert kept["datasets"][0]["inner"] == {key: LEFT_OUT}
+    assert (kept["more"]["deep"] == [LEFT_OUT]) == in_a_list
+    again = yaml.safe_load(dwl(run_of(tmp_path, config)).stdout)  # of a run that kept it
+    assert again["datasets"] == [{"path": "a/b", "inner": {}}]
+    assert (again["more"] == {"deep": []}) == in_a_list
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pad_token", "<pad>"),
+        ("hf_use_auth_token", True),
+        ("path", "hf-internal-testing/tiny_random_model_for_tests"),
+        ("path", "https://host/rows.jsonl?download=true"),
+        ("base_model", "risk-averse-model-of-twenty-letters"),
+        ("api_key", None),
+    ],
+)
+def test_what_opens_nothing_stays(key: str, value: Any) -> None:
+    assert config_to_keep({"inner": {key: value}}) == {"inner": {key: value}}
+
+
+def test_a_file_of_settings_that_is_too_large_to_keep_stays_a_path(tmp_path: Path) -> None:
+    (tmp_path / "template.jinja").write_text("x" * 65_537)
+    config = {"base_model": "x/y", "chat_template_jinja": str(tmp_path / "template.jinja")}
+    assert config_to_keep(config) == config
+
+
+def test_a_config_that_is_too_large_to_read_is_not_kept_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    block = parse(DWL)
+    assert block is not None
+    keep_config(block, Record(), {"chat_template_jinja": "x" * 262_144}, tmp_path)
+    assert "it has more than 256 KiB; `dwl export` needs it" in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "dwl_config.yaml").read_text()) == {**block.dump(), "run": {}}
+    assert "no config of Axolotl" in dwl(tmp_path).output

@@ -7,23 +7,39 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MixtralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 
 from bench.gpu.cards import by_formula
 from dwl_plugin.cli.memory import GIB, MEASURED, MODELS, Shape, full_bytes, needed_gib, qlora_bytes, shape_of
+from dwl_plugin.errors import DWLError
 from dwl_plugin.loss.workspace import loss_bytes
+
+BILLIONS = {
+    "Qwen/Qwen3-0.6B": "0.6",
+    "Qwen/Qwen3-1.7B": "1.7",
+    "Qwen/Qwen3-4B": "4.0",
+    "Qwen/Qwen3-8B": "8.2",
+    "Qwen/Qwen3-14B": "14.8",
+    "meta-llama/Llama-3.2-1B": "1.2",
+    "meta-llama/Llama-3.2-3B": "3.2",
+    "meta-llama/Llama-3.1-8B": "8.0",
+    "google/gemma-3-1b-it": "1.0",
+    "HuggingFaceTB/SmolLM3-3B": "3.1",
+}
+"""As their model cards say."""
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_shape_has_the_weights_of_its_model(name: str) -> None:
     """Built by transformers, on no device."""
-    config = Qwen3Config(**MODELS[name].model_dump())
+    kinds = {"Qwen": Qwen3Config, "meta-llama": LlamaConfig, "google": Gemma3TextConfig, "HuggingFaceTB": SmolLM3Config}
+    config = kinds[name.partition("/")[0]](**MODELS[name].model_dump())
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     linear = sum(module.weight.numel() for part, module in model.named_modules() if part.endswith("_proj"))
     assert MODELS[name].num_hidden_layers * MODELS[name].layer_weights == linear
     assert MODELS[name].weights == pytest.approx(model.num_parameters(), rel=1e-3)
-    assert f"{model.num_parameters() / 1e9:.1f}B" == {"14B": "14.8B", "8B": "8.2B", "4B": "4.0B"}.get(name[11:], name[11:])
+    assert f"{model.num_parameters() / 1e9:.1f}" == BILLIONS[name]
 
 
 def test_the_adapter_has_the_weights_of_peft_s() -> None:
@@ -77,15 +93,22 @@ def test_no_call_of_the_loss_takes_more_than_its_formula_without_its_plan(H: int
             assert bound - exact < 64 * 2**20
 
 
-def test_shapes_of_folders_and_of_nothing(tmp_path: Path) -> None:
+def test_shapes_of_folders(tmp_path: Path) -> None:
     LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3, vocab_size=49_152).save_pretrained(tmp_path)
     shape = shape_of(str(tmp_path))
-    assert shape is not None
     assert (shape.hidden_size, shape.vocab_size, shape.linear[1]) == (576, 49_152, (576, 192))
     Qwen2Config(num_key_value_heads=8, num_attention_heads=16, hidden_size=1024).save_pretrained(tmp_path)
-    assert shape_of(str(tmp_path)).linear[1] == (1024, 512)  # type: ignore[union-attr]
-    for broken in ("[]", "{", json.dumps({"hidden_size": -1}), "[" * 100_000):
+    assert shape_of(str(tmp_path)).linear[1] == (1024, 512)
+
+
+def test_of_what_it_does_not_know_it_says_why(tmp_path: Path) -> None:
+    for broken in ("[]", "{", "7", "null", json.dumps({"hidden_size": -1}), "[" * 100_000):
         (tmp_path / "config.json").write_text(broken)
-        assert shape_of(str(tmp_path)) is None
-    assert shape_of("nobody/knows-it") is None
-    assert shape_of("../no name") is None
+        with pytest.raises(DWLError, match="has not the sizes of a dense decoder"):
+            shape_of(str(tmp_path))
+    MixtralConfig().save_pretrained(tmp_path)
+    with pytest.raises(DWLError, match="is a mixture of experts"):
+        shape_of(str(tmp_path))
+    for nowhere in ("nobody/knows-it", "../no name", str(tmp_path / "none")):
+        with pytest.raises(DWLError, match="is not on this disk"):
+            shape_of(nowhere)

@@ -195,9 +195,10 @@ def test_settings_that_cannot_be_written_down_do_not_stop_a_run(
     assert len(run.logged("loss")) == 1
     assert not [file.name for file in (tmp_path / "run").iterdir() if "dwl_config" in file.name]
     said = [line for line in capsys.readouterr().out.splitlines() if "cannot be written" in line]
-    assert len(said) == 1
-    assert "[dwl] " in said[0]
+    assert len(said) == 2
+    assert all("[dwl] " in line for line in said)
     assert "dwl_config.yaml cannot be written: No space left on device. Training goes on" in said[0]
+    assert "the model card has no section on the loss: " in said[1]
 
 
 FULL = os.strerror(errno.ENOSPC)

@@ -6,21 +6,22 @@ import json
 import re
 import textwrap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TypeVar
 
 import jinja2
+import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dwl_plugin.cli.init.purposes import PURPOSES, Purpose
 from dwl_plugin.cli.memory import MODELS, full_bytes, needed_gib, qlora_bytes, shape_of
-from dwl_plugin.cli.output import say
+from dwl_plugin.cli.output import deliver, say
 from dwl_plugin.errors import DWLError, did_you_mean
-from dwl_plugin.files import write_whole
 
 __all__ = ["CARDS", "PURPOSES", "Card", "choices", "estimated", "init", "written"]
 
@@ -72,23 +73,21 @@ def choices(console: Console) -> None:
 
 def init(console: Console, purpose: str, card: str, model: str | None, data: str | None, out: Path) -> None:
     """The whole command. Raises `DWLError` for a name that is none, and where `out` is there."""
-    if out.exists():
-        raise DWLError(f"{out} is there already, and is not written over.")
     chosen, on = _named(PURPOSES, purpose, "--for"), _named(CARDS, card, "--card")
+    for option, given in (("--model", model), ("--data", data)):
+        if given is not None and not given.strip():
+            raise DWLError(f"{option} is empty.")
     model = largest_that_fits(chosen, on) if model is None else model
-    write_whole(out, written(purpose, card, model, data).encode())
+    deliver(written(purpose, card, model, data), out)
     say(console, f"{out}: {model} for {purpose}, {on.title}", "bold green")
-    gib = estimated(model, chosen.tokens, on)
-    if gib is None:
-        say(console, f"How much memory it takes is not known: config.json of {model} is not on this disk.")
-    else:
+    try:
+        gib = estimated(model, chosen.tokens, on)
         say(console, f"Memory, by the formula, not measured: {gib:.1f} GiB of each card.", "yellow" if gib > on.gb else None)
-    if gib is not None and gib > on.gb:
-        say(
-            console,
-            f"That is more than {on.gb} GB: take a smaller model, or a smaller sequence_len than {chosen.tokens:,}.",
-            "bold yellow",
-        )
+        if gib > on.gb:
+            smaller = f"take a smaller model, or a smaller sequence_len than {chosen.tokens:,}"
+            say(console, f"That is more than {on.gb} GB: {smaller}.", "bold yellow")
+    except DWLError as error:
+        say(console, f"How much memory it takes is not known: {error}.")
     say(console, f"Next: dwl check {out}, then axolotl train {out}")
 
 
@@ -101,16 +100,14 @@ def _named(known: Mapping[str, T], name: str, option: str) -> T:
 
 
 def largest_that_fits(purpose: Purpose, card: Card) -> str:
-    """Of the known models."""
-    fitting = [model for model in MODELS if (estimated(model, purpose.tokens, card) or 0.0) <= _FILLED * card.gb]
+    """Of the known ones of Qwen3."""
+    fitting = [model for model in MODELS if "/Qwen3-" in model and estimated(model, purpose.tokens, card) <= _FILLED * card.gb]
     return fitting[-1]
 
 
-def estimated(model: str, tokens: int, card: Card) -> float | None:
-    """GiB of each card; None where nothing is known of the model."""
+def estimated(model: str, tokens: int, card: Card) -> float:
+    """GiB of each card. Raises `DWLError` with why it is not known."""
     shape = shape_of(model)
-    if shape is None:
-        return None
     return needed_gib(qlora_bytes(shape, tokens) if card.sharded_by is None else full_bytes(shape, tokens, card.ranks))
 
 
@@ -118,8 +115,10 @@ def written(purpose: str, card: str, model: str | None = None, data: str | None 
     """The text of a config for names of `PURPOSES` and `CARDS`."""
     chosen, on = _named(PURPOSES, purpose, "--for"), _named(CARDS, card, "--card")
     model = largest_that_fits(chosen, on) if model is None else model
-    gib = estimated(model, chosen.tokens, on)
-    need = f"{on.hardware} ({'not estimated' if gib is None else f'estimated, not measured: {gib:.1f} GiB'})"
+    memory = "not estimated"
+    with suppress(DWLError):
+        memory = f"estimated, not measured: {estimated(model, chosen.tokens, on):.1f} GiB"
+    need = f"{on.hardware} ({memory})"
     need += ", bitsandbytes." if on.sharded_by is None else ", DeepSpeed." if on.sharded_by == "zero3" else "."
     head = [("What for:", chosen.what), ("Needs:", need), ("Watch:", chosen.watch)]
     environment = jinja2.Environment(trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -146,4 +145,5 @@ def _of_ones_own(dataset: str, path: str) -> str:
 
 def _scalar(text: str) -> str:
     """As YAML, in quotes where it could be read as something else."""
-    return text if re.fullmatch(r"[A-Za-z./][\w./-]*", text) else json.dumps(text, ensure_ascii=False)
+    plain = re.fullmatch(r"\.{0,2}/?[A-Za-z][\w./-]*", text) and yaml.safe_load(text) == text
+    return text if plain else json.dumps(text, ensure_ascii=False)

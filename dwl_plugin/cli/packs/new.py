@@ -22,7 +22,7 @@ from dwl_plugin.config.pack_files import PackText
 from dwl_plugin.config.packs import TO_WRITE, PackCase, parse_pack
 from dwl_plugin.config.problems import nodes
 from dwl_plugin.errors import ConfigError, DWLError, Problem
-from dwl_plugin.files import write_whole
+from dwl_plugin.files import require_new, write_whole
 
 __all__ = ["new_pack"]
 
@@ -39,8 +39,7 @@ def new_pack(console: Console, name: str, config: Path, samples: int | None, tru
     path = Path(f"{name}.yml")
     if re.fullmatch(r"\w[\w-]*", name) is None:
         raise DWLError(f"{name} is no name for a pack, which has letters, digits, _ and -; NAME.yml is written here.")
-    if path.exists():
-        raise DWLError(f"{path} is there already, and is not written over.")
+    require_new(path)
     cases: list[PackCase] = []
     raw: Mapping[str, Any]
     if samples is None:

@@ -23,14 +23,13 @@ from dwl_plugin.config.problems import nodes
 from dwl_plugin.errors import DWLError, first_line
 from dwl_plugin.files import read_regular
 from dwl_plugin.run.curve import LoggedCurve, key_of
-from dwl_plugin.run.record import Record
+from dwl_plugin.run.record import MOST_KEPT_BYTES, RESOLVED_CONFIG, Record
 from dwl_plugin.values import REST
 from dwl_plugin.yaml_io import load_plain_yaml
 
 __all__ = ["MOST_CLASSES", "Run", "largest", "read_runs", "settings_of"]
 
 STATE = "trainer_state.json"
-CONFIG = "dwl_config.yaml"
 
 Entry = Mapping[str, float]
 """The numbers of a row of the log, its step among them. NaN is what the trainer logged and is no number, or none of a run."""
@@ -40,7 +39,6 @@ _ALL_STATES_BYTES = 1 << 30
 _STATE_VALUES = 6_000_000
 """About as many as a state of that size has; of shorter ones the same bytes hold so many that they fill the memory."""
 
-_CONFIG_BYTES = 256 << 10  # PyYAML takes seconds for it
 _LARGEST = 10**15
 """A step or a number beyond it is a mistake. Larger ones overflow in sums, on axes and in columns."""
 
@@ -117,9 +115,10 @@ def settings_of(folder: Path) -> tuple[Block, Record, Mapping[str, Any]]:
     """
     path = _config_of(folder)
     if path is None:
-        raise DWLError(f"There is no {CONFIG} in {folder}: a run with `loss:` writes one into its `output_dir` as it begins.")
+        writes = "a run with `loss:` writes one into its `output_dir` as it begins"
+        raise DWLError(f"There is no {RESOLVED_CONFIG} in {folder}: {writes}.")
     try:
-        raw = load_plain_yaml(read_regular(path, _CONFIG_BYTES).decode(), str(path))
+        raw = load_plain_yaml(read_regular(path, MOST_KEPT_BYTES).decode(), str(path))
         if not isinstance(raw, Mapping) or any(_has_pack(raw)):
             raise DWLError(f"{path} is not what a run writes.")
         if not isinstance(raw.get("axolotl"), Mapping):
@@ -295,14 +294,14 @@ def _ours(key: str) -> bool:
 
 
 def _config_of(folder: Path) -> Path | None:
-    return next((at / CONFIG for at in (folder, folder.parent) if os.path.exists(at / CONFIG)), None)
+    return next((at / RESOLVED_CONFIG for at in (folder, folder.parent) if os.path.exists(at / RESOLVED_CONFIG)), None)
 
 
 def _settings(path: Path, notes: list[str]) -> tuple[Block | None, Record | None]:
     """Those of the loss, and what the run was made of; runs of earlier versions kept the first alone."""
     record = None
     try:
-        content = read_regular(path, _CONFIG_BYTES)
+        content = read_regular(path, MOST_KEPT_BYTES)
     except DWLError as error:
         notes.append(f"{error} Classes are named as they were logged.")
         return None, None
