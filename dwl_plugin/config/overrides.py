@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ __all__ = ["SWEEP_FILE", "VARIABLE", "Override", "overridden", "overrides_of", "
 VARIABLE = "DWL_OVERRIDES"
 SWEEP_FILE = "WANDB_SWEEP_PARAM_PATH"
 
+_IN_QUOTES = re.compile(r"'[^']*'|\"(?:\\.|[^\"\\])*\"")
 _OURS = tuple(Block.model_fields)
 
 
@@ -114,6 +116,10 @@ def value_at(raw: Mapping[str, Any], path: str) -> Any:
 
 
 def _from_words(text: str, problems: list[Problem]) -> list[Override]:
+    if re.search(r"\\[^\s'\"\\]", _IN_QUOTES.sub("", text)):
+        word = next(word for word in text.split() if "\\" in word)
+        why = "a backslash outside of quotes is dropped, as in a shell"
+        raise ConfigError.at(VARIABLE, why, text, hint=f'write {VARIABLE}="{shlex.quote(word)}"')
     try:
         words = shlex.split(text)
     except ValueError as error:

@@ -461,6 +461,14 @@ AT_ONCE = [
         "write DWL_OVERRIDES=\"'dwl.alpha={number: 1, ending: 2, rest: 1}'\"",
         overrides="dwl.alpha={number: 1, ending: 2, rest: 1}",
     ),
+    Mistake(
+        "a backslash without quotes in an override",
+        CLASSES + ALPHA,
+        "DWL_OVERRIDES",
+        "a backslash outside of quotes is dropped",
+        "write DWL_OVERRIDES=\"'dwl.classes.number.regex=\\d+'\"",
+        overrides="loss=dwl dwl.classes.number.regex=\\d+",
+    ),
 ]
 """Of these nothing but the file has to be known."""
 

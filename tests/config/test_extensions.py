@@ -322,7 +322,7 @@ for command in {commands}:
     assert listed.count("of recipes-for-dwl 2.0") == 2
     assert "not a pack, which is a mapping with `classes`" in listed, "one that is broken hides no other"
     assert "reasoning" in listed
-    assert tested == "0\ngreetings: 1 cases pass\n"
+    assert tested == "0\ngreetings: 1 case passes\n"
     assert raw == f"0\n{(site / 'recipes_for_dwl' / 'greet.yml').read_text()}"
     assert schedule.startswith("0\n")
     assert re.findall(r"0\.\d\d", schedule) == ["0.22", "0.44", "0.22", "0.11"], "2, 4, 2 and 1 of 9"

@@ -46,6 +46,7 @@ def test_quotes_hold_a_word_together_as_in_a_shell() -> None:
     dwl = resolved(r"""dwl.alpha="{number: 1, word: 1, rest: 2}" 'dwl.classes.number.regex=\d \d'""")["dwl"]
     assert dwl["alpha"] == {"number": 1, "word": 1, "rest": 2}
     assert dwl["classes"]["number"] == {"regex": r"\d \d"}
+    assert resolved(r"""dwl.classes.number.regex="\d+" """)["dwl"]["classes"]["number"] == {"regex": r"\d+"}
 
 
 def test_an_empty_value_takes_a_key_away() -> None:

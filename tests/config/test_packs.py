@@ -484,7 +484,7 @@ def test_a_pack_file_runs_its_own_cases(folder: Path) -> None:
     file = folder / "mine.yml"
     passed = CliRunner().invoke(main, ["packs", "test", str(file), "numbers"])
     assert passed.exit_code == 0, passed.output
-    assert "1 cases pass" in passed.output
+    assert "1 case passes" in passed.output
     file.write_text(MINE.replace('"hello HELLO"', '"hullo HELLO"'), encoding="utf-8")
     failed = CliRunner().invoke(main, ["packs", "test", str(file)])
     assert failed.exit_code == 1

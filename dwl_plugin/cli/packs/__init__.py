@@ -90,7 +90,8 @@ def test_pack(console: Console, name: str) -> bool:
     if not pack.is_described:
         say(console, "Its description is still to be written.", "yellow")
     count = len(pack.tests)
-    verdict = (f"{failed} of {count} cases fail", "red") if failed else (f"{count} cases pass", "green")
+    passed = "1 case passes" if count == 1 else f"{count} cases pass"
+    verdict = (f"{failed} of {count} cases fail", "red") if failed else (passed, "green")
     console.print(Text.assemble(f"{printable(name)}: ", verdict if count else ("has no cases", "yellow")), soft_wrap=True)
     return failed == 0
 
