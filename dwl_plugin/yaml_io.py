@@ -16,7 +16,7 @@ from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.files import UnreadableError, read_regular
 from dwl_plugin.yaml_text import lines_of, trouble
 
-__all__ = ["CutOff", "Odd", "Twice", "decoded", "load_plain_yaml", "load_yaml", "read_yaml"]
+__all__ = ["CutOff", "ExactDumper", "Odd", "Twice", "decoded", "load_plain_yaml", "load_yaml", "read_yaml"]
 
 
 class Twice(NamedTuple):
@@ -119,6 +119,16 @@ def load_plain_yaml(text: str, name: str) -> Any:
     for _, (first, line, *_), _ in (item for item in odd if isinstance(item, Twice)):
         raise ConfigError.at(f"{name}:{line}", f"a key stands twice, here and in line {first}")
     return content
+
+
+class ExactDumper(yaml.SafeDumper):
+    """Text with line ends that are not `\\n` comes back from double quotes alone: PyYAML folds them in all other styles."""
+
+    def style_of(self, text: str) -> str | None:
+        return '"' if re.search("[\x85\u2028\u2029]", text) else None
+
+
+ExactDumper.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, dumper.style_of(text)))
 
 
 def _mark(error: yaml.YAMLError) -> yaml.Mark | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from dwl_plugin.cli.report.run import Run, read_runs, settings_of
 from dwl_plugin.cli.report.tables import arrow, called, percent, rows_of
 from dwl_plugin.cli.trust import runs_code
 from dwl_plugin.config.problems import nodes
-from dwl_plugin.errors import DWLError
-from dwl_plugin.hosts.as_it_ran import opens
+from dwl_plugin.errors import DWLError, first_line
+from dwl_plugin.hosts.as_it_ran import LEFT_OUT, opens
+from dwl_plugin.hosts.needed_files import MODELS, READERS, data_entries, strings
 from dwl_plugin.run.record import Record
+from dwl_plugin.yaml_io import ExactDumper
 
 __all__ = ["export"]
 
@@ -30,10 +32,12 @@ _ONES_OWN = (
 )
 """What keys begin with that name accounts, projects and places of whoever trained, or the middle of a run."""
 
-_OF_THIS_DISK = re.compile(r"(?:file://)?(?:/[^/\s]+/|~|[A-Za-z]:[\\/]|\\\\)[^\n]*|\.\.[\\/][^\n]*")
+_OF_THIS_DISK = re.compile(r"(?:file://)?(?:/[^/\s]+/|~\w*[\\/]|[A-Za-z]:[\\/]|\\\\)[^\n]*|\.\.[\\/][^\n]*")
 """An absolute path, or one that leads out of the folder; `/think` is none."""
 
 _NAMES_A_HOME = re.compile(r"(?:^|[^\w.])(?:/home/|/Users/|/root/|~/)|[A-Za-z]:\\+Users\\", re.IGNORECASE)
+
+_PATTERN = re.compile(r"(?P<folder>[^*?\[]+)(?P<pattern>[\\/][^\\/]*[*?\[].*)")
 
 _PLACE = re.compile(r"(?:path|_dir|_model|data_files(?:\[\d+\])?)$")
 """Keys whose value is a path or a name: there `/rows` is a path too."""
@@ -50,12 +54,17 @@ class Changes:
     """Names in the folder of the config that it has already."""
 
     def here(self, path: str) -> str:
-        """A name in the folder of the config for a path of this disk, another one for each."""
+        """A name in the folder of the config for a path of this disk, another one for each; what lies in a folder that has one, or
+        is a pattern, goes by its folder."""
         if path not in self.names:
+            if found := _PATTERN.fullmatch(path):
+                return self.here(found["folder"]) + found["pattern"]
+            if (inside := _inside(path, self.names)) is not None:
+                return inside
             name, taken = re.split(r"[\\/]", path.rstrip("\\/"))[-1].lstrip("~") or "home", {*self.names.values(), *self.there}
             stem, dot, suffix = name.rpartition(".")
-            tries = (name, *(f"{stem}-{count}{dot}{suffix}" if dot else f"{name}-{count}" for count in range(2, len(taken) + 3)))
-            self.names[path] = next(f"./{free}" for free in tries if f"./{free}" not in taken)
+            others = (f"{stem}-{number}{dot}{suffix}" if dot else f"{name}-{number}" for number in count(2))
+            self.names[path] = next(f"./{free}" for free in chain([name], others) if f"./{free}" not in taken)
         return self.names[path]
 
 
@@ -67,10 +76,17 @@ def export(console: Console, folder: Path, out: Path | None) -> None:
     """
     block, record, config = settings_of(folder)
     run = None
-    with suppress(DWLError):  # nothing was logged or saved yet
+    try:
         (run,) = read_runs([folder])
+    except DWLError as error:
+        say(console, f"Without results: {first_line(error)}", "yellow")
     changes = Changes(there=frozenset(f"./{posixpath.normpath(node)}" for _, node, _ in nodes(config, "") if isinstance(node, str)))
-    whole = _in_place(_held(_public(config, "", changes), record, changes), _renamed(block.dump(), changes.names))
+    public, ours = _public(config, "", changes), block.dump()
+    for path, node, _ in nodes(ours, ""):
+        if path.endswith(".dataset") and isinstance(node, str) and opens("", node):
+            changes.left_out.append(path.lstrip("."))
+            changes.names[node] = LEFT_OUT
+    whole = _in_place(_held(public, record, changes), _renamed(ours, changes.names))
     record = _named_here(record, changes)
     text = f"{_head(record, run)}\n{_yaml(whole)}"
     deliver(text, out)
@@ -92,23 +108,26 @@ def _public(node: Any, path: str, changes: Changes) -> Any:
         places = [(f"{path}[{index}]", value) for index, value in enumerate(node)]
         changes.left_out += [at for at, value in places if opens("", value)]
         return [_public(value, at, changes) for at, value in places if not opens("", value)]
-    if isinstance(node, str) and (_OF_THIS_DISK.fullmatch(node) or (_PLACE.search(path) and node.startswith("/"))):
+    if isinstance(node, str) and (_OF_THIS_DISK.fullmatch(node) or (_PLACE.search(path) and node.startswith(("/", "~")))):
         changes.moved[path] = node, changes.here(node)
         return changes.here(node)
     return node
+
+
+def _inside(path: str, names: Mapping[str, str]) -> str | None:
+    return next((new + path[len(old) :] for old, new in names.items() if path.startswith((f"{old}/", f"{old}\\"))), None)
 
 
 def _named_here(record: Record, changes: Changes) -> Record:
     """The record with the names that paths of that disk have in the exported config, and of any other such path the last part."""
 
     def here(name: str) -> str:
-        for path, new in changes.names.items():
-            if name == path or name.startswith((f"{path}/", f"{path}\\")):
-                return new + name[len(path) :]
-        return re.split(r"[\\/]", name)[-1] if _OF_THIS_DISK.fullmatch(name) else name
+        inside = changes.names.get(name) or _inside(name, changes.names)
+        return inside or (re.split(r"[\\/]", name)[-1] if _OF_THIS_DISK.fullmatch(name) else name)
 
     named = {key: {here(name): digest for name, digest in (getattr(record, key) or {}).items()} for key in ("packs", "files")}
-    model, data = record.model and here(record.model), record.data and [here(name) for name in record.data]
+    model = record.model and here(record.model)
+    data = record.data and [LEFT_OUT if opens("", name) else here(name) for name in record.data]
     return record.model_copy(update={**named, "model": model, "data": data})
 
 
@@ -139,16 +158,14 @@ def _in_place(config: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, A
     return whole | {key: config[key] for key in before[at:] if key not in ours}
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(ExactDumper):
     """Nothing by reference, and text of several lines as a person writes it."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
-
-_Dumper.add_representer(
-    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, "|" if "\n" in text else None)
-)
+    def style_of(self, text: str) -> str | None:
+        return super().style_of(text) or ("|" if "\n" in text else None)
 
 
 def _yaml(config: Mapping[str, Any]) -> str:
@@ -162,7 +179,7 @@ def _head(record: Record, run: Run | None) -> str:
     lines += [f"{'model commit':<14}{record.model_commit}"] if record.model_commit else []
     for what, hashed in (("pack", record.packs), ("file", record.files)):
         lines += [f"{what:<14}{name}   {_digest(digest)}" for name, digest in (hashed or {}).items()]
-    lines += ["", *(_results(run) if run is not None else ["No step of it was logged and saved when this was written."])]
+    lines += ["", *(_results(run) if run is not None else ["Without results: none could be read when this was written."])]
     return "\n".join(f"# {printable(line)}".rstrip() for line in lines) + "\n"
 
 
@@ -191,11 +208,12 @@ def _tell(console: Console, out: Path | None, whole: Mapping[str, Any], record: 
 
 
 def _needed(config: Mapping[str, Any], files: Mapping[str, str | None]) -> Iterator[str]:
-    """Model and data: of that disk by their names in the folder that is trained in, with the sha256; of elsewhere by their own."""
+    """Model, data and settings: what was hashed by its name in the folder that is trained in, the rest by its own."""
     yield from (f"{name}   {_digest(digest)}" for name, digest in files.items())
-    datasets = [entry for key in ("datasets", "test_datasets") for entry in config.get(key) or () if isinstance(entry, Mapping)]
-    named = [(config.get("base_model"), config.get("revision_of_model"))]
-    named += [(entry.get("path"), entry.get("revision")) for entry in datasets]
-    for name, revision in named:
-        if isinstance(name, str) and not any(file.startswith(name) for file in files):
-            yield f"{name}, which is not of that disk{'' if revision is None else f', at {revision}'}"
+    named = [(config.get(key), config.get("revision_of_model")) for key in MODELS]
+    named += [(config.get("lora_model_dir"), None), (config.get("deepspeed"), None)]
+    for _, entry in data_entries(config):
+        named += [(entry.get("path"), entry.get("revision")), *((file, None) for file in strings(entry.get("data_files")))]
+    for name, revision in dict.fromkeys((name, revision) for name, revision in named if isinstance(name, str)):
+        if name not in READERS and not any(file == name or file.startswith(f"{name}/") for file in files):
+            yield f"{name}, which was not hashed{'' if revision is None else f', at {revision}'}"

@@ -22,18 +22,18 @@ import yaml
 from dwl_plugin.config import Block
 from dwl_plugin.files import UnreadableError, read_regular
 
-__all__ = ["LEFT_OUT", "config_as_it_ran", "config_to_keep", "opens", "without_password"]
+__all__ = ["LEFT_OUT", "config_as_it_ran", "config_to_keep", "opens"]
 
 LEFT_OUT = "‹left out›"
 """In the place of what opens some service, in the config that a run keeps."""
 
 _SECRET_KEYS = (
     *("apikey", "accesskey", "accesskeyid", "secret", "secretkey", "password", "webhookurl", "credentials", "storageoptions"),
-    *("accesstoken", "apitoken", "authtoken", "hftoken", "hubtoken"),
+    *("accesstoken", "apitoken", "authtoken", "hftoken", "hubtoken", "sessiontoken", "refreshtoken", "bearertoken"),
 )
 """How keys end that open some service, without what is between their words. `pad_token` does not."""
 _SECRET_TEXT = re.compile(
-    r"\b(?:hf_|ghp_)[A-Za-z0-9]{20,}|\bsk-[\w-]{20,}|\bgithub_pat_\w{20,}|\bAKIA[A-Z0-9]{16}\b"
+    r"\b(?:hf_|gh[pousr]_)[A-Za-z0-9]{20,}|\b(?:glpat-|xox[abprs]-|AIza)[\w-]{20,}|\bsk-[\w-]{20,}|\bgithub_pat_\w{20,}|\bAKIA[A-Z0-9]{16}\b"
     r"|[?&](?:X-Amz-Signature|X-Goog-Signature|sig|signature|token|access_token|api_?key)=",
     re.IGNORECASE,
 )
@@ -41,11 +41,6 @@ _SECRET_TEXT = re.compile(
 _MOST_BYTES = 64 << 10
 """Of a file of settings that is kept in the place of its path."""
 _WITH_PASSWORD = re.compile(r"://[^/\s]*@")
-
-
-def without_password(address: str) -> str:
-    """A URL without the user and password that open it."""
-    return _WITH_PASSWORD.sub("://", address)
 
 
 def config_as_it_ran(file: Path, ran: Mapping[str, Any]) -> Path:
@@ -69,14 +64,18 @@ def config_as_it_ran(file: Path, ran: Mapping[str, Any]) -> Path:
 def config_to_keep(ran: Mapping[str, Any]) -> dict[str, Any]:
     """What `ran` beside our own keys, which a run keeps resolved: as plain YAML, with the files of settings that it names in it."""
     kept = {str(key): _kept(str(key), value) for key, value in ran.items() if key not in Block.model_fields}
-    if isinstance(kept.get("deepspeed"), str) and (text := _text(kept["deepspeed"])) is not None:
+    by_path = ran.get("deepcompile") or (ran.get("tensor_parallel_size") or 1) > 1  # the host opens it then as a file
+    if not by_path and isinstance(kept.get("deepspeed"), str) and (text := _text(kept["deepspeed"])) is not None:
         with suppress(ValueError):  # what is no JSON is the host's to complain of
             kept["deepspeed"] = json.loads(text)
-    datasets = kept.get("datasets")
-    for node in (kept, *(datasets if isinstance(datasets, list) else ())):
+    for node in (kept, *(entry for key in ("datasets", "test_datasets") for entry in _list(kept.get(key)))):
         if isinstance(node, dict) and isinstance(path := node.get("chat_template_jinja"), str):
             node["chat_template_jinja"] = _text(path) or path
     return kept
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _kept(key: str, value: Any) -> Any:
@@ -86,7 +85,7 @@ def _kept(key: str, value: Any) -> Any:
     if isinstance(value, Enum):
         return _kept(key, value.value)
     if isinstance(value, Mapping):
-        return {str(name): _kept(str(name), part) for name, part in value.items()}
+        return {name if type(name) is int else str(name): _kept(str(name), part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [_kept("", part) for part in value]
     return value if type(value) in (bool, int, float, str, date, datetime, NoneType) else str(value)

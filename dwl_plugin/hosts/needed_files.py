@@ -17,11 +17,11 @@ from dwl_plugin.errors import ConfigError, Problem, closest
 from dwl_plugin.files import UnreadableError, kind_of_file, read_regular
 from dwl_plugin.hosts.checkpoints import require_whole
 
-__all__ = ["MISSING_DATA", "MODELS", "file_problems", "files_read", "on_the_hub_perhaps"]
+__all__ = ["MISSING_DATA", "MODELS", "READERS", "data_entries", "file_problems", "files_read", "on_the_hub_perhaps", "strings"]
 
 MODELS = ("base_model", "base_model_config", "tokenizer_config", "processor_config")
 _DATA = ("datasets", "test_datasets", "pretraining_dataset")
-_READERS = ("json", "csv", "parquet", "arrow", "text")
+READERS = ("json", "csv", "parquet", "arrow", "text")
 _ROWS = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".zst", ".gz", ".xz", ".bz2", ".zip")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt")
 _TAKEN_FIRST = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -55,7 +55,7 @@ def file_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
         for index, entry in enumerate(whole if isinstance(whole, list) else ()):
             if not isinstance(entry, (Mapping, list)):
                 yield Problem(f"{key}[{index}]", "has to be a mapping, with a `path`", entry)
-    for path, entry in _data_entries(raw):
+    for path, entry in data_entries(raw):
         yield from _data_problems(path, entry)
         yield from _template_problems(f"{path}.", entry)
     yield from _template_problems("", raw)
@@ -76,8 +76,8 @@ def files_read(raw: Mapping[str, Any]) -> Iterator[str]:
     """What of the model, an adapter and the data lies on this disk, by the names of the config: files, and of a folder those in it
     that hold weights or rows; a folder that has too many, or none, by itself."""
     names = [raw.get(key) for key in (*MODELS, "lora_model_dir")]
-    for _, entry in _data_entries(raw):
-        names += [entry.get("path"), *_strings(entry.get("data_files"))]
+    for _, entry in data_entries(raw):
+        names += [entry.get("path"), *strings(entry.get("data_files"))]
     for name in dict.fromkeys(name for name in names if isinstance(name, str) and os.path.exists(name)):
         inside = sorted(os.listdir(name)) if os.path.isdir(name) else []
         files = [os.path.join(name, file) for file in inside if file.endswith((*_WEIGHTS, *_ROWS))]
@@ -87,7 +87,7 @@ def files_read(raw: Mapping[str, Any]) -> Iterator[str]:
 def on_the_hub_perhaps(raw: Mapping[str, Any]) -> Iterator[str]:
     """What a run reads and no look gets to, where it is not on this disk and may be on the hub."""
     names = [("lora_model_dir", raw.get("lora_model_dir") if raw.get("adapter") else None)]
-    names += [(f"{path}.path", entry.get("path")) for path, entry in _data_entries(raw) if path.startswith("test_datasets")]
+    names += [(f"{path}.path", entry.get("path")) for path, entry in data_entries(raw) if path.startswith("test_datasets")]
     for path, name in names:
         if isinstance(name, str) and name and not os.path.exists(name) and _may_be_on_the_hub(name):
             yield f"{path} {name}: it is not on this disk, and whether the hub has it was not asked"
@@ -107,7 +107,7 @@ def _may_be_on_the_hub(name: str) -> bool:
     return not name.lower().endswith(_ROWS)
 
 
-def _data_entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def data_entries(raw: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for key in _DATA:
         value = raw.get(key)
         if isinstance(value, str):
@@ -132,19 +132,19 @@ def _data_problems(path: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
     elif not _may_be_on_the_hub(name):
         yield Problem(f"{path}.path", _MISSING_EITHER, name, hint=_expanded(name) or _near("path", name))
         return
-    if name in _READERS or os.path.isdir(name):
-        for file in _strings(entry.get("data_files")):
+    if name in READERS or os.path.isdir(name):
+        for file in strings(entry.get("data_files")):
             if os.path.exists(file):
                 yield from _special_files(f"{path}.data_files", file)
             elif not any(mark in file for mark in "*?[:"):
                 yield Problem(f"{path}.data_files", _MISSING_FILE, file, hint=_expanded(file) or _near("data_files", file))
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
-        yield from _strings(item)
+        yield from strings(item)
 
 
 def _near(key: str, name: str) -> str:

@@ -22,6 +22,7 @@ from dwl_plugin.loss.reduction import ClassWeight, class_weight_table
 from dwl_plugin.loss.token_losses import SCHEDULED, DFTConfig
 from dwl_plugin.run.moving import alpha_of, end_hints, token_losses_of
 from dwl_plugin.run.record import MOST_KEPT_BYTES, RESOLVED_CONFIG, Record
+from dwl_plugin.yaml_io import ExactDumper
 
 __all__ = ["hints", "keep_config", "log_line", "other_length_lines", "other_options_lines", "startup_lines"]
 
@@ -51,7 +52,7 @@ def keep_config(block: Block, record: Record, config: Mapping[str, Any] | None, 
 
 
 def _yaml(kept: Mapping[str, Any]) -> bytes:
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True).encode()
+    return str(yaml.dump(dict(kept), Dumper=ExactDumper, sort_keys=False, allow_unicode=True)).encode()
 
 
 def startup_lines(

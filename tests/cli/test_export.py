@@ -100,6 +100,53 @@ def test_a_short_path_is_a_path_where_one_is_meant(tmp_path: Path) -> None:
     assert (again["base_model"], again["output_dir"], again["eot_tokens"]) == ("./tiny", "./out", ["/think"])
 
 
+def test_what_lies_in_a_folder_goes_by_its_folder_and_a_pattern_too(tmp_path: Path) -> None:
+    own = "/home/anna/data/a.jsonl"
+    data = [{"path": "/home/anna/data", "data_files": [own]}, {"path": "json", "data_files": "/home/anna/one/*.jsonl"}]
+    config = {"base_model": "x/y", "datasets": data, "pretraining_dataset": "a/stream", "lora_model_dir": "anna/adapter"}
+    result = dwl(run_of(tmp_path, config, {"files": {own: SHA, "/home/anna/data/b.jsonl": SHA}}))
+    again = yaml.safe_load(result.stdout)["datasets"]
+    assert again == [{"path": "./data", "data_files": ["./data/a.jsonl"]}, {"path": "json", "data_files": "./one/*.jsonl"}]
+    assert [line.strip(" ·") for line in result.stderr.partition("Has to be there")[2].splitlines() if line] == [
+        f"./data/a.jsonl   sha256 {SHA}",
+        f"./data/b.jsonl   sha256 {SHA}",
+        "x/y, which was not hashed",
+        "anna/adapter, which was not hashed",
+        "./one/*.jsonl, which was not hashed",
+        "a/stream, which was not hashed",
+    ]
+
+
+def test_a_tilde_is_a_token_too(tmp_path: Path) -> None:
+    config = {"base_model": "x/y", "eot_tokens": ["~"], "datasets": [{"path": "~", "type": {"format": "~~ {instruction}"}}]}
+    again = yaml.safe_load(dwl(run_of(tmp_path, config, {})).stdout)
+    assert again["eot_tokens"] == ["~"]
+    assert again["datasets"] == [{"path": "./home", "type": {"format": "~~ {instruction}"}}]
+
+
+def test_a_signed_address_is_in_no_fact_and_no_class(tmp_path: Path) -> None:
+    address = "https://host/rows.jsonl?X-Amz-Signature=hush"
+    config, ours = {"base_model": "x/y", "datasets": [{"path": address}]}, {"classes": {"own": {"dataset": address}}}
+    result = dwl(run_of(tmp_path, config, {"data": [address]}, dwl={**ours, "alpha": {"own": 2, "rest": 1}}))
+    assert "hush" not in result.output
+    assert "datasets[0].path\n  · dwl.classes.own.dataset\n" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["a\u2028b", "a\x85", "x\n\u2029 y: #"])
+def test_line_ends_of_unicode_come_back(text: str, tmp_path: Path) -> None:
+    assert yaml.safe_load(dwl(run_of(tmp_path, {"base_model": "x/y", "template": text})).stdout)["template"] == text
+    block = parse({**DWL, "dwl": {"classes": {"end": {"regex": "a\x85é"}}, "alpha": {"end": 2, "rest": 1}}})
+    assert block is not None
+    keep_config(block, Record(), {"template": text}, tmp_path)
+    kept = yaml.safe_load((tmp_path / "dwl_config.yaml").read_text(encoding="utf-8"))
+    assert (kept["axolotl"]["template"], kept["dwl"]) == (text, block.dump()["dwl"])
+
+
+def test_a_config_of_a_stranger_with_other_types_ends_in_no_traceback(tmp_path: Path) -> None:
+    config = {"base_model": ["x"], "datasets": 5, "test_datasets": "x", "plugins": 7, 1: "y", None: 2}
+    assert dwl(run_of(tmp_path, config)).exit_code == 0
+
+
 def test_a_class_of_a_data_set_goes_by_its_new_name(tmp_path: Path) -> None:
     ours = {"classes": {"own": {"dataset": "/home/anna/one/rows.jsonl"}, "dataset": {"dataset": "anna/rows"}}}
     result = dwl(run_of(tmp_path, dwl={**ours, "alpha": {"own": 2, "dataset": 1, "rest": 1}}))
@@ -120,8 +167,8 @@ def test_what_has_to_be_there_has_the_names_of_the_file_and_is_told_with_its_has
         f"./tiny/model.safetensors   sha256 {SHA}",
         f"./rows.jsonl   sha256 {SHA}",
         "./rows-2.jsonl   not hashed",
-        "rows/three.jsonl, which is not of that disk",
-        "anna/rows, which is not of that disk, at v2",
+        "rows/three.jsonl, which was not hashed",
+        "anna/rows, which was not hashed, at v2",
         "Asks for trust, as it runs code",
     ]
 
@@ -153,7 +200,8 @@ def test_a_run_that_has_logged_nothing_is_exported_without_results(tmp_path: Pat
     (folder / "dwl_config.yaml").write_text(yaml.safe_dump({**DWL, "run": {}, "axolotl": {"base_model": "x/y"}}))
     result = dwl(folder)
     assert result.exit_code == 0
-    assert "No step of it" in result.stdout
+    assert "Without results" in result.stdout
+    assert "Without results: No trainer_state.json in" in result.stderr
     assert yaml.safe_load(result.stdout)["base_model"] == "x/y"
 
 
@@ -209,6 +257,8 @@ def test_a_run_keeps_settings_of_other_files_and_no_secret(tmp_path: Path) -> No
             "deepspeed": str(tmp_path / "zero3.json"),
             "chat_template_jinja": "{{ text }}",
             "datasets": [{"path": "x", "chat_template_jinja": str(tmp_path / "template.jinja")}],
+            "test_datasets": [{"path": "x", "chat_template_jinja": str(tmp_path / "template.jinja")}],
+            "added_tokens_overrides": {7: "<x>"},
             "service": {"api_key": "hush", "deeper": [{"url": "https://me:hush@host"}]},
             "hub_token": "hush",
             "special_tokens": {"pad_token": "<pad>"},
@@ -223,6 +273,8 @@ def test_a_run_keeps_settings_of_other_files_and_no_secret(tmp_path: Path) -> No
     assert kept["deepspeed"] == {"zero_optimization": {"stage": 3}}
     assert kept["chat_template_jinja"] == "{{ text }}"
     assert kept["datasets"][0]["chat_template_jinja"] == "{{ messages }}\n"
+    assert kept["test_datasets"] == kept["datasets"]
+    assert kept["added_tokens_overrides"] == {7: "<x>"}
     assert kept["service"] == {"api_key": LEFT_OUT, "deeper": [{"url": LEFT_OUT}]}
     assert (kept["hub_token"], kept["special_tokens"], kept["hf_use_auth_token"]) == (LEFT_OUT, {"pad_token": "<pad>"}, True)
     assert not {"loss", "dwl"} & set(kept)
@@ -231,10 +283,22 @@ def test_a_run_keeps_settings_of_other_files_and_no_secret(tmp_path: Path) -> No
     assert "&" not in text, "the reader of a stranger's run takes no aliases"
 
 
+@pytest.mark.parametrize("key", ["tensor_parallel_size", "deepcompile"])
+def test_settings_that_the_host_opens_as_a_file_stay_one(key: str, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text("{}")
+    config = {"base_model": "x/y", "deepspeed": str(tmp_path / "ds.json"), key: 2}
+    assert config_to_keep(config) == config
+    assert "./ds.json, which was not hashed" in dwl(run_of(tmp_path, config, {})).stderr
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("hf_token", "hush"),
+        ("aws_session_token", "hush"),
+        ("note", "glpat-AbCdEfGhIjKlMnOpQrSt"),
+        ("note", "xoxb-123456789012-AbCdEfGhIj"),
+        ("note", "gho_AbCdEfGhIjKlMnOpQrStUv"),
         ("token", "hush"),
         ("accessToken", "hush"),
         ("aws_access_key_id", "hush"),
