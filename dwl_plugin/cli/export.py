@@ -18,7 +18,7 @@ from dwl_plugin.cli.report.tables import arrow, called, percent, rows_of
 from dwl_plugin.cli.trust import runs_code
 from dwl_plugin.config.problems import nodes
 from dwl_plugin.errors import DWLError, first_line
-from dwl_plugin.hosts.as_it_ran import LEFT_OUT, opens
+from dwl_plugin.hosts.as_it_ran import LEFT_OUT, opens, without_password
 from dwl_plugin.hosts.needed_files import MODELS, READERS, data_entries, strings
 from dwl_plugin.run.record import Record
 from dwl_plugin.yaml_io import ExactDumper
@@ -126,8 +126,7 @@ def _named_here(record: Record, changes: Changes) -> Record:
         return inside or (re.split(r"[\\/]", name)[-1] if _OF_THIS_DISK.fullmatch(name) else name)
 
     named = {key: {here(name): digest for name, digest in (getattr(record, key) or {}).items()} for key in ("packs", "files")}
-    model = record.model and here(record.model)
-    data = record.data and [LEFT_OUT if opens("", name) else here(name) for name in record.data]
+    model, data = record.model and here(record.model), record.data and [here(without_password(name)) for name in record.data]
     return record.model_copy(update={**named, "model": model, "data": data})
 
 

@@ -22,7 +22,7 @@ import yaml
 from dwl_plugin.config import Block
 from dwl_plugin.files import UnreadableError, read_regular
 
-__all__ = ["LEFT_OUT", "config_as_it_ran", "config_to_keep", "opens"]
+__all__ = ["LEFT_OUT", "config_as_it_ran", "config_to_keep", "opens", "without_password"]
 
 LEFT_OUT = "‹left out›"
 """In the place of what opens some service, in the config that a run keeps."""
@@ -41,6 +41,12 @@ _SECRET_TEXT = re.compile(
 _MOST_BYTES = 64 << 10
 """Of a file of settings that is kept in the place of its path."""
 _WITH_PASSWORD = re.compile(r"://[^/\s]*@")
+
+
+def without_password(address: str) -> str:
+    """A URL without the user and password, or the signature, that open it."""
+    address = _WITH_PASSWORD.sub("://", address)
+    return address.partition("?")[0] if _SECRET_TEXT.search(address) else address
 
 
 def config_as_it_ran(file: Path, ran: Mapping[str, Any]) -> Path:

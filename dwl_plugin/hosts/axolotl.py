@@ -21,7 +21,7 @@ from dwl_plugin.config.overrides import overridden, overrides_of, plain
 from dwl_plugin.config.packs import packs_used
 from dwl_plugin.errors import ConfigError, Problem
 from dwl_plugin.files import sha256_of
-from dwl_plugin.hosts.as_it_ran import LEFT_OUT, config_as_it_ran, config_to_keep, opens
+from dwl_plugin.hosts.as_it_ran import config_as_it_ran, config_to_keep, without_password
 from dwl_plugin.hosts.axolotl_args import block_of, fused_losses_asked_for
 from dwl_plugin.hosts.axolotl_data import data_set_names, prepare_as_ever, read_what_is_prepared, reading_data
 from dwl_plugin.hosts.axolotl_fields import DroppedWeight, NumberedRow, dropped_weights, watching
@@ -232,8 +232,7 @@ def _sample(dataset: Any, seed: int) -> list[dict[str, Any]]:
 
 def _paths(cfg: Any) -> list[str]:
     keys = ("datasets", "pretraining_dataset", "test_datasets")
-    paths = [str(dataset.get("path")) for key in keys for dataset in cfg.get(key) or () if hasattr(dataset, "get")]
-    return [LEFT_OUT if opens("", path) else path for path in paths]
+    return [without_password(str(dataset.get("path"))) for key in keys for dataset in cfg.get(key) or () if hasattr(dataset, "get")]
 
 
 def _is_for_want_of_rows(error: Exception) -> bool:

@@ -114,8 +114,10 @@ def test_ranks_that_publish_nothing_write_no_file_of_their_own(monkeypatch: pyte
 
 
 def test_no_password_is_written_into_a_folder_that_people_share() -> None:
-    given = [{"path": "https://me:hush@host/rows.jsonl"}, {"path": "s3://bucket/a@b.jsonl"}, {"path": "user/rows"}]
-    assert paths({"datasets": given}) == ["https://host/rows.jsonl", "s3://bucket/a@b.jsonl", "user/rows"]
+    signed = {"path": "https://host/more.jsonl?X-Amz-Date=1&X-Amz-Signature=hush"}
+    given = [{"path": "https://me:hush@host/rows.jsonl"}, signed, {"path": "s3://bucket/a@b.jsonl"}, {"path": "user/rows"}]
+    shown = ["https://host/rows.jsonl", "https://host/more.jsonl", "s3://bucket/a@b.jsonl", "user/rows"]
+    assert paths({"datasets": given}) == shown
 
 
 def test_a_run_writes_down_what_it_was_made_of(configure: Configure, data_file: Path, tmp_path: Path) -> None:
