@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from docs_tools.reference import table
+from dwl_plugin.cli.init import CARDS, largest_that_fits
 from dwl_plugin.cli.memory import GIB, MEASURED, MODELS, full_bytes, needed_gib, qlora_bytes
 
-__all__ = ["full_table", "measured_table", "qlora_table"]
+__all__ = ["choice_table", "full_table", "measured_table", "qlora_table"]
 
 TOKENS = (2048, 4096, 8192)
 RANKS = (2, 4, 8)
+
+
+def choice_table() -> str:
+    """What `dwl init` takes, by card and tokens of a micro-batch."""
+    rows = [(f"`{name}`", *(f"`{largest_that_fits(tokens, card)}`" for tokens in TOKENS)) for name, card in CARDS.items()]
+    return table(("`--card`", *(f"{tokens:,} tokens" for tokens in TOKENS)), rows)
 
 
 def qlora_table() -> str:

@@ -29,6 +29,7 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "pack_gallery": gallery.pack_gallery,
     "example_gallery": gallery.example_gallery,
     "refusals": refusal_table,
+    "memory_choice": cards.choice_table,
     "memory_qlora": cards.qlora_table,
     "memory_full": cards.full_table,
     "memory_measured": cards.measured_table,

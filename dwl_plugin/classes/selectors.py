@@ -53,7 +53,7 @@ class SelectorConfig(Strict):
     text: ClassVar[Literal["none", "token", "sample"]] = "none"
     """The text it looks at: none, that of one token, or that of a sample."""
 
-    if_empty: ClassVar[str] = "only targets are classified; are these tokens masked in the labels?"
+    if_empty: ClassVar[str] = "only targets are classified; are these tokens masked in the labels, or dropped by the template?"
     """Where to look when no token of the data is selected."""
 
     def mask(self, context: MaskContext, path: str) -> Mask:

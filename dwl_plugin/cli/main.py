@@ -107,10 +107,11 @@ def init(purpose: str | None, card: str | None, model: str | None, data: str | N
     """Write a whole config, with comments, for a purpose and a card; without options, list what there is."""
     from dwl_plugin.cli.init import choices, init
 
-    if purpose is None and card is None:
+    missing = [option for option, given in (("--for", purpose), ("--card", card)) if given is None]
+    if len(missing) == 2 and model is None and data is None:
         choices(_console())
     elif purpose is None or card is None:
-        raise click.UsageError(f"Say {'--for' if purpose is None else '--card'}, too; `dwl init` lists what there is.")
+        raise click.UsageError(f"Say {' and '.join(missing)}, too; `dwl init` lists what there is.")
     else:
         init(_console(), purpose, card, model, data, out)
 

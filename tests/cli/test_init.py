@@ -54,6 +54,23 @@ def test_every_purpose_on_every_card_is_a_config_that_fits(purpose: str, card: s
     assert config["gradient_accumulation_steps"] * on.ranks == 8
 
 
+@pytest.mark.parametrize("purpose", ["tool-calls", "json"])
+def test_what_has_to_come_out_whole_is_weighted_whole(purpose: str) -> None:
+    """With its end: docs/choosing.md advises against a weight on a part."""
+    alpha = yaml.safe_load(written(purpose, "8GB"))["dwl"]["alpha"]
+    assert {name for name, weight in alpha.items() if weight == 1} == {"control", "rest"}
+    assert set(alpha.values()) == {1, 2}
+
+
+def test_thoughts_are_split_off_only_where_the_template_knows_them() -> None:
+    """Others would drop what is handed over beside the content."""
+    for model, splits in (("Qwen/Qwen3-4B", True), ("/models/Qwen3-8B", True), ("meta-llama/Llama-3.2-3B", False)):
+        for data in ("rows.jsonl", None):
+            config = yaml.safe_load(written("reasoning", "12GB", model, data))
+            assert config["datasets"][0].get("split_thinking", False) == splits
+            assert config.get("chat_template") == ("qwen3" if splits else None)
+
+
 @pytest.mark.parametrize("purpose", PURPOSES)
 def test_the_alpha_of_a_pack_is_the_one_that_it_suggests(purpose: str) -> None:
     """It stands there to be changed; until then it changes nothing."""
@@ -97,6 +114,17 @@ def test_an_empty_name_is_refused(tmp_path: Path, option: str) -> None:
 def test_a_model_that_does_not_fit_is_told() -> None:
     assert "more than 8 GB" in dwl("init", "--for", "numbers", "--card", "8GB", "--model", "Qwen/Qwen3-14B").output
     assert "more than" not in dwl("init", "--for", "numbers", "--card", "8GB", "--model", "Qwen/Qwen3-0.6B", "--out", "b").output
+    nearly = dwl("init", "--for", "reasoning", "--card", "12GB", "--model", "Qwen/Qwen3-8B", "--out", "c").output
+    assert "more than 85% of 12 GB, and an estimate: take a smaller model, or a smaller sequence_len than 8,192." in nearly
+    assert "take a smaller model." in dwl("init", "--for", "dft", "--card", "8GB", "--model", "Qwen/Qwen3-14B", "--out", "d").output
+
+
+def test_rows_that_are_not_there_are_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").touch()
+    for data, told in (("rows.jsonl", False), ("row.jsonl", True)):
+        result = dwl("init", "--for", "dft", "--card", "8GB", "--data", data, "--out", f"{data}.yml")
+        assert result.exit_code == 0
+        assert (f"There is no file {data} here yet." in result.output) == told
 
 
 def test_nothing_is_written_over_another_file(tmp_path: Path) -> None:
@@ -115,7 +143,8 @@ def test_names_that_are_none_are_told_with_what_there_is(tmp_path: Path) -> None
     for arguments, said in (
         (("init", "--for", "number", "--card", "8GB"), "did you mean `numbers`"),
         (("init", "--for", "numbers", "--card", "9GB"), "8GB, 12GB"),
-        (("init", "--for", "numbers"), "Say --card"),
+        (("init", "--for", "numbers"), "Say --card, too"),
+        (("init", "--data", "rows.jsonl"), "Say --for and --card, too"),
         (("examples", "dwl-number-qlora"), "did you mean `dwl-numbers-qlora`"),
     ):
         result = dwl(*arguments)

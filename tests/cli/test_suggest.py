@@ -24,6 +24,7 @@ def test_a_plain_config_gets_a_block_and_keeps_the_rest(dwl: Run, write_config: 
     assert result.exit_code == 0, result.output
     assert "Nothing here speaks for weighting" in result.stdout
     assert "Every pack is looked for in 40 rows" in result.stderr
+    assert "Marks that are no tokens of their own: <think> (" in result.stdout, "the opening one first, in every process"
     after = config.read_text()
     assert after.startswith(before)
     written = yaml.safe_load(after)

@@ -18,17 +18,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dwl_plugin.cli.init.purposes import PURPOSES, Purpose
+from dwl_plugin.cli.init.purposes import PURPOSES
 from dwl_plugin.cli.memory import MODELS, full_bytes, needed_gib, qlora_bytes, shape_of
 from dwl_plugin.cli.output import deliver, say
 from dwl_plugin.errors import DWLError, did_you_mean
 
-__all__ = ["CARDS", "PURPOSES", "Card", "choices", "estimated", "init", "written"]
+__all__ = ["CARDS", "PURPOSES", "Card", "choices", "estimated", "init", "largest_that_fits", "written"]
 
 T = TypeVar("T")
 
 _FILLED = 0.85
 """Of a card, by an estimate: the largest model that takes no more is chosen."""
+_SHORT = 1024
+"""A `sequence_len` below which few would go."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,18 @@ def init(console: Console, purpose: str, card: str, model: str | None, data: str
     for option, given in (("--model", model), ("--data", data)):
         if given is not None and not given.strip():
             raise DWLError(f"{option} is empty.")
-    model = largest_that_fits(chosen, on) if model is None else model
+    model = largest_that_fits(chosen.tokens, on) if model is None else model
     deliver(written(purpose, card, model, data), out)
     say(console, f"{out}: {model} for {purpose}, {on.title}", "bold green")
+    if data is not None and not Path(data).exists():
+        say(console, f"There is no file {data} here yet.", "yellow")
     try:
         gib = estimated(model, chosen.tokens, on)
-        say(console, f"Memory, by the formula, not measured: {gib:.1f} GiB of each card.", "yellow" if gib > on.gb else None)
-        if gib > on.gb:
-            smaller = f"take a smaller model, or a smaller sequence_len than {chosen.tokens:,}"
-            say(console, f"That is more than {on.gb} GB: {smaller}.", "bold yellow")
+        say(console, f"Memory, by the formula, not measured: {gib:.1f} GiB{' of each card' if on.ranks > 1 else ''}.")
+        if gib > _FILLED * on.gb:
+            shorter = f", or a smaller sequence_len than {chosen.tokens:,}" * (estimated(model, _SHORT, on) <= _FILLED * on.gb)
+            too_much = f"more than {on.gb} GB" if gib > on.gb else f"more than {_FILLED:.0%} of {on.gb} GB, and an estimate"
+            say(console, f"That is {too_much}: take a smaller model{shorter}.", "bold yellow")
     except DWLError as error:
         say(console, f"How much memory it takes is not known: {error}.")
     say(console, f"Next: dwl check {out}, then axolotl train {out}")
@@ -99,9 +104,9 @@ def _named(known: Mapping[str, T], name: str, option: str) -> T:
     raise DWLError(f"{option} {name}: there is no such one; there are {', '.join(known)}.{f' ({hint})' if hint else ''}")
 
 
-def largest_that_fits(purpose: Purpose, card: Card) -> str:
+def largest_that_fits(tokens: int, card: Card) -> str:
     """Of the known ones of Qwen3."""
-    fitting = [model for model in MODELS if "/Qwen3-" in model and estimated(model, purpose.tokens, card) <= _FILLED * card.gb]
+    fitting = [model for model in MODELS if "/Qwen3-" in model and estimated(model, tokens, card) <= _FILLED * card.gb]
     return fitting[-1]
 
 
@@ -114,7 +119,7 @@ def estimated(model: str, tokens: int, card: Card) -> float:
 def written(purpose: str, card: str, model: str | None = None, data: str | None = None) -> str:
     """The text of a config for names of `PURPOSES` and `CARDS`."""
     chosen, on = _named(PURPOSES, purpose, "--for"), _named(CARDS, card, "--card")
-    model = largest_that_fits(chosen, on) if model is None else model
+    model = largest_that_fits(chosen.tokens, on) if model is None else model
     memory = "not estimated"
     with suppress(DWLError):
         memory = f"estimated, not measured: {estimated(model, chosen.tokens, on):.1f} GiB"
@@ -139,7 +144,7 @@ def _comment(name: str, text: str) -> str:
 
 def _of_ones_own(dataset: str, path: str) -> str:
     """The entry for rows of `messages` in a file of one's own."""
-    kept = re.findall(r"(?m)^(?:type|split_thinking):.*$", dataset)
+    kept = re.findall(r"(?m)^type:.*$", dataset)
     return "\n".join([f"path: {_scalar(path)}", *kept])
 
 

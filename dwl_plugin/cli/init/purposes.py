@@ -17,8 +17,8 @@ class Purpose:
     dataset: str
     tokens: int = 2048
     epochs: int = 1
-    template: bool = False
-    """Whether the data needs the chat template of a reasoning model."""
+    thinks: bool = False
+    """Whether the replies of the data begin with <think>…</think>."""
 
 
 _MATHS = """\
@@ -96,34 +96,35 @@ dwl:
 path: open-r1/OpenR1-Math-220k
 name: default
 split: train[:10%]
-type: chat_template
-split_thinking: true         # hand <think>…</think> to the template as what it is""",
+type: chat_template""",
         tokens=8192,
-        template=True,
+        thinks=True,
     ),
     "tool-calls": Purpose(
-        "calling the right function with the right arguments; most of a call is syntax that the model knows.",
-        "eval_dwl/nll/name and arguments against the same run with `loss: nll`; where eval_dwl/nll/syntax climbs, calls will not "
-        "parse.",
+        "calls of functions among other replies: a token of a call counts for two of the text beside it, the whole call with the "
+        "end of its turn.",
+        "calls that come out right, against the same run with `loss: nll`, which no weight has bettered (docs/evidence.md); "
+        "eval_dwl/nll/rest for what other replies pay. Where replies are calls and nothing else, this is plain SFT.",
         """\
 loss: dwl
 dwl:
   pack: [tool_call, end_of_turn]
-  alpha: {arguments: 3, name: 4, syntax: 1, end_of_turn: 2, control: 1, rest: 1}
+  alpha: {arguments: 2, name: 2, syntax: 2, end_of_turn: 2, control: 1, rest: 1}
   reduction: weighted_mean                         # only ratios of α matter; the learning rate keeps its meaning""",
         _hermes("func_calling_singleturn"),
         tokens=4096,
         epochs=2,
     ),
     "json": Purpose(
-        "structured output: values count for two, keys and syntax, which a model soon knows, for one.",
-        "eval_dwl/nll/string and number against the same run with `loss: nll`; where eval_dwl/nll/syntax climbs, it will not "
-        "parse.",
+        "structured output among other text: a token of JSON counts for two of the text beside it, all of it with the end of its "
+        "turn.",
+        "what parses and is right, against the same run with `loss: nll`; eval_dwl/nll/string and number for the values. Where "
+        "replies are JSON and nothing else, this is plain SFT.",
         """\
 loss: dwl
 dwl:
   pack: [json, end_of_turn]
-  alpha: {key: 1, string: 2, number: 2, literal: 2, syntax: 1, end_of_turn: 2, control: 1, rest: 1}
+  alpha: {key: 2, string: 2, number: 2, literal: 2, syntax: 2, end_of_turn: 2, control: 1, rest: 1}
   reduction: weighted_mean                         # only ratios of α matter; the learning rate keeps its meaning""",
         _hermes("json_mode_singleturn"),
         tokens=4096,

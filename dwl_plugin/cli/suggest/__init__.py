@@ -33,7 +33,7 @@ from dwl_plugin.values import REST
 
 __all__ = ["PACKS", "suggest"]
 
-_ALPHA_COLUMNS = (("α, if asked for", "share then"), ("α", "share of the weight"))
+_ALPHA_COLUMNS = (("α, if\nasked for", "share\nthen"), ("α", "share of\nthe weight"))
 P_ROWS = 64
 """Of the rows counted, on which p is measured: a pass of the model through each."""
 

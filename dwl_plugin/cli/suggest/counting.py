@@ -137,8 +137,9 @@ def structure_of(tokenizer: Any, samples: Iterable[Mapping[str, Any]]) -> Struct
     return Structure(turns, names, {tag: Found(sizes[tag], count) for tag, count in rows.most_common()})
 
 
-def _tags() -> set[str]:
+def _tags() -> list[str]:
     """What stands around thoughts and calls, in any model family."""
     packs = [PackLibrary(None).pack(PackReference(name), "") for name in ("reasoning", "tool_call")]
     selectors = (selector for pack in packs for config in pack.classes.values() for _, selector in walk(config, ""))
-    return {tag for selector in selectors if isinstance(selector, BetweenSelector) for tag in selector.between if len(tag) > 3}
+    marks = (tag for selector in selectors if isinstance(selector, BetweenSelector) for tag in selector.between if len(tag) > 3)
+    return list(dict.fromkeys(marks))
