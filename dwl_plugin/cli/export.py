@@ -32,7 +32,7 @@ _ONES_OWN = (
 )
 """What keys begin with that name accounts, projects and places of whoever trained, or the middle of a run."""
 
-_OF_THIS_DISK = re.compile(r"(?:file://)?(?:/[^/\s]+/|~\w*[\\/]|[A-Za-z]:[\\/]|\\\\)[^\n]*|\.\.[\\/][^\n]*")
+_OF_THIS_DISK = re.compile(r"(?:file://)?(?:/[^/\s]+/|~\w*[\\/]|[A-Za-z]:[\\/]|\\\\)[^\n]*|(?:\.[\\/])*\.\.[\\/][^\n]*")
 """An absolute path, or one that leads out of the folder; `/think` is none."""
 
 _NAMES_A_HOME = re.compile(r"(?:^|[^\w.])(?:/home/|/Users/|/root/|~/)|[A-Za-z]:\\+Users\\", re.IGNORECASE)

@@ -87,9 +87,9 @@ def test_what_is_no_path_of_the_disk_stays_and_each_path_has_a_name_of_its_own(r
 
 
 def test_two_files_stay_two_where_one_is_in_the_folder_already(tmp_path: Path) -> None:
-    data = [{"path": "rows.jsonl"}, {"path": "/home/anna/rows.jsonl"}, {"path": "/rows.jsonl"}]
+    data = [{"path": "rows.jsonl"}, {"path": "/home/anna/rows.jsonl"}, {"path": "/rows.jsonl"}, {"path": "./../rows.jsonl"}]
     again = yaml.safe_load(dwl(run_of(tmp_path, {**CONFIG, "datasets": data})).stdout)
-    assert [entry["path"] for entry in again["datasets"]] == ["rows.jsonl", "./rows-2.jsonl", "./rows-3.jsonl"]
+    assert [entry["path"] for entry in again["datasets"]] == ["rows.jsonl", *(f"./rows-{number}.jsonl" for number in (2, 3, 4))]
 
 
 def test_a_short_path_is_a_path_where_one_is_meant(tmp_path: Path) -> None:
