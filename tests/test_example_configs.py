@@ -154,6 +154,16 @@ def test_axolotl_accepts_it_on_a_consumer_gpu(path: Path) -> None:
     assert not [line for line in said if "deprecated" in line]
 
 
+@pytest.fixture(scope="module")
+def host() -> None:
+    """What every run asks for is done once, or kept from its collections: a second a run in the place of twenty."""
+    from tests.hosts import harness
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        harness.import_host()
+
+
 def rows(dataset: dict[str, Any]) -> list[dict[str, Any]]:
     """Word problems in the data set's own form, with an answer in each notation that an example looks for, and a word of the data's
     own on what they count."""
@@ -184,6 +194,7 @@ def with_local_data(path: Path, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @each
+@pytest.mark.usefixtures("host")
 @pytest.mark.filterwarnings("ignore")  # the host's and its libraries', in a whole run
 def test_it_trains_two_steps(path: Path, tmp_path: Path) -> None:
     """nf4 and all, on a tiny model: what is changed is what a CPU needs, and the sizes."""

@@ -182,7 +182,7 @@ def test_a_wheel_carries_the_examples_and_reads_them_there(tmp_path: Path) -> No
     uv = shutil.which("uv")
     if uv is None:
         pytest.skip("builds with uv")
-    subprocess.run([uv, "build", "--quiet", "--wheel", "--out-dir", str(tmp_path), str(ROOT)], check=True)
+    subprocess.run([uv, "build", "--quiet", "--wheel", "--out-dir", str(tmp_path)], cwd=ROOT, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert all(name.startswith(("dwl_plugin/", "axolotl_dwl-")) for name in archive.namelist())
