@@ -50,8 +50,8 @@ class Changes:
     left_out: list[str] = field(default_factory=list)
     moved: dict[str, tuple[str, str]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-    there: frozenset[str] = frozenset()
-    """Names in the folder of the config that it has already."""
+    taken: set[str] = field(default_factory=set)
+    """Names in the folder of the config that something has already."""
 
     def here(self, path: str) -> str:
         """A name in the folder of the config for a path of this disk, another one for each; what lies in a folder that has one, or
@@ -61,10 +61,11 @@ class Changes:
                 return self.here(found["folder"]) + found["pattern"]
             if (inside := _inside(path, self.names)) is not None:
                 return inside
-            name, taken = re.split(r"[\\/]", path.rstrip("\\/"))[-1].lstrip("~") or "home", {*self.names.values(), *self.there}
+            name = re.split(r"[\\/]", path.rstrip("\\/"))[-1].lstrip("~") or "home"
             stem, dot, suffix = name.rpartition(".")
             others = (f"{stem}-{number}{dot}{suffix}" if dot else f"{name}-{number}" for number in count(2))
-            self.names[path] = next(f"./{free}" for free in chain([name], others) if f"./{free}" not in taken)
+            self.names[path] = next(f"./{free}" for free in chain([name], others) if f"./{free}" not in self.taken)
+            self.taken.add(self.names[path])
         return self.names[path]
 
 
@@ -80,7 +81,7 @@ def export(console: Console, folder: Path, out: Path | None) -> None:
         (run,) = read_runs([folder])
     except DWLError as error:
         say(console, f"Without results: {first_line(error)}", "yellow")
-    changes = Changes(there=frozenset(f"./{posixpath.normpath(node)}" for _, node, _ in nodes(config, "") if isinstance(node, str)))
+    changes = Changes(taken={f"./{posixpath.normpath(node)}" for _, node, _ in nodes(config, "") if isinstance(node, str)})
     public, ours = _public(config, "", changes), block.dump()
     for path, node, _ in nodes(ours, ""):
         if path.endswith(".dataset") and isinstance(node, str) and opens("", node):
@@ -115,7 +116,9 @@ def _public(node: Any, path: str, changes: Changes) -> Any:
 
 
 def _inside(path: str, names: Mapping[str, str]) -> str | None:
-    return next((new + path[len(old) :] for old, new in names.items() if path.startswith((f"{old}/", f"{old}\\"))), None)
+    """What a path below one that has a name goes by."""
+    ends = [found.start() for found in re.finditer(r"[\\/]", path)]
+    return next((names[path[:end]] + path[end:] for end in reversed(ends) if path[:end] in names), None)
 
 
 def _named_here(record: Record, changes: Changes) -> Record:

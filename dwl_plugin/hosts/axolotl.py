@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from traceback import extract_tb
@@ -51,6 +51,8 @@ __all__ = ["DWLPlugin"]
 
 _HASHED_BYTES = 1 << 29
 """Of a file that a run writes the sha256 of: half a second."""
+_ALL_HASHED_BYTES = 1 << 31
+"""Of all of them: the other ranks wait."""
 
 
 class DWLPlugin(BasePlugin):
@@ -185,8 +187,7 @@ class DWLPlugin(BasePlugin):
     def _source(self, cfg: Any) -> Source:
         if not _is_first_rank():
             return Source(_paths(cfg))
-        files = {name: sha256_of(Path(name), _HASHED_BYTES) for name in files_read(self._ran)}
-        return Source(_paths(cfg), self._packs, files, config_to_keep(self._ran))
+        return Source(_paths(cfg), self._packs, dict(_hashed(files_read(self._ran))), config_to_keep(self._ran))
 
     def _look_at_rows(self, cfg: Any, block: Block, tokenizer: Any, training: Any, evaluation: Any) -> None:
         """Label a seeded sample of the rows. Raises `ConfigError` for a class that is nowhere in it, for a sample without a target,
@@ -228,6 +229,14 @@ def _sample(dataset: Any, seed: int) -> list[dict[str, Any]]:
         return []
     rows = dataset.select_columns([name for name in ("input_ids", "labels", DATA_CODES) if name in dataset.column_names])
     return with_targets(list(rows.select(picked_rows(len(rows), seed))), rows)
+
+
+def _hashed(names: Iterable[str]) -> Iterator[tuple[str, str | None]]:
+    left = _ALL_HASHED_BYTES
+    for name in names:
+        digest = sha256_of(Path(name), min(_HASHED_BYTES, left))
+        left -= 0 if digest is None else os.path.getsize(name)
+        yield name, digest
 
 
 def _paths(cfg: Any) -> list[str]:

@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import modelcard
 
 from dwl_plugin.cli.main import main
+from dwl_plugin.hosts import axolotl
 from tests.hosts.harness import config, rows, train, write_rows
 
 Configure = Callable[..., dict[str, Any]]
@@ -123,6 +124,15 @@ def test_a_run_is_trained_again_elsewhere_by_its_export(
     (head,) = re.findall(r"^\| Training Loss .*$", card, re.MULTILINE)
     assert {"Nll", "Validation Loss"} <= set(re.split(r" *\| *", head))
     assert len(head.split("|")) < 14
+
+
+def test_files_are_hashed_up_to_a_size_and_a_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(axolotl, "_HASHED_BYTES", 4)
+    monkeypatch.setattr(axolotl, "_ALL_HASHED_BYTES", 10)
+    for name, content in {"a": b"aaaa", "b": b"bbbbb", "c": b"cccc", "d": b"ddd", "e": b"ee"}.items():
+        (tmp_path / name).write_bytes(content)
+    hashed = dict(axolotl._hashed([str(tmp_path / name) for name in "abcde"]))
+    assert list(hashed.values()) == [sha256(part).hexdigest() if part else None for part in (b"aaaa", b"", b"cccc", b"", b"ee")]
 
 
 @pytest.mark.slow
