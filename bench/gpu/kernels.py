@@ -57,6 +57,7 @@ def steps(softcap: float | None) -> dict[str, tuple[Work, int]]:
     base_rows = BaseRows(numbers(R), numbers(R, value=4.0), numbers(R), numbers(R, H))
     of = Slopes(targets, numbers(R, value=4.0), numbers(R), numbers(R))
     weight, out = numbers(W, H).bfloat16(), numbers(R, H).bfloat16()
+    back, one = numbers(value=-1.0), numbers(value=1.0)
     top = TopRows(torch.full((R, 32), torch.inf, device=DEVICE), 20, None)
     top.top_RK[:, :20] = 5.0
     advance: Callable[..., Any] = partial(does.advance, ours, rows, targets, 0, form, first=False)
@@ -66,6 +67,8 @@ def steps(softcap: float | None) -> dict[str, tuple[Work, int]]:
         "advance with an anchor": (lambda: advance(theirs, base_rows, None), 16 * R * W),
         "slopes": (lambda: does.slopes(ours, of, 0, form, None), 6 * R * W),
         "finish": (lambda: does.finish(out, None, rows.summed_RH, weight, torch.bfloat16, of, None), 8 * R * H),
+        "scale": (lambda: does.scale(weight, back), 4 * W * H),
+        "scale by 1": (lambda: does.scale(weight, one), 0),
     }
 
 

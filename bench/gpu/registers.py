@@ -103,6 +103,7 @@ def launch(operand: torch.dtype, *, full: bool, hopper: bool) -> None:
     steps.advance(ours, rows, targets_R, W, form, base, base_rows, top, first=False)
     steps.slopes(ours, of, W, form, base if full else None)
     steps.finish(new(R, H, dtype=operand), positions_R, rows.summed_RH, weight_VH, operand, of, if_full(new(R, H)))
+    steps.scale(weight_VH, new(1))
     if hopper:
         on_hopper, form = HopperSteps(), form._replace(softcap=None)
         operands = on_hopper.rows(new(R, H, dtype=operand)), on_hopper.tokens(weight_VH[:W]), ours.bias_W

@@ -193,9 +193,10 @@ def _scaled(gradient: Tensor | None, by: Tensor, like: Tensor) -> Tensor | None:
     """gradient · by in the dtype of `like`, rounded once; where it lies, if the dtype allows."""
     if gradient is None:
         return None
-    dtype, on_cpu = like.dtype, by.device.type == "cpu"
-    if gradient.dtype != dtype and not on_cpu:  # one kernel; a CPU would convert all of it beforehand
+    dtype = like.dtype
+    if by.device.type == "cpu":
+        return (gradient if by.item() == 1.0 else gradient.mul_(by)).to(dtype)
+    if gradient.dtype != dtype:  # one kernel; a CPU would convert all of it beforehand
         return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))
-    if not (on_cpu and by.item() == 1.0):
-        gradient.mul_(by)
-    return gradient.to(dtype)
+    gpu_walk.steps_for(by.device, dtype, by.dtype).scale(gradient, by)
+    return gradient

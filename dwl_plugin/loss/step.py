@@ -91,7 +91,7 @@ class Slopes(NamedTuple):
 
 
 class Steps(Protocol):
-    """The three steps, as one implementation has them."""
+    """What happens to a tile and to the gradients, as one implementation has it."""
 
     def advance(
         self,
@@ -122,6 +122,9 @@ class Steps(Protocol):
         base_summed_RH: Tensor | None,
     ) -> None:
         """∂hidden of some rows, at their `positions` (None: the first ones) in `out_TH`, from what was summed."""
+
+    def scale(self, gradient: Tensor, by: Tensor) -> None:
+        """Multiply a contiguous gradient by a number where it lies; the kernel neither reads nor writes it if that is 1."""
 
 
 class TorchSteps:
@@ -207,6 +210,9 @@ class TorchSteps:
             out_TH[: len(grad_RH)].copy_(grad_RH)
         else:
             out_TH.index_copy_(0, positions, grad_RH.to(out_TH.dtype))
+
+    def scale(self, gradient: Tensor, by: Tensor) -> None:
+        gradient.mul_(by)
 
 
 def _as_logits(products: Products, form: Form) -> Tensor:

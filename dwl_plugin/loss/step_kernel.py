@@ -1,4 +1,4 @@
-"""The steps of `step.py` as Triton kernels: one launch for each, one program for a row. Imported where Triton is installed.
+"""The steps of `step.py` as Triton kernels: one launch for each, a program for a row of it. Imported where Triton is installed.
 
 A tile of logits is read twice, the second time from cache: once for its maximum, once for exponentials and sums. A row whose
 reference moves scales its own row of ∂hidden; the others leave it alone. Sums are taken in one order, so a run repeats bit for bit.
@@ -24,6 +24,8 @@ BLOCK = 2048
 BLOCK_TOP = 4096
 BLOCK_H = 1024
 WARPS = 8
+PROGRAMS = 4096
+"""Of a launch that is for no rows, at most."""
 
 _LANGUAGE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -223,6 +225,17 @@ def finish_kernel(
         tl.store(out + place * out_stride + at, grad.to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def scale_kernel(gradient, by, size, BLOCK: tl.constexpr):
+    factor = tl.load(by)
+    if factor != 1.0:
+        columns, programs = tl.arange(0, BLOCK), tl.num_programs(0).to(tl.int64)
+        for begin in range(tl.program_id(0).to(tl.int64) * BLOCK, size, programs * BLOCK):
+            at = begin + columns
+            scaled = tl.load(gradient + at, mask=at < size, other=0.0).to(tl.float32) * factor
+            tl.store(gradient + at, scaled.to(gradient.dtype.element_ty), mask=at < size)
+
+
 class TritonSteps:
     """By the kernels above, for products in fp32; arguments as `step.Steps` has them."""
 
@@ -288,6 +301,12 @@ class TritonSteps:
             H, out_TH.stride(0), summed_RH.stride(0), *weight_VH.stride(),
             MULTIPLIED=_LANGUAGE[multiplied], BLOCK_H=BLOCK_H, num_warps=4,
         )  # fmt: skip
+
+    def scale(self, gradient: Tensor, by: Tensor) -> None:
+        size = gradient.numel()
+        if size:
+            programs = min(triton.cdiv(size, BLOCK), PROGRAMS)
+            scale_kernel[(programs,)](gradient, by, size, BLOCK=BLOCK, num_warps=WARPS)
 
 
 def _width(tensor: Tensor | None) -> int:

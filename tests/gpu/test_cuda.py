@@ -29,7 +29,7 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def fell_back(*arguments: Any, **options: Any) -> None:
         raise AssertionError("the loss runs without its kernels")
 
-    for step in ("advance", "slopes", "finish"):
+    for step in ("advance", "slopes", "finish", "scale"):
         monkeypatch.setattr(TorchSteps, step, fell_back)
 
 
@@ -88,6 +88,16 @@ def test_half_precision_is_no_worse_than_the_naive_loss_in_it(dtype: torch.dtype
         got = grads[name]
         assert got is not None
         assert ours[name] <= relative(got.cpu(), getattr(truth, name)) * 1.05, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_comes_back_into_the_loss_multiplies_the_gradients(dtype: torch.dtype) -> None:
+    case = on_device(random_case(4, 64, vocab=1009, width=64, dtype=dtype))
+    _, once = run(linear_cross_entropy, case, upstream=1.0)
+    _, twice = run(linear_cross_entropy, case, upstream=-2.0)
+    for name in ("hidden", "weight"):
+        assert once[name] is not None
+        assert torch.equal(once[name] * -2, twice[name]), name
 
 
 def test_the_kernels_are_what_runs_and_nothing_is_compiled_by_torch() -> None:

@@ -284,6 +284,57 @@ def test_no_mutant_does(job: str, function: str, right: str, wrong: str, tmp_pat
     assert max(off(outcome(steps, JOBS[job]), wanted(JOBS[job])).values()) > 10 * JOBS[job].tolerance
 
 
+SCALED = (7, 3, 2051)
+"""More than one block, and not whole blocks."""
+
+
+def scaled_by(steps: Steps, by: float, dtype: torch.dtype) -> torch.Tensor:
+    """A gradient and the number behind it in memory, after it was multiplied."""
+    count = math.prod(SCALED)
+    memory = torch.linspace(-3, 5, count + 1).to(dtype)
+    steps.scale(memory[:count].view(SCALED), torch.tensor(by))
+    return memory
+
+
+@pytest.mark.parametrize("by", [1.0, -0.3, 0.0, 2.0**20])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+def test_a_gradient_is_multiplied_where_it_lies(dtype: torch.dtype, by: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_kernel, "PROGRAMS", 3)
+    whole = scaled_by(TorchSteps(), by, dtype)
+    assert torch.equal(scaled_by(step_kernel.TritonSteps(), by, dtype), whole)
+    assert whole[-1] == 5.0
+
+
+def test_by_one_nothing_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = []
+    store = interpreter.InterpreterBuilder.create_masked_store
+
+    def counted(*arguments: Any) -> Any:
+        stores.append(arguments)
+        return store(*arguments)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", counted)
+    scaled_by(step_kernel.TritonSteps(), 1.0, BF16)
+    assert not stores
+    scaled_by(step_kernel.TritonSteps(), 1.5, BF16)
+    assert stores
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("size, programs * BLOCK", "size, size"),  # what is beyond the first blocks
+        ("* factor\n", "\n"),
+        ("mask=at < size)", "mask=at < size + 1)"),
+        ("if factor != 1.0:", "if factor == 1.0:"),
+    ],
+)
+def test_no_mutant_scales(right: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant = mutated(step_kernel, "scale_kernel", right, wrong, tmp_path)
+    monkeypatch.setattr(mutant, "PROGRAMS", 3)
+    assert not torch.equal(scaled_by(mutant.TritonSteps(), 1.5, FP32), scaled_by(TorchSteps(), 1.5, FP32))
+
+
 def half_cases(dtype: torch.dtype) -> dict[str, Case]:
     objectives = (Focal(2.0), EntropyGate(1.0, 5))
     return {
