@@ -52,6 +52,7 @@ def steps(softcap: float | None) -> dict[str, tuple[Work, int]]:
     def products() -> Products:
         return Products(torch.randn(R, W, device=DEVICE), None, torch.empty(R, W, device=DEVICE, dtype=torch.bfloat16))
 
+    exps = torch.rand(R, W, device=DEVICE).bfloat16()
     ours, theirs, targets = products(), products(), torch.randint(0, W, (R,), device=DEVICE)
     rows = SoftmaxRows(numbers(R), numbers(R, value=4.0), numbers(R), numbers(R, H))
     base_rows = BaseRows(numbers(R), numbers(R, value=4.0), numbers(R), numbers(R, H))
@@ -66,6 +67,7 @@ def steps(softcap: float | None) -> dict[str, tuple[Work, int]]:
         "advance, k = 20": (lambda: advance(None, None, top), 10 * R * W),
         "advance with an anchor": (lambda: advance(theirs, base_rows, None), 16 * R * W),
         "slopes": (lambda: does.slopes(ours, of, 0, form, None), 6 * R * W),
+        "saved slopes": (lambda: does.saved_slopes(exps, rows.reference_R, of, 0, form), 4 * R * W),
         "finish": (lambda: does.finish(out, None, rows.summed_RH, weight, torch.bfloat16, of, None), 8 * R * H),
         "scale": (lambda: does.scale(weight, back), 4 * W * H),
         "scale by 1": (lambda: does.scale(weight, one), 0),

@@ -102,6 +102,7 @@ def launch(operand: torch.dtype, *, full: bool, hopper: bool) -> None:
     weight_VH, positions_R = new(2 * W, H, dtype=operand), if_full(new(R, dtype=torch.int64))
     steps.advance(ours, rows, targets_R, W, form, base, base_rows, top, first=False)
     steps.slopes(ours, of, W, form, base if full else None)
+    steps.saved_slopes(new(R, W, dtype=operand), new(R), of, W, form)
     steps.finish(new(R, H, dtype=operand), positions_R, rows.summed_RH, weight_VH, operand, of, if_full(new(R, H)))
     steps.scale(weight_VH, new(1))
     if hopper:

@@ -1,9 +1,9 @@
 """Loss and gradients of a linear head off a CPU: matmuls of the device's library, and between them one kernel a tile.
 
-Rows go through the vocabulary in blocks, tile by tile: products, then the step of `step.py`, then Σ exp·W. With a trained head they
-go through it once more: when everything is known of them, a tile's logits are computed again and become their gradient, for all
-tokens at once, so that ∂W leaves tile by tile, summed in fp32 and rounded once. That takes four matmuls where saved exponentials
-would take three, but neither those nor a ∂W in fp32 are held (docs/decisions/a-trained-head-computes-its-logits-twice.md).
+Rows go through the vocabulary in blocks, tile by tile: products, then the step of `step.py`, then Σ exp·W. With a trained head,
+when everything is known of all tokens, a tile's exponentials become their gradient in the logits, so that ∂W leaves tile by tile,
+summed in fp32 and rounded once. Until then exponentials wait in the memory of ∂W itself; those of tiles that found no room there are
+computed again, logits first (docs/decisions/exponentials-wait-in-the-memory-of-dw.md).
 
 Shapes: T positions, N target tokens, R rows of one block, W tokens of one tile, H hidden size, V vocabulary, K ≥ k slots for the
 largest logits of a row.
@@ -15,7 +15,8 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -158,6 +159,13 @@ def _slopes_plan(plan: _Plan, itemsize: int) -> _Plan:
     return _Plan(plan.N, plan.V, min(plan.N, max(1, rows - rows % _ROW_MULTIPLE)), width)
 
 
+def _tiles_to_save(tiles: int, exp_bytes: int, tile_bytes: int) -> int:
+    """How many of the last tiles can leave their exponentials in ∂W, one after the other from its first byte on, while it is
+    written from its end, tile by tile: each tile must begin where the exponentials that are not yet read have ended.
+    """
+    return max(0, min(tiles - math.ceil(exp_bytes / tile_bytes), (tiles - 1) * tile_bytes // exp_bytes))
+
+
 def _even_width(V: int, most: int) -> int:
     most = max(_LEAST_WIDTH, most - most % _WIDTH_MULTIPLE)
     width = math.ceil(V / math.ceil(V / most))
@@ -224,21 +232,41 @@ class _Side:
             tile.weight_WH.copy_(tile.source_WH if is_exact else tile.source_WH.to(self.head.multiplied))
 
 
+class _Saved(NamedTuple):
+    """The exponentials of tokens in a tile, in memory that ∂W is yet to take, and the references that they are from."""
+
+    exp_NW: Tensor
+    reference_N: Tensor
+
+    def at(self, rows: slice) -> _Saved:
+        return _Saved(self.exp_NW[rows], self.reference_N[rows])
+
+
 class _Block:
     """Some rows of a side. What is alike for all tiles is made once: the host has a tenth of a millisecond for each."""
 
-    def __init__(self, side: _Side, hidden_RH: Tensor, exp_RW: Tensor | None) -> None:
-        self.hidden_RH, self._side = hidden_RH, side
-        self._logits, self.exps = {}, {}
+    def __init__(self, side: _Side, hidden_RH: Tensor, exp_RW: Tensor | None, saved: Mapping[int, _Saved] | None = None) -> None:
+        self.hidden_RH, self._side, self._saved = hidden_RH, side, saved or {}
+        self._logits, self._exps = {}, {}
         for width in {tile.width for tile in side.tiles}:
             self._logits[width] = side.logits_RW[: len(hidden_RH), :width]
-            self.exps[width] = None if exp_RW is None else exp_RW[: len(hidden_RH), :width]
+            self._exps[width] = None if exp_RW is None else exp_RW[: len(hidden_RH), :width]
 
     def products(self, tile: _Tile) -> Products:
         self._side.prepare(tile)
         logits_RW = self._logits[tile.width]
         self._side.multiply.into(logits_RW, self.hidden_RH, tile.weight_HW)
-        return Products(logits_RW, tile.bias_W, self.exps[tile.width])
+        return Products(logits_RW, tile.bias_W, self.exps_of(tile))
+
+    def exps_of(self, tile: _Tile) -> Tensor | None:
+        """Where the exponentials of a tile go: where those of another were, or where they stay."""
+        saved = self._saved.get(tile.start)
+        return self._exps[tile.width] if saved is None else saved.exp_NW
+
+    def save(self, tile: _Tile, reference_R: Tensor) -> None:
+        """If its exponentials stay: what they are from."""
+        if tile.start in self._saved:
+            self._saved[tile.start].reference_N.copy_(reference_R)
 
 
 class _Walk:
@@ -266,9 +294,10 @@ class _Walk:
         kl_N = None if self.base is None else self._new(N)
         result = WalkResult(self._new(N), self._new(N), self._new(len(tokens.terms), N), kl_N, gradients)
         if N:
-            slopes = self._forward(result)
+            saved = self._room_in(gradients)
+            slopes = self._forward(result, saved)
             if needs.head:
-                self._head_gradient(slopes, gradients)
+                self._head_gradient(slopes, saved, gradients)
         result.loss = result.loss.sum()
         return result
 
@@ -279,8 +308,23 @@ class _Walk:
     def _plan(self) -> _Plan:
         return _plan(self.N, self.V)
 
-    def _slopes_plan(self) -> _Plan:
-        return _slopes_plan(self._plan(), self.operand.itemsize)
+    def _slopes_plan(self, V: int) -> _Plan:
+        return _slopes_plan(replace(self._plan(), V=V), self.operand.itemsize)
+
+    def _room_in(self, gradients: Gradients) -> dict[int, _Saved]:
+        """By the first token of a tile: where its exponentials wait for ∂W, in its memory."""
+        plan, of = self._plan(), gradients.weight_VH
+        if of is None or gradients.hidden is None or self.base is not None:
+            return {}
+        size, stride = self.operand.itemsize, plan.stride
+        tiles, exp_bytes = plan.tiles(), self.N * stride * size
+        count = _tiles_to_save(len(tiles), exp_bytes, plan.width * self.H * of.itemsize)
+        exps = of.view(-1).view(torch.uint8)[: count * exp_bytes].view(self.operand).view(count, self.N, stride)
+        references = self._new(count, self.N)
+        return {
+            tile.start: _Saved(exp_NW[:, : tile.stop - tile.start], reference_N)
+            for tile, exp_NW, reference_N in zip(tiles[len(tiles) - count :], exps, references, strict=True)
+        }
 
     def _sides(self, plan: _Plan) -> tuple[_Side, _Side | None]:
         ours = _Side(self.head, self.hidden_TH, self.operand, plan)
@@ -288,8 +332,8 @@ class _Walk:
             return ours, None
         return ours, _Side(self.base, self.tokens.anchor.hidden, self.operand, plan, ours)
 
-    def _forward(self, result: WalkResult) -> Slopes:
-        """Every loss and ∂hidden, and what the gradient in the logits of each token is made of."""
+    def _forward(self, result: WalkResult, saved: Mapping[int, _Saved]) -> Slopes:
+        """Every loss, ∂hidden, exponentials that are to be saved, and what the gradient in the logits of each token is made of."""
         plan, tokens, out = self._plan(), self.tokens, result.gradients.hidden
         ours, theirs = self._sides(plan)
         slopes = Slopes(tokens.targets_N.contiguous(), self._references(), self._new(self.N), self._new(self.N))
@@ -305,7 +349,7 @@ class _Walk:
         (exp_RW, summed_RH), (base_exp_RW, base_summed_RH) = buffers(ours), buffers(theirs)
         for place in plan.blocks():
             of, positions, R = slopes.at(place), tokens.positions(place), place.stop - place.start
-            block = _Block(ours, ours.rows(positions), exp_RW)
+            block = _Block(ours, ours.rows(positions), exp_RW, {start: one.at(place) for start, one in saved.items()})
             rows = SoftmaxRows(self._new(R, fill=0.0), of.reference_R, self._new(R, fill=0.0), _first(summed_RH, R))
             base_block, base_rows = None, None
             if theirs is not None and of.base_reference_R is not None:
@@ -357,6 +401,7 @@ class _Walk:
                 add(rows.summed_RH, products.exp_RW, tile.weight_WH)
                 if base is not None and base.exp_RW is not None and base_rows is not None and base_rows.summed_RH is not None:
                     add(base_rows.summed_RH, base.exp_RW, tile.weight_WH)
+            block.save(tile, rows.reference_R)
             add, first = accumulate.onto, False
 
     def _pay(
@@ -386,29 +431,35 @@ class _Walk:
             bound_R = torch.maximum(value.grad_coef_R.abs(), value.target_coef_R.abs()) + anchor_R
             self.bounds.append(bound_R.max() * abs(head.scale))
 
-    def _head_gradient(self, slopes: Slopes, gradients: Gradients) -> None:
+    def _head_gradient(self, slopes: Slopes, saved: Mapping[int, _Saved], gradients: Gradients) -> None:
         """∂W and ∂bias, tile by tile: the gradient in the logits of all tokens, then one product over them."""
-        plan = self._slopes_plan()
+        plan = self._slopes_plan(min(saved, default=self.V))
         ours, theirs = self._sides(plan)
-        grad_NW = self._new(self.N, plan.stride, dtype=self.operand)
         if self.bounds:  # fp16 has neither room below for small weights nor above for large ones
             largest = torch.stack(self.bounds).max().clamp(1e-20, 1e20)
             slopes = slopes._replace(by=torch.exp2(14 - largest.log2().ceil()))
         hidden_NH = ours.rows(self.tokens.rows_N)
-        fill = self._slopes_of_tiles(ours, theirs, hidden_NH, plan, slopes, grad_NW)
-        for index, tile in enumerate(ours.tiles):
-            fill(index, tile)
-            found, vocabulary = list[Tensor](), slice(tile.start, tile.start + tile.width)
-            grad_WN = grad_NW[:, : tile.width].t()
+
+        def hand_out(start: int, grad_NW: Tensor) -> None:
+            found, vocabulary = list[Tensor](), slice(start, start + grad_NW.shape[1])
             if gradients.weight_VH is not None:
                 found.append(gradients.weight_VH[vocabulary])
-                multiplier(self.device, self.operand, found[-1].dtype).into(found[-1], grad_WN, hidden_NH)
+                multiplier(self.device, self.operand, found[-1].dtype).into(found[-1], grad_NW.t(), hidden_NH)
             if gradients.bias_V is not None:
                 found.append(gradients.bias_V[vocabulary])
-                torch.sum(grad_WN, 1, dtype=self.summed, out=found[-1])
+                torch.sum(grad_NW, 0, dtype=self.summed, out=found[-1])
             if slopes.by is not None:
                 for gradient in found:
                     gradient.div_(slopes.by)
+
+        for start, (exp_NW, reference_N) in sorted(saved.items(), reverse=True):  # see `_tiles_to_save`
+            self.steps.saved_slopes(exp_NW, reference_N, slopes, start, self.form)
+            hand_out(start, exp_NW)
+        grad_NW = self._new(self.N, plan.stride, dtype=self.operand)
+        fill = self._slopes_of_tiles(ours, theirs, hidden_NH, plan, slopes, grad_NW)
+        for index, tile in enumerate(ours.tiles):
+            fill(index, tile)
+            hand_out(tile.start, grad_NW[:, : tile.width])
 
     def _slopes_of_tiles(
         self, ours: _Side, theirs: _Side | None, hidden_NH: Tensor, plan: _Plan, slopes: Slopes, grad_NW: Tensor
@@ -452,9 +503,8 @@ class _HopperWalk(_Walk):
     def _plan(self) -> _Plan:
         return _hopper_plan(super()._plan(), self.operand.itemsize)
 
-    def _slopes_plan(self) -> _Plan:
-        width = _even_width(self.V, _SLOPE_BYTES // (self.operand.itemsize * self.N))
-        return _Plan(self.N, self.V, self.N, width)
+    def _slopes_plan(self, V: int) -> _Plan:
+        return _Plan(self.N, V, self.N, _even_width(V, _SLOPE_BYTES // (self.operand.itemsize * self.N)))
 
     def _sides(self, plan: _Plan) -> tuple[_Side, None]:
         ours = _Side(self.head, self.hidden_TH, self.operand, plan, stores_products=False)
@@ -467,10 +517,11 @@ class _HopperWalk(_Walk):
         hidden, parts = self.hopper.rows(block.hidden_RH), self.hopper.parts(len(block.hidden_RH), ours.tiles[0].width, targets_R)
         for tile, weight in zip(ours.tiles, self._weights, strict=True):
             ours.prepare(tile)
-            exp_RW = block.exps[tile.width]
+            exp_RW = block.exps_of(tile)
             self.hopper.advance(hidden, weight, tile.bias_W, exp_RW, parts, rows, targets_R, tile.start, self.form, first=first)
             if rows.summed_RH is not None and exp_RW is not None:
                 add(rows.summed_RH, exp_RW, tile.weight_WH)
+            block.save(tile, rows.reference_R)
             add, first = accumulate.onto, False
 
     def _slopes_of_tiles(

@@ -111,6 +111,9 @@ class Steps(Protocol):
     def slopes(self, ours: Products, of: Slopes, start: int, form: Form, base: Products | None) -> None:
         """The gradient in the products of a tile, written to `ours.exp_RW`."""
 
+    def saved_slopes(self, exp_RW: Tensor, reference_R: Tensor, of: Slopes, start: int, form: Form) -> None:
+        """The same, where the exponentials lie that `advance` left of the tile, from the references that it left."""
+
     def finish(
         self,
         out_TH: Tensor,
@@ -190,6 +193,13 @@ class TorchSteps:
             grad_RW.sub_(exp_RW if slope_RW is None else exp_RW.mul_(slope_RW))
         assert ours.exp_RW is not None
         ours.exp_RW.copy_(grad_RW if of.by is None else grad_RW.mul_(of.by))
+
+    def saved_slopes(self, exp_RW: Tensor, reference_R: Tensor, of: Slopes, start: int, form: Form) -> None:
+        by = 1.0 if of.by is None else of.by
+        here_R, at_R1 = _at_target(of.targets_R, start, exp_RW.shape[1])
+        exp_RW.mul_(((reference_R - of.reference_R).mul_(form.unit).exp_() * of.coef_R * by)[:, None])
+        target_R1 = (-of.target_coef_R * by).to(exp_RW.dtype)[:, None]
+        exp_RW.scatter_(1, at_R1, torch.where(here_R[:, None], target_R1, exp_RW.gather(1, at_R1)))
 
     def finish(
         self,

@@ -203,6 +203,22 @@ def slopes_kernel(
 
 
 @triton.jit
+def saved_slopes_kernel(
+    exps, saved_references, targets, references, coefs, target_coefs, by, start, W, exps_stride, unit, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    local = tl.load(targets + row) - start
+    shrink = tl.exp((tl.load(saved_references + row) - tl.load(references + row)) * unit)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = exps + row * exps_stride + at
+    slope = tl.load(place, mask=at < W, other=0.0).to(tl.float32) * shrink * tl.load(coefs + row)
+    slope = tl.where(at == local, -tl.load(target_coefs + row), slope)
+    if by is not None:
+        slope *= tl.load(by)
+    tl.store(place, slope.to(exps.dtype.element_ty), mask=at < W)
+
+
+@triton.jit
 def finish_kernel(
     out, positions, summed, weight, targets, coefs, target_coefs, base_summed, base_coefs,
     H, out_stride, summed_stride, weight_stride, weight_column_stride,
@@ -283,6 +299,13 @@ class TritonSteps:
             base_RW, base_bias_W, of.base_reference_R, of.base_coef_R,
             start, W, ours.logits_RW.stride(0), _stride(ours.exp_RW), form.scale, form.unit,
             HAS_CAP=form.softcap is not None, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+
+    def saved_slopes(self, exp_RW: Tensor, reference_R: Tensor, of: Slopes, start: int, form: Form) -> None:
+        R, W = exp_RW.shape
+        saved_slopes_kernel[(R, triton.cdiv(W, BLOCK))](
+            exp_RW, reference_R, of.targets_R, of.reference_R, of.coef_R, of.target_coef_R, of.by,
+            start, W, exp_RW.stride(0), form.unit, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
 
     def finish(

@@ -29,7 +29,7 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def fell_back(*arguments: Any, **options: Any) -> None:
         raise AssertionError("the loss runs without its kernels")
 
-    for step in ("advance", "slopes", "finish", "scale"):
+    for step in ("advance", "slopes", "saved_slopes", "finish", "scale"):
         monkeypatch.setattr(TorchSteps, step, fell_back)
 
 
@@ -110,15 +110,21 @@ def test_the_kernels_are_what_runs_and_nothing_is_compiled_by_torch() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def test_many_rows_whose_maximum_moves_on_every_tile(dtype: torch.dtype) -> None:
-    """Several blocks of rows and tiles of the vocabulary, and logits that grow along it by 60 nats."""
+@pytest.mark.parametrize(
+    ("tokens", "width", "vocab", "ignored"), [(4500, 64, 20_011, 0.3), (2000, 1024, 60_011, 0.0)], ids=["narrow", "saving"]
+)
+def test_many_rows_whose_maximum_moves_on_every_tile(
+    tokens: int, width: int, vocab: int, ignored: float, dtype: torch.dtype
+) -> None:
+    """Several blocks of rows and tiles of the vocabulary, and logits that grow along it by 60 nats. A wide ∂W has room for
+    exponentials."""
     torch.manual_seed(0)
-    hidden = torch.randn(4500, 64, device="cuda")
+    hidden = torch.randn(tokens, width, device="cuda") * (8 / width**0.5)
     hidden[:, 0] = 8.0
-    weight = torch.randn(20_011, 64, device="cuda") * 0.2
-    weight[:, 0] = torch.linspace(-4, 4, 20_011, device="cuda")
-    targets = torch.randint(0, 20_011, (4500,), device="cuda")
-    targets[torch.rand(4500, device="cuda") < 0.3] = -100
+    weight = torch.randn(vocab, width, device="cuda") * 0.2
+    weight[:, 0] = torch.linspace(-4, 4, vocab, device="cuda")
+    targets = torch.randint(0, vocab, (tokens,), device="cuda")
+    targets[torch.rand(tokens, device="cuda") < ignored] = -100
     hidden, weight = hidden.to(dtype), weight.to(dtype)
 
     def gradients(loss: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ if INTERPRETED:
 from bench.gpu.registers import OPERANDS, compiled, used
 from dwl_plugin.loss import step_kernel
 
-KERNELS = {"advance", "advance_base", "advance_top", "slopes", "finish", "scale"}
+KERNELS = {"advance", "advance_base", "advance_top", "slopes", "saved_slopes", "finish", "scale"}
 MULTIPLYING = {"multiply_advance", "multiply_slopes"}
 
 

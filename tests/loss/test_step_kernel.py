@@ -92,6 +92,8 @@ class Job:
 JOBS = {
     "plain": Job(),
     "softcap": Job(tiles=(3000, 2049), softcap=30.0, scale=4.0, bias=True),
+    "fp16 alone": Job(tiles=(2500, 2500), operand=FP16, rise=10.0, bias=True, by=True),
+    "bf16 alone": Job(tiles=(2500, 2500), operand=BF16, rise=20.0, softcap=60.0, scale=3.0),
     "fp16": Job(tiles=(2500, 2500), operand=FP16, rise=10.0, anchor=True, bias=True, by=True, compacted=True),
     "anchor under a softcap": Job(tiles=(2049, 2, 900), anchor=True, softcap=30.0, rise=10.0),
     "top with ties": Job(tiles=(4097, 3), top=5, ties=True),
@@ -173,7 +175,7 @@ def outcome(steps: Steps, job: Job, dtype: torch.dtype = FP32) -> dict[str, torc
         return Products(logits_RW.copy_(given[name][:, tile]), bias_V[tile].clone() if job.bias else None, out_RW)
 
     starts = torch.tensor((0, *job.tiles)).cumsum(0).tolist()
-    tiles = [slice(*pair) for pair in itertools.pairwise(starts)]
+    tiles, saved = [slice(*pair) for pair in itertools.pairwise(starts)], list[tuple[torch.Tensor, torch.Tensor]]()
     for tile in tiles:
         ours, first = products("logits", tile, exp_RW), tile.start == 0
         base = products("base", tile, base_exp_RW) if job.anchor else None
@@ -182,6 +184,7 @@ def outcome(steps: Steps, job: Job, dtype: torch.dtype = FP32) -> dict[str, torc
             if side is not None and side.exp_RW is not None and summed_RH is not None:
                 product_RH = side.exp_RW.to(dtype) @ given["weight"][tile]
                 summed_RH.copy_(product_RH if first else summed_RH + product_RH)
+        saved.append((exp_RW.clone(), rows.reference_R.clone()))
     found = {"total": rows.total_R, "reference": rows.reference_R, "target": rows.target_R}
     if job.anchor:
         found |= {"base total": base_rows.total_R, "base reference": base_rows.reference_R, "cross": base_rows.cross_R}
@@ -202,6 +205,14 @@ def outcome(steps: Steps, job: Job, dtype: torch.dtype = FP32) -> dict[str, torc
         slopes_RV[:, tile] = ours.exp_RW
     assert exp_RW[:, widest:].isnan().all(), "wrote beside the tile"
     found |= {"slopes": slopes_RV, "summed": rows.summed_RH.clone()}
+    if not job.anchor:
+        again_RV = new(R, sum(job.tiles))
+        for tile, (saved_RW, reference_R) in zip(tiles, saved, strict=True):
+            part_RW = saved_RW[:, : tile.stop - tile.start]
+            steps.saved_slopes(part_RW, reference_R, of, tile.start, form)
+            again_RV[:, tile] = part_RW
+        beside = sum((~saved_RW[:, widest:].isnan()).sum() for saved_RW, _ in saved)
+        found |= {"slopes of what was saved": again_RV, "saved beside a tile": torch.as_tensor(beside)}
     if job.anchor:
         found["base summed"] = base_rows.summed_RH.clone()
     out_TH, positions = new(9, H, fill=5.0, dtype=operand), given["positions"] if job.compacted else None
@@ -213,7 +224,10 @@ def outcome(steps: Steps, job: Job, dtype: torch.dtype = FP32) -> dict[str, torc
 
 @cache
 def wanted(job: Job) -> dict[str, torch.Tensor]:
-    return outcome(TorchSteps(), job, torch.float64)
+    found = outcome(TorchSteps(), job, torch.float64)
+    if "slopes of what was saved" in found:  # which are the slopes
+        assert off(found, {"slopes of what was saved": found["slopes"]})["slopes of what was saved"] <= 1e-12
+    return found
 
 
 @pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
@@ -268,6 +282,14 @@ MUTANTS = {  # by the job that sees it: the function, what it says, and what it 
     "slopes: slope of the base dropped": ("anchor under a softcap", "slopes_kernel", "theirs *= 1.0 - z * z", "pass"),
     "slopes: away from the base": ("compacted", "slopes_kernel", "slope -= theirs", "slope += theirs"),
     "slopes: by dropped": ("fp16", "slopes_kernel", "slope *= tl.load(by)", "pass"),
+    "saved: target off by one": ("a rounded head", "saved_slopes_kernel", "- start", "- start + 1"),
+    "saved: target of the first tile": ("softcap", "saved_slopes_kernel", "- start", ""),
+    "saved: sign of the target": ("a rounded head", "saved_slopes_kernel", "-tl.load(target_coefs", "tl.load(target_coefs"),
+    "saved: coefficient dropped": ("a rounded head", "saved_slopes_kernel", " * tl.load(coefs + row)", ""),
+    "saved: reference dropped": ("several tiles", "saved_slopes_kernel", "* shrink", ""),
+    "saved: shrinks in units of the cap": ("bf16 alone", "saved_slopes_kernel", "* unit)", "* 1.0)"),
+    "saved: by dropped": ("fp16 alone", "saved_slopes_kernel", "slope *= tl.load(by)", "pass"),
+    "saved: past the tile": ("a rounded head", "saved_slopes_kernel", "_ty), mask=at < W", "_ty), mask=at < W + 1"),
     "finish: positions ignored": ("compacted", "finish_kernel", "place = tl.load(positions + row)", "place = row"),
     "finish: target off by one": ("a rounded head", "finish_kernel", "tl.load(targets + row) *", "(tl.load(targets + row) ^ 1) *"),
     "finish: sign of the target": ("a rounded head", "finish_kernel", "- target * target_coef", "+ target * target_coef"),
