@@ -44,7 +44,7 @@ def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-def losses(N: int, softcap: float | None) -> dict[str, Loss]:
+def losses(N: int, softcap: float | None, *, trained: bool) -> dict[str, Loss]:
     weight, exponent = torch.linspace(0.5, 1.5, N, device=DEVICE), torch.linspace(0.0, 1.0, N, device=DEVICE)
     weighted: dict[str, Any] = {"token_weight": weight, "exponent": exponent, "min_weight": 0.01}
 
@@ -71,10 +71,15 @@ def losses(N: int, softcap: float | None) -> dict[str, Loss]:
         with patch.object(gpu_walk, "_hopper", lambda device: None):
             return ours(h, w, t)
 
+    def ours_saving_nothing(h: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with patch.object(gpu_walk, "_tiles_to_save", lambda *of: 0):
+            return ours(h, w, t)
+
     on_hopper = CUDA and gpu_walk._hopper(torch.device(DEVICE, 0)) is not None and softcap is None
     found: dict[str, Loss] = {
         "ours, nll": ours,
         **({"ours, nll, without loss/hopper.py": ours_with_cublas} if on_hopper else {}),
+        **({"ours, nll, no exponentials saved": ours_saving_nothing} if trained else {}),
         "ours, weights, exponents, floor": partial(ours, **weighted),
         "Liger": liger,
         "CCE": cce,
@@ -161,7 +166,7 @@ def main() -> None:
             table.add(f"{case}: {matmuls} matmuls are {matmuls * 2 * N * H * V / 1e12:.1f} TFLOP", "", "", "", "")
             exact = exact_gradients(h, w, t, softcap)
             table.add("  the matmuls alone", matmuls_alone(h, w, trained=trained), "", "", "")
-            for name, loss in losses(N, softcap).items():
+            for name, loss in losses(N, softcap, trained=trained).items():
                 if "compiled" in name and index != 1:
                     continue
                 table.measure(f"  {name}", partial(measured, loss, h, w, t, None if "weights" in name else exact))

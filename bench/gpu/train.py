@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import TIMEOUT_MAX, Thread
 from typing import Any
 
 import torch
@@ -195,7 +195,7 @@ class Trainee:
         if self.ended:
             return
         try:
-            line = self._lines.get(timeout=max(0.0, until - time.monotonic()))
+            line = self._lines.get(timeout=min(max(0.0, until - time.monotonic()), TIMEOUT_MAX))
         except Empty:
             self.ended = True
             self.process.kill()

@@ -2,8 +2,8 @@
 
 Rows go through the vocabulary in blocks, tile by tile: products, then the step of `step.py`, then Σ exp·W. With a trained head,
 when everything is known of all tokens, a tile's exponentials become their gradient in the logits, so that ∂W leaves tile by tile,
-summed in fp32 and rounded once. Until then exponentials wait in the memory of ∂W itself; those of tiles that found no room there are
-computed again, logits first (docs/decisions/exponentials-wait-in-the-memory-of-dw.md).
+summed in fp32 and rounded once. Until then exponentials wait in the memory of ∂W itself; those of tiles that found no room there
+are computed again, logits first (docs/decisions/exponentials-wait-in-the-memory-of-dw.md).
 
 Shapes: T positions, N target tokens, R rows of one block, W tokens of one tile, H hidden size, V vocabulary, K ≥ k slots for the
 largest logits of a row.

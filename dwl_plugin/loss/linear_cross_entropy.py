@@ -45,8 +45,8 @@ def linear_cross_entropy(
 
     without ever holding the logits: ignored positions are dropped before the first matmul, the rest goes through the
     vocabulary in tiles, and the gradients are taken on the way (two matmuls with a frozen `weight`; three with a trained one, and
-    on a GPU up to four where targets are more than H; one when nothing wants a gradient). `exponent` 0 is the plain negative log-likelihood, 1 is DFT
-    (arXiv:2508.05629).
+    on a GPU up to four where there are more targets than H; one when nothing wants a gradient). `exponent` 0 is the plain negative
+    log-likelihood, 1 is DFT (arXiv:2508.05629).
 
     Shapes: … any leading shape, H hidden size, V vocabulary.
 
