@@ -180,7 +180,9 @@ _ORIGINAL = module._LinearCrossEntropy
 
 
 @contextmanager
-def without_a_device(steps: Steps, capability: int) -> Iterator[tuple[list[_Context], Counter[tuple[Any, ...]]]]:
+def without_a_device(
+    steps: Steps, capability: int, has_out_dtype: bool
+) -> Iterator[tuple[list[_Context], Counter[tuple[Any, ...]]]]:
     """The autograd function of the loss as plain calls, its slopes not computed, its kernels not launched: they want a device.
 
     The contexts of the calls are left in the list, the launches in the counter.
@@ -201,7 +203,7 @@ def without_a_device(steps: Steps, capability: int) -> Iterator[tuple[list[_Cont
         (torch.cuda, "get_device_capability", lambda device: divmod(capability, 10)),
         (torch.autograd, "grad", lambda _, leaf: (torch.empty_like(leaf),)),
         (torch.cuda, "device", lambda device: nullcontext()),
-        (matmul, "_has_out_dtype", lambda device, dtype: True),
+        (matmul, "_has_out_dtype", lambda device, dtype: has_out_dtype),
     ]
     for owner in (step_kernel, hopper):
         kernels = {name: kernel for name, kernel in vars(owner).items() if name.endswith("_kernel")}
@@ -259,9 +261,10 @@ def _tensors_in(value: Any) -> list[torch.Tensor]:
     return [tensor for part in (value.values() if isinstance(value, dict) else value) for tensor in _tensors_in(part)]
 
 
-def on_fakes(call: Call, steps: Steps | None = None, *, capability: int = 86) -> Seen:
-    """Forward and backward of a call on fake CUDA tensors; by the kernels, if no other `steps` are given."""
-    fakes, outside = FakeTensorMode(), without_a_device(steps or step_kernel.TritonSteps(), capability)
+def on_fakes(call: Call, steps: Steps | None = None, *, capability: int = 86, has_out_dtype: bool = True) -> Seen:
+    """Forward and backward of a call on fake CUDA tensors; by the kernels, if no other `steps` are given. Older torch and older
+    cards cannot sum products of half-precision operands in fp32 (`has_out_dtype`)."""
+    fakes, outside = FakeTensorMode(), without_a_device(steps or step_kernel.TritonSteps(), capability, has_out_dtype)
     with fakes, outside as (contexts, launches), autocast(call.autocast):
         hidden = torch.empty(call.N, call.H, device="cuda", dtype=call.hidden, requires_grad=call.learns_hidden)
         weight = torch.empty(call.V, call.H, device="cuda", dtype=call.weight, requires_grad=call.learns_head)

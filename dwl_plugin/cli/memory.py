@@ -38,7 +38,7 @@ GIB = 2**30
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 _LAYER_I, _LAYER_H = 6, 7
 _SLOPES = 64 * 2**20
-"""Of a trained head's second pass."""
+"""Of the gradient in the logits that a trained head makes again, a tile of it."""
 _OUTSIDE_TORCH = 1.0
 """GiB."""
 _CONFIG_BYTES = 1 << 20

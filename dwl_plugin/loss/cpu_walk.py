@@ -55,6 +55,7 @@ def forward_backward(
             new(N, H) if needs_grad.hidden else None,
             new(V, H, zero=N == 0) if needs_grad.weight else None,
             new(V, zero=True) if needs_grad.bias else None,
+            _scale,
         )
         result = WalkResult(new(N), new(N), new(len(tokens.terms), N), None if base is None else new(N), gradients)
         if N:
@@ -65,6 +66,11 @@ def forward_backward(
                 _block(hidden_TH, tokens, block, base, space, result)
         result.loss = result.loss.sum()
         return result
+
+
+def _scale(gradient: Tensor, by: Tensor) -> None:
+    if by.item() != 1.0:
+        gradient.mul_(by)
 
 
 def _block(hidden_TH: Tensor, tokens: Tokens, block: slice, base: LinearHead | None, space: _Workspace, result: WalkResult) -> None:

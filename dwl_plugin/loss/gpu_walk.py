@@ -11,12 +11,13 @@ largest logits of a row.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
@@ -58,12 +59,21 @@ def forward_backward(
 ) -> WalkResult:
     """Everything about Σ_t Σ_k w_tk·ℓ_k(t), plus the anchor of `tokens` to the model whose head is `base`."""
     device = hidden.device
-    on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), on_device:
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), _on(device):
         hopper = _hopper(device)
         if hopper is not None and _HopperWalk.takes(hidden, tokens, head, base) and _runs_on_hopper(device, head.multiplied):
             return _HopperWalk(hidden, tokens, head, needs_grad, hopper).run()
         return _Walk(hidden, tokens, head, base, needs_grad).run()
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Where kernels are launched."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _scale(steps: Steps, gradient: Tensor, by: Tensor) -> None:
+    with _on(gradient.device):
+        steps.scale(gradient, by)
 
 
 def steps_for(device: torch.device, operand: torch.dtype, summed: torch.dtype) -> Steps:
@@ -283,7 +293,7 @@ class _Walk:
 
     def run(self) -> WalkResult:
         N, V, H, needs, tokens = self.N, self.V, self.H, self.needs_grad, self.tokens
-        gradients = Gradients(None, None, None)
+        gradients = Gradients(None, None, None, partial(_scale, self.steps))
         if needs.hidden:
             held = _held(self.hidden_TH.dtype, self.summed)
             gradients.hidden = self._new(len(self.hidden_TH), H, dtype=held, fill=None if tokens.rows_N is None else 0.0)
@@ -316,11 +326,13 @@ class _Walk:
         plan, of = self._plan(), gradients.weight_VH
         if of is None or gradients.hidden is None or self.base is not None:
             return {}
+        if multiplier(self.device, self.operand, of.dtype).copies:  # of a tile for all tokens: it may be large
+            return {}
         size, stride = self.operand.itemsize, plan.stride
         tiles, exp_bytes = plan.tiles(), self.N * stride * size
         count = _tiles_to_save(len(tiles), exp_bytes, plan.width * self.H * of.itemsize)
         exps = of.view(-1).view(torch.uint8)[: count * exp_bytes].view(self.operand).view(count, self.N, stride)
-        references = self._new(count, self.N)
+        references = self._new(count, self.N + -self.N % _ROW_MULTIPLE)[:, : self.N]
         return {
             tile.start: _Saved(exp_NW[:, : tile.stop - tile.start], reference_N)
             for tile, exp_NW, reference_N in zip(tiles[len(tiles) - count :], exps, references, strict=True)

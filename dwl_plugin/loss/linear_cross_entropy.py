@@ -183,20 +183,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Handed out and forgotten, so that ∂W is scaled where it lies: a copy would be the largest tensor of all.
         gradients: Gradients = ctx.gradients or ctx.run(hidden, weight, bias).gradients
         ctx.gradients = None
-        grad = _scaled(gradients.hidden, grad_loss, hidden)
+        scaled = partial(_scaled, gradients.scale, by=grad_loss)
+        grad = scaled(gradients.hidden, like=hidden)
         at_all = grad is not None and len(grad) == hidden.shape[:-1].numel()
         grad_hidden = None if grad is None else spread(grad, None if at_all else rows_N, hidden.shape)
-        return grad_hidden, _scaled(gradients.weight_VH, grad_loss, weight), _scaled(gradients.bias_V, grad_loss, bias), None, None
+        return grad_hidden, scaled(gradients.weight_VH, like=weight), scaled(gradients.bias_V, like=bias), None, None
 
 
-def _scaled(gradient: Tensor | None, by: Tensor, like: Tensor) -> Tensor | None:
+def _scaled(scale: Callable[[Tensor, Tensor], None], gradient: Tensor | None, *, by: Tensor, like: Tensor | None) -> Tensor | None:
     """gradient · by in the dtype of `like`, rounded once; where it lies, if the dtype allows."""
-    if gradient is None:
+    if gradient is None or like is None:
         return None
-    dtype = like.dtype
-    if by.device.type == "cpu":
-        return (gradient if by.item() == 1.0 else gradient.mul_(by)).to(dtype)
-    if gradient.dtype != dtype:  # one kernel; a CPU would convert all of it beforehand
-        return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=dtype))
-    gpu_walk.steps_for(by.device, dtype, by.dtype).scale(gradient, by)
-    return gradient
+    if gradient.dtype != like.dtype and by.device.type != "cpu":  # one kernel; a CPU would convert all of it beforehand
+        return torch.mul(gradient, by, out=torch.empty_like(gradient, dtype=like.dtype))
+    scale(gradient, by)
+    return gradient.to(like.dtype)

@@ -114,6 +114,8 @@ class Multiply(NamedTuple):
     """out = a @ b"""
     onto: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
     """out += a @ b"""
+    copies: bool = False
+    """Whether operands or the product go through other tensors on the way."""
 
 
 def multiplier(device: torch.device, operands: torch.dtype, out: torch.dtype) -> Multiply:
@@ -128,7 +130,7 @@ def multiplier(device: torch.device, operands: torch.dtype, out: torch.dtype) ->
             summing.into(product := torch.empty_like(out, dtype=wide), a, b)
             return product
 
-        return Multiply(lambda out, a, b: out.copy_(product_of(out, a, b)), lambda out, a, b: out.add_(product_of(out, a, b)))
+        return Multiply(lambda out, a, b: out.copy_(product_of(out, a, b)), lambda out, a, b: out.add_(product_of(out, a, b)), True)
     if _sums_wider(device, operands):
         wider: dict[str, Any] = {"out_dtype": out}
         return Multiply(
@@ -137,6 +139,7 @@ def multiplier(device: torch.device, operands: torch.dtype, out: torch.dtype) ->
     return Multiply(
         lambda out, a, b: torch.mm(a.to(out.dtype), b.to(out.dtype), out=out),
         lambda out, a, b: torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out),
+        copies=True,
     )
 
 

@@ -10,6 +10,7 @@ known only at the end (1/s, 1 − p, the slope of what the token pays) scales on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -56,6 +57,8 @@ class Gradients:
     hidden: Tensor | None
     weight_VH: Tensor | None
     bias_V: Tensor | None
+    scale: Callable[[Tensor, Tensor], None]
+    """Multiplies one of them where it lies by a number that is a tensor; by 1 at no cost."""
 
 
 @dataclass

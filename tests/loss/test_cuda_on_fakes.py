@@ -132,15 +132,43 @@ def test_without_kernels_a_step_holds_no_more_than_two_copies_of_a_tile() -> Non
     assert seen.peak <= on_fakes(call).peak + 2 * gpu_walk._TILE_BYTES
 
 
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-def test_few_kernels_serve_any_number_of_tokens(trained: bool, capability: int) -> None:
+@pytest.mark.parametrize(
+    ("trained", "width", "vocab", "saves"),
+    [(False, H, V, False), (True, H, V, False), (True, 4096, 40_001, True)],
+    ids=["frozen", "trained", "saving"],
+)
+def test_few_kernels_serve_any_number_of_tokens(trained: bool, width: int, vocab: int, saves: bool, capability: int) -> None:
     """Triton compiles one for each kind of arguments: dtypes, constants, what divides by 16."""
     rng, kernels = random.Random(0), set[Any]()
     for _ in range(50):
         tokens = rng.randint(1, 9000)
-        call = Call(tokens, H, V, learns_head=trained, targets=rng.randint(1, tokens))
+        call = Call(tokens, width, vocab, learns_head=trained, targets=rng.randint(1, tokens))
         kernels |= set(on_fakes(call, capability=capability).kernels)
-    assert 0 < len(kernels) <= 9
+    assert 0 < len(kernels) <= (10 if saves else 9)
+    assert any(kernel[0] == "saved_slopes_kernel" for kernel in kernels) == saves
+
+
+@pytest.mark.parametrize(
+    ("call", "has_out_dtype"),
+    [
+        (Call(32_768, 4096, 40_000, weight=torch.float32, autocast=torch.bfloat16, learns_head=True), False),
+        (Call(32_768, 4096, 40_000, weight=torch.float32, autocast=torch.bfloat16, learns_head=True), True),
+        (Call(16_384, 8192, 32_000, autocast=torch.float16, learns_head=True), True),
+        (Call(16_384, 8192, 32_000, learns_head=True), True),
+    ],
+    ids=["fp32 by copies", "fp32", "bf16 of fp16", "bf16"],
+)
+def test_exponentials_that_are_saved_take_no_memory(
+    call: Call, has_out_dtype: bool, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for their references. They are of all tokens of the batch, and so would be a copy of them on its way to ∂W."""
+
+    def peak() -> int:
+        return on_fakes(call, capability=capability, has_out_dtype=has_out_dtype).peak
+
+    saving = peak()
+    monkeypatch.setattr(gpu_walk, "_tiles_to_save", lambda *of: 0)
+    assert saving <= peak() + 8 * MIB
 
 
 @pytest.mark.parametrize(
