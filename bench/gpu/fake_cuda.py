@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import traceback
 import warnings
 import weakref
 from collections import Counter
@@ -22,10 +21,10 @@ from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bench.gpu.common import MIB, Table
+from bench.gpu.device_waits import Waits
 from dwl_plugin import LinearCrossEntropyOutput
 from dwl_plugin.loss import gpu_walk, hopper, linear_cross_entropy as module, matmul, step_kernel
 from dwl_plugin.loss.anchor import Anchor
@@ -75,38 +74,20 @@ class Seen:
     """Launches of each kernel that Triton would have to compile."""
 
 
-class Watch(TorchDispatchMode):
-    """What goes through torch while it is entered."""
+class Watch(Waits):
+    """Waits, and the memory of what goes through torch, while it is entered."""
 
     def __init__(self, targets: int, inputs: list[torch.Tensor]) -> None:
-        super().__init__()
-        self.targets, self.waits = targets, Counter[str]()
+        super().__init__(targets)
         self.alive = self.peak = 0
         self._inputs = inputs  # alive, so that no other storage is taken for one of theirs
         self._known = {tensor.untyped_storage()._cdata for tensor in inputs}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs, name = kwargs or {}, str(func)
-        if "nonzero" in name:
-            self._waits("nonzero")
-            found = torch.empty(self.targets, 1, dtype=torch.int64, device=args[0].device)
-            self._count(found)
-            return found
-        if "_local_scalar_dense" in name or "is_nonzero" in name:
-            self._waits("a value")
-            return 0
-        if "_to_copy" in name and torch.device(kwargs.get("device") or args[0].device).type != args[0].device.type:
-            self._waits("a copy")
-        if name.startswith("aten.copy_.") and args[0].device.type != args[1].device.type:
-            self._waits("a copy")
-        result = func(*args, **kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             self._count(tensor)
         return result
-
-    def _waits(self, what: str) -> None:
-        ours = [frame for frame in traceback.extract_stack() if "dwl_plugin" in frame.filename]
-        self.waits[f"{what} at {ours[-1].filename.split('/')[-1]}:{ours[-1].lineno}" if ours else what] += 1
 
     def _count(self, tensor: object) -> None:
         if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cuda":
@@ -277,7 +258,7 @@ def on_fakes(call: Call, steps: Steps | None = None, *, capability: int = 86, ha
             if contexts:
                 with torch.no_grad():
                     gradients = _ORIGINAL.backward(contexts[-1], torch.ones_like(output.loss))
-    return Seen(output, gradients[:3], watch.waits, forward_peak, watch.peak, launches)
+    return Seen(output, gradients[:3], watch.where, forward_peak, watch.peak, launches)
 
 
 def measured(call: Call) -> tuple[int, str, float, float, int]:

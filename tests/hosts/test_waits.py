@@ -9,8 +9,8 @@ import pytest
 from transformers import TrainerCallback
 
 import dwl_plugin
+from bench.gpu.device_waits import Waits
 from tests.hosts.harness import Build
-from tests.run.waits import Waits
 
 SETTINGS = {"max_steps": 4, "gradient_accumulation_steps": 2, "logging_steps": 100, "save_strategy": "no"}
 MOVING = {"type": "linear", "start": 0, "end": 4, "to": {"number": 1, "rest": 1}}

@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench.gpu.device_waits import Waits
 from dwl_plugin.alpha.run_length import RunLength
 from dwl_plugin.config import parse
 from dwl_plugin.loss import seam as seam_module
@@ -23,7 +24,6 @@ from dwl_plugin.run.collate import CLASS_IDS
 from dwl_plugin.run.moving import controller_of
 from dwl_plugin.run.session import Session
 from dwl_plugin.values import Reduction
-from tests.run.waits import Waits
 
 ROWS, LENGTH, TARGETS = 2, 16, 9
 CUDA = torch.device("cuda", 0)

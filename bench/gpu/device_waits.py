@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dwl_plugin
 
 _HOME, _TORCH = (str(Path(package.__file__).parent) for package in (dwl_plugin, torch))
+_HERE = str(Path(__file__).parent)
 _READ = {"_local_scalar_dense", "equal", "is_nonzero"}
 _COUNTED = {"nonzero", "masked_select", "repeat_interleave", "_unique2", "bincount"}
 
@@ -49,7 +50,7 @@ def _crosses(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _place(what: str) -> str:
-    frames = (f for f in reversed(traceback.extract_stack()) if not f.filename.startswith((_TORCH, __file__, "<")))
+    frames = (f for f in reversed(traceback.extract_stack()) if not f.filename.startswith((_TORCH, _HERE, "<")))
     innermost = next(frames)
     if not innermost.filename.startswith(_HOME):
         return "elsewhere"
