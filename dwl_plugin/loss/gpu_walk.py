@@ -12,9 +12,10 @@ largest logits of a row.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -199,6 +200,11 @@ class _Tile(NamedTuple):
     """What has to be copied to where the operands are first; None: they are the head's own."""
 
 
+def _operands(hidden_TH: Tensor, positions: Tensor | slice | None, head: LinearHead, operand: torch.dtype) -> Tensor:
+    """Hidden states to multiply a head with, of some positions or of all."""
+    return (hidden_TH if positions is None else hidden_TH[positions]).to(head.multiplied).to(operand)
+
+
 class _Side:
     """One of the models: its hidden states, its head in tiles, and a buffer for the products."""
 
@@ -231,9 +237,7 @@ class _Side:
             self.tiles.append(_Tile(tile.start, width, weight_WH, weight_WH.t(), bias_W, source_WH))
 
     def rows(self, positions: Tensor | slice | None) -> Tensor:
-        """Hidden states as operands; None: all of them."""
-        hidden_RH = self.hidden_TH if positions is None else self.hidden_TH[positions]
-        return hidden_RH.to(self.head.multiplied).to(self.operand)
+        return _operands(self.hidden_TH, positions, self.head, self.operand)
 
     def prepare(self, tile: _Tile) -> None:
         """Make the operands of a tile what they are to be."""
@@ -322,20 +326,22 @@ class _Walk:
         return _slopes_plan(replace(self._plan(), V=V), self.operand.itemsize)
 
     def _room_in(self, gradients: Gradients) -> dict[int, _Saved]:
-        """By the first token of a tile: where its exponentials wait for ∂W, in its memory."""
+        """By the first token of a tile: where its exponentials wait for ∂W, in its memory. If one tile is left over, in memory of
+        its own, which is no more than it would take to make them again."""
         plan, of = self._plan(), gradients.weight_VH
         if of is None or gradients.hidden is None or self.base is not None:
             return {}
         if multiplier(self.device, self.operand, of.dtype).copies:  # of a tile for all tokens: it may be large
             return {}
-        size, stride = self.operand.itemsize, plan.stride
-        tiles, exp_bytes = plan.tiles(), self.N * stride * size
+        tiles, exp_bytes = plan.tiles(), self.N * plan.stride * self.operand.itemsize
         count = _tiles_to_save(len(tiles), exp_bytes, plan.width * self.H * of.itemsize)
-        exps = of.view(-1).view(torch.uint8)[: count * exp_bytes].view(self.operand).view(count, self.N, stride)
-        references = self._new(count, self.N + -self.N % _ROW_MULTIPLE)[:, : self.N]
+        exps = of.view(-1).view(torch.uint8)[: count * exp_bytes].view(self.operand).view(count, self.N, plan.stride).unbind()
+        if len(tiles) - count == 1 and exp_bytes <= _SLOPE_BYTES:
+            exps = (self._new(self.N, plan.stride, dtype=self.operand), *exps)
+        references = self._new(len(exps), self.N + -self.N % _ROW_MULTIPLE)[:, : self.N]
         return {
             tile.start: _Saved(exp_NW[:, : tile.stop - tile.start], reference_N)
-            for tile, exp_NW, reference_N in zip(tiles[len(tiles) - count :], exps, references, strict=True)
+            for tile, exp_NW, reference_N in zip(tiles[len(tiles) - len(exps) :], exps, references, strict=True)
         }
 
     def _sides(self, plan: _Plan) -> tuple[_Side, _Side | None]:
@@ -356,7 +362,8 @@ class _Walk:
             """For exponentials and for what they sum up."""
             if side is None or out is None:
                 return None, None
-            return self._new(plan.rows, plan.stride, dtype=self.operand), self._new(plan.rows, self.H)
+            all_saved = len(saved) == len(side.tiles)
+            return None if all_saved else self._new(plan.rows, plan.stride, dtype=self.operand), self._new(plan.rows, self.H)
 
         (exp_RW, summed_RH), (base_exp_RW, base_summed_RH) = buffers(ours), buffers(theirs)
         for place in plan.blocks():
@@ -445,14 +452,12 @@ class _Walk:
 
     def _head_gradient(self, slopes: Slopes, saved: Mapping[int, _Saved], gradients: Gradients) -> None:
         """∂W and ∂bias, tile by tile: the gradient in the logits of all tokens, then one product over them."""
-        plan = self._slopes_plan(min(saved, default=self.V))
-        ours, theirs = self._sides(plan)
         if self.bounds:  # fp16 has neither room below for small weights nor above for large ones
             largest = torch.stack(self.bounds).max().clamp(1e-20, 1e20)
             slopes = slopes._replace(by=torch.exp2(14 - largest.log2().ceil()))
-        hidden_NH = ours.rows(self.tokens.rows_N)
-
-        def hand_out(start: int, grad_NW: Tensor) -> None:
+        hidden_NH = _operands(self.hidden_TH, self.tokens.rows_N, self.head, self.operand)
+        made_again = self._slopes_made_again(min(saved, default=self.V), hidden_NH, slopes)
+        for start, grad_NW in itertools.chain(self._slopes_of_saved(saved, slopes), made_again):
             found, vocabulary = list[Tensor](), slice(start, start + grad_NW.shape[1])
             if gradients.weight_VH is not None:
                 found.append(gradients.weight_VH[vocabulary])
@@ -464,14 +469,23 @@ class _Walk:
                 for gradient in found:
                     gradient.div_(slopes.by)
 
-        for start, (exp_NW, reference_N) in sorted(saved.items(), reverse=True):  # see `_tiles_to_save`
+    def _slopes_of_saved(self, saved: Mapping[int, _Saved], slopes: Slopes) -> Iterator[tuple[int, Tensor]]:
+        """By the first token of a tile, the gradient in its logits: from the last one back, see `_tiles_to_save`."""
+        for start, (exp_NW, reference_N) in sorted(saved.items(), reverse=True):
             self.steps.saved_slopes(exp_NW, reference_N, slopes, start, self.form)
-            hand_out(start, exp_NW)
+            yield start, exp_NW
+
+    def _slopes_made_again(self, V: int, hidden_NH: Tensor, slopes: Slopes) -> Iterator[tuple[int, Tensor]]:
+        """The same for the first V tokens, by their logits; each where the one before was."""
+        if V == 0:
+            return
+        plan = self._slopes_plan(V)
+        ours, theirs = self._sides(plan)
         grad_NW = self._new(self.N, plan.stride, dtype=self.operand)
         fill = self._slopes_of_tiles(ours, theirs, hidden_NH, plan, slopes, grad_NW)
         for index, tile in enumerate(ours.tiles):
             fill(index, tile)
-            hand_out(tile.start, grad_NW[:, : tile.width])
+            yield tile.start, grad_NW[:, : tile.width]
 
     def _slopes_of_tiles(
         self, ours: _Side, theirs: _Side | None, hidden_NH: Tensor, plan: _Plan, slopes: Slopes, grad_NW: Tensor

@@ -89,10 +89,21 @@ def test_it_equals_the_definition(case: Case, saved: Callable[[ModuleType], list
     assert len(starts) > 1
 
 
+def test_few_tokens_save_all_tiles_and_compute_no_logits_again(
+    saved: Callable[[ModuleType], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last tile that is left over waits in memory of its own."""
+    starts = saved(gpu_walk)
+    monkeypatch.setattr(gpu_walk, "_SLOPE_BYTES", 1000)
+    monkeypatch.delattr(TorchSteps, "slopes")
+    assert max(errors(linear_cross_entropy, rising(7)).values()) <= FP32
+    assert starts[-1] == 0
+
+
 MUTANTS = {  # by the case that sees it
     "references not saved": ("twice as many", "save", "copy_(reference_R)", "copy_(reference_R * 0)"),
     "all blocks in one place": ("twice as many", "at", "self.exp_NW[rows]", "self.exp_NW[: rows.stop - rows.start]"),
-    "the first tile first": ("twice as many", "_head_gradient", "reverse=True", "reverse=False"),
+    "the first tile first": ("twice as many", "_slopes_of_saved", "reverse=True", "reverse=False"),
     "one token fewer again": ("twice as many", "_head_gradient", "min(saved, default=self.V)", "min(saved, default=self.V) - 1"),
 }  # fmt: skip
 
