@@ -58,7 +58,7 @@ class Gradients:
     weight_VH: Tensor | None
     bias_V: Tensor | None
     scale: Callable[[Tensor, Tensor], None]
-    """Multiplies one of them where it lies by a number that is a tensor; by 1 at no cost."""
+    """Multiplies one of them where it lies by a number that is a tensor."""
 
 
 @dataclass

@@ -130,12 +130,11 @@ def test_half_precision_is_no_worse_than_naive(dtype: torch.dtype, tokens: int, 
 def test_under_autocast_twice_as_many_fit(saved: Callable[[ModuleType], list[int]]) -> None:
     """∂W is in fp32 like its head, exponentials are in bf16 like the products."""
     starts, case = saved(gpu_walk), random_case(110, vocab=211, ignored=0.0)
-    exact, (_, whole) = errors(linear_cross_entropy, case), run(linear_cross_entropy, case)
-    in_fp32 = len(starts) // 2
+    _, whole = run(linear_cross_entropy, case)
+    in_fp32 = len(starts)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, grads = run(linear_cross_entropy, case)
-    assert max(exact.values()) <= FP32
-    assert len(starts) - len(starts) // 3 > in_fp32 > 0
+    assert len(starts) - in_fp32 >= 2 * in_fp32 > 0
     assert grads["weight"] is not None
     assert whole["weight"] is not None
     assert grads["weight"].dtype == torch.float32
